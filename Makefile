@@ -1,0 +1,64 @@
+# Every target does its own set-up, once, from a bare checkout: a virtual environment in .venv, torch, this project.
+#   make demo       real model: chat, then the same requests through stock transformers and through hf_paged
+#   make test       the tests (minutes)            make test-all   the slow ones too
+#   make bench      the engine benchmark           make clean      remove what was made here, .venv included
+# PYTHON picks the interpreter for a new .venv; TORCH what is installed where torch is missing; ARGS goes to the command.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV   := $(ROOT)/.venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.hf_paged-installed
+MIN    := import sys; sys.exit(sys.version_info < (3, 11))
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help setup demo test test-all bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' '$(ROOT)/Makefile'
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' -m hf_paged demo $(ARGS)
+
+test: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' -m pytest $(ARGS)
+
+bench: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' -m hf_paged bench $(ARGS)
+
+clean:
+	rm -rf '$(VENV)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \
+	  '$(ROOT)/.hypothesis' '$(ROOT)/.ruff_cache'
+	find '$(ROOT)' -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv that is already there is used as it is, if its Python will do.
+$(STAMP): $(ROOT)/pyproject.toml $(ROOT)/setup.py
+	@if [ ! -e '$(PY)' ]; then \
+	  command -v '$(PYTHON)' >/dev/null || { echo "hf_paged: '$(PYTHON)' was not found; name a Python 3.11 or newer: make PYTHON=..."; exit 1; }; \
+	  '$(PYTHON)' -c '$(MIN)' || { echo "hf_paged needs Python 3.11 or newer, '$(PYTHON)' is $$('$(PYTHON)' -V); name another: make PYTHON=..."; exit 1; }; \
+	  echo "[set-up 1/3] virtual environment in $(VENV)"; \
+	  '$(PYTHON)' -m venv '$(VENV)' || { rm -rf '$(VENV)'; echo "hf_paged: '$(PYTHON) -m venv' failed (on Debian: apt-get install python3-venv)"; exit 1; }; \
+	else \
+	  echo "[set-up 1/3] using $(VENV)"; \
+	fi
+	@'$(PY)' -c '$(MIN)' || { echo "hf_paged needs Python 3.11 or newer, $(VENV) has $$('$(PY)' -V); 'make clean' removes it"; exit 1; }
+	@if '$(PY)' -c 'import torch' 2>/dev/null; then \
+	  echo "[set-up 2/3] torch is there: $$('$(PY)' -c 'import torch; print(torch.__version__)')"; \
+	else \
+	  echo "[set-up 2/3] installing $(TORCH)"; '$(PY)' -m pip install '$(TORCH)'; \
+	fi
+	@echo "[set-up 3/3] installing hf_paged and what it needs"
+	@'$(PY)' -m pip install -q -e '$(ROOT)[demo,bench,test]'
+	@touch '$@'
+	@echo "[set-up] done"

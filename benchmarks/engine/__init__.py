@@ -1,0 +1,1 @@
+"""The engine against stock transformers on a whole workload: `hf-paged bench`."""

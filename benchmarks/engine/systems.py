@@ -1,0 +1,163 @@
+"""The systems under comparison. Each takes requests and returns a `Run`: tokens, seconds and KV memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import hf_paged
+
+from .workload import Request
+
+STOCK_ONE, STOCK_BATCH, PAGED = "stock, one at a time", "stock, padded batches of 8", "hf_paged"
+BATCH = 8
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one system did with some requests, in their order.
+
+    `tokens` are each request's new tokens; `kv_bytes` the most the KV cache held at once.
+    """
+
+    tokens: list[list[int]]
+    seconds: float
+    kv_bytes: int
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def rate(self) -> float:
+        """Output tokens per second. Padding and tokens beyond what a request asked for do not count."""
+        return self.output_tokens / self.seconds
+
+
+def run_stock(
+    model, requests: Sequence[Request], *, batch: int = 1, ignore_eos: bool = False, progress: Progress = lambda n: None
+) -> Run:
+    """Untouched `generate`, greedy, `batch` requests at a time in the order given, padded on the left.
+
+    A batch runs to its longest output; what a row makes beyond its own length is cut off.
+    """
+    eos = _eos_ids(model)
+    pad = eos[0] if eos else 0
+    tokens: list[list[int]] = []
+    kv_bytes, start = 0, time.perf_counter()
+    for first in range(0, len(requests), batch):
+        group = requests[first : first + batch]
+        width = max(len(request.prompt) for request in group)
+        longest = max(request.max_new_tokens for request in group)
+        rows = [[pad] * (width - len(request.prompt)) + list(request.prompt) for request in group]
+        mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in group]
+        out = model.generate(
+            torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            do_sample=False,
+            max_new_tokens=longest,
+            min_new_tokens=longest if ignore_eos else None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        )
+        kv_bytes = max(kv_bytes, cache_bytes(out.past_key_values))
+        for request, row in zip(group, out.sequences[:, width:].tolist(), strict=True):
+            tokens.append(_until_eos(row[: request.max_new_tokens], () if ignore_eos else eos))
+            progress(len(tokens[-1]))
+    return Run(tokens, time.perf_counter() - start, kv_bytes)
+
+
+def run_paged(
+    engine,
+    requests: Sequence[Request],
+    *,
+    ignore_eos: bool = False,
+    cache_salt: str | None = None,
+    progress: Progress = lambda n: None,
+) -> Run:
+    """All requests at once through the engine, greedy. A fresh `cache_salt` keeps an earlier run's prefixes out."""
+    engine.reset_stats()
+    done: dict[str, list[int]] = {}
+    start = time.perf_counter()
+    ids = [
+        engine.add(list(request.prompt), greedy(request.max_new_tokens, ignore_eos), cache_salt=cache_salt)
+        for request in requests
+    ]
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.finished:
+                if output.error is not None:
+                    raise output.error
+                done[output.request_id] = list(output.outputs[0].token_ids)
+                progress(len(done[output.request_id]))
+    seconds = time.perf_counter() - start
+    return Run([done[request_id] for request_id in ids], seconds, engine.stats()["kv_bytes_peak"])
+
+
+def greedy(max_tokens: int, ignore_eos: bool = False):
+    """Greedy sampling parameters. Ignoring EOS means it cannot be chosen, as with stock's `min_new_tokens`."""
+    return hf_paged.SamplingParams(temperature=0.0, max_tokens=max_tokens, min_tokens=max_tokens if ignore_eos else 0)
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of the keys and values in a transformers cache."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+
+
+def kv_bytes_per_token(model) -> int:
+    """Bytes one token takes in stock's cache, seen in a forward pass of four tokens."""
+    with torch.no_grad():
+        cache = model(torch.ones(1, 4, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    return cache_bytes(cache) // 4
+
+
+def static_batch_bytes(per_token: int, requests: Sequence[Request], batch: int) -> int:
+    """KV bytes of the largest padded batch: every row as wide as the longest prompt and the longest output."""
+    return max(
+        per_token * len(group) * (max(len(r.prompt) for r in group) + max(r.max_new_tokens for r in group))
+        for group in (requests[first : first + batch] for first in range(0, len(requests), batch))
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token in which two systems differ, and how close stock's two best logits were there."""
+
+    request: int
+    position: int
+    expected: int | None
+    got: int | None
+    top2_gap: float
+
+    def __str__(self):
+        return (
+            f"request {self.request}, new token {self.position}: stock {self.expected}, here {self.got} "
+            f"(stock's two best logits differ by {self.top2_gap:.2g})"
+        )
+
+
+def first_difference(model, index: int, request: Request, expected: list[int], got: list[int]) -> Difference | None:
+    """None if both token lists are the same. `model` is the stock model that decides how close the call was."""
+    if expected == got:
+        return None
+    pairs = zip(expected, got, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(got)))
+    sequence = torch.tensor([list(request.prompt) + expected[:place]], device=model.device)
+    with torch.no_grad():
+        best = model(sequence).logits[0, -1].float().topk(2).values
+    at = [tokens[place] if place < len(tokens) else None for tokens in (expected, got)]
+    return Difference(index, place, at[0], at[1], float(best[0] - best[1]))
+
+
+def _eos_ids(model) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _until_eos(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
+    return tokens[: end + 1]

@@ -1,0 +1,53 @@
+"""hf_paged: the Hugging Face model you already have, several times faster, and provably the same.
+
+    import hf_paged
+    hf_paged.patch(model)          # model.generate now runs through a paged, continuously batching engine
+    hf_paged.unpatch(model)        # and this takes it all back
+
+Names load on first use, so importing hf_paged costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncEngine": "engine.async_engine",
+    "CompletionOutput": "base.types",
+    "DeadlineExceeded": "base.errors",
+    "Engine": "hf.engine",
+    "EngineClosed": "base.errors",
+    "EngineConfig": "base.config",
+    "HfPagedError": "base.errors",
+    "InvalidArgument": "base.errors",
+    "KernelUnavailable": "base.errors",
+    "Logprob": "base.types",
+    "QueueFull": "base.errors",
+    "RequestFailed": "base.errors",
+    "RequestOutput": "base.types",
+    "RequestTooLarge": "base.errors",
+    "SamplingParams": "base.sampling_params",
+    "UnsupportedModel": "base.errors",
+    "UnsupportedOption": "base.errors",
+    "engine_of": "hf.patch",
+    "explain": "hf.patch",
+    "patch": "hf.patch",
+    "unpatch": "hf.patch",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hf_paged' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,100 @@
+"""Engine configuration: frozen, keyword-only, every field checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InvalidArgument
+
+KV_DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "cpu", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs. `None` means: chosen from the model and the device.
+
+    Attributes:
+        block_size: tokens per KV block. Default 16 on CPU, 64 on CUDA.
+        kv_cache_memory: most bytes the KV cache may take, as an int or a string such as "2GiB". By default a share
+            of the memory that is free (`memory_fraction`). On CPU the cache starts small and grows on demand.
+        memory_fraction: share of free memory used when `kv_cache_memory` is None. In (0, 1).
+        kv_dtype: "float32", "bfloat16" or "float16"; default the model's own dtype.
+        max_batch_tokens: token budget of one step, decodes and prefill chunks together.
+        max_num_seqs: most sequences running at once.
+        max_model_len: most tokens (prompt and output) of one sequence; default what the model's config allows.
+        prefix_cache: reuse KV blocks of equal prefixes.
+        policy: "fcfs", or "priority" (lower number first, then first come).
+        max_queue: most requests waiting; more raise `QueueFull`. None: unbounded.
+        attention_backend: "auto", "cpu" (the C++ kernel) or "reference" (plain torch).
+        fuse: run merged projections and fused norm/activation kernels where they are proven equal.
+        strict: turn every fallback to a slower path into an error.
+        seed: seed of requests that name none.
+    """
+
+    block_size: int | None = None
+    kv_cache_memory: int | str | None = None
+    memory_fraction: float | None = None
+    kv_dtype: str | None = None
+    max_batch_tokens: int | None = None
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    prefix_cache: bool = True
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    max_queue: int | None = None
+    attention_backend: str = "auto"
+    fuse: bool = True
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("block_size", "max_batch_tokens", "max_num_seqs", "max_model_len", "max_queue"):
+            value = getattr(self, name)
+            if value is None and name != "max_num_seqs":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidArgument(f"{name} must be a positive integer, got {value!r}")
+        if self.block_size is not None and self.block_size % 16:
+            raise InvalidArgument(f"block_size must be a multiple of 16, got {self.block_size}")
+        if self.kv_cache_memory is not None:
+            object.__setattr__(self, "kv_cache_memory", parse_bytes("kv_cache_memory", self.kv_cache_memory))
+        if self.memory_fraction is not None and not 0.0 < self.memory_fraction < 1.0:
+            raise InvalidArgument(f"memory_fraction must lie between 0 and 1, got {self.memory_fraction!r}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise InvalidArgument(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            known = ", ".join(ATTENTION_BACKENDS)
+            raise InvalidArgument(f"attention_backend must be one of {known}, got {self.attention_backend!r}")
+        if self.policy not in ("fcfs", "priority"):
+            raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {self.policy!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
+
+    def replace(self, **changes) -> EngineConfig:
+        """A copy with some fields changed. An unknown name raises InvalidArgument."""
+        known = {field.name for field in dataclasses.fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise InvalidArgument(
+                f"{unknown[0]} is not an EngineConfig field; the fields are {', '.join(sorted(known))}"
+            )
+        return dataclasses.replace(self, **changes)
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes from an int or a string such as "512MiB" or "2GB" (decimal and binary units)."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    if isinstance(value, str):
+        text = value.strip().lower()
+        digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+        unit = text[len(digits) :].strip()
+        try:
+            amount = float(digits) * units[unit]
+        except (ValueError, KeyError):
+            raise InvalidArgument(f'{name} must be bytes or a size such as "2GiB", got {value!r}') from None
+        value = int(amount) if amount == amount and amount not in (float("inf"), float("-inf")) else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidArgument(f"{name} must be a positive number of bytes, got {value!r}")
+    return value

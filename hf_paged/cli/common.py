@@ -1,0 +1,109 @@
+"""What the commands share: option types, errors as one line, a loaded and patched model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Hub id or local folder; without one, the embedded SmolLM2-135M-Instruct.", show_default=False),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)]
+
+DTYPES = ("float32", "bfloat16", "float16")
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class UserError(ValueError):
+    """Bad input to a command; the message is shown as it is."""
+
+
+@contextmanager
+def guard(debug: bool = False) -> Iterator[None]:
+    """Turn what a user can cause into one line on stderr and exit status 2; anything else keeps its traceback."""
+    from hf_paged.base.errors import HfPagedError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("hf-paged: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        raise SystemExit(1) from None
+    except (HfPagedError, OSError, ValueError, ImportError) as error:
+        if debug:
+            raise
+        print(f"hf-paged: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message up to its first line break, or its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def dtype_name(name: str | None) -> str | None:
+    if name is not None and name not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return name
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' notes about our own loading out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def load(*, model: str | None, dtype: str | None, device: str | None, threads: int | None, progress: bool):
+    """The model, unpatched, and its tokenizer."""
+    dtype = dtype_name(dtype)
+    import torch
+
+    from hf_paged.hf.build import load_model
+
+    quiet_libraries()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return load_model(model, dtype=dtype and getattr(torch, dtype), device=device, progress=progress)
+    except RuntimeError as error:  # an unknown or missing device, or too little memory for the weights
+        raise UserError(one_line(error)) from error
+
+
+@contextmanager
+def open_engine(**loading) -> Iterator[tuple]:
+    """(patched model, tokenizer, engine); everything is undone afterwards."""
+    model, tokenizer = load(**loading)
+    import hf_paged
+
+    hf_paged.patch(model, tokenizer=tokenizer)
+    try:
+        yield model, tokenizer, hf_paged.engine_of(model)
+    finally:
+        hf_paged.unpatch(model)
+
+
+def chat_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's next words.
+
+    Raises UserError if the model has no chat template or its template refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("this model has no chat template; use plain prompts")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise jinja's own errors, by way of whatever they call
+        raise UserError(f"the model's chat template refuses these messages: {one_line(error)}") from error
+    return tokenizer(text, add_special_tokens=False).input_ids

@@ -1,0 +1,104 @@
+"""`hf-paged generate`: many prompts at once, answers in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from .common import UserError, chat_prompt, one_line, open_engine
+
+
+def run_generate(
+    prompts: list[str], file: Path | None, chat: bool, sampling: dict, json_lines: bool, loading: dict
+) -> int:
+    """Read, generate, print. Returns 1 if any request failed, else 0."""
+    from hf_paged.base.sampling_params import SamplingParams
+
+    entries = [{"prompt": prompt} for prompt in prompts]
+    if file is not None:
+        entries += read_entries(file)
+    if not entries:
+        raise UserError("nothing to generate from: give --prompt or --file")
+    params = [make_params(SamplingParams, entry, sampling, place) for place, entry in enumerate(entries, 1)]
+    with open_engine(**loading) as (_, tokenizer, engine):
+        inputs = [to_input(tokenizer, entry, chat) for entry in entries]
+        outputs = engine.generate(inputs, params, progress=loading["progress"])
+    for place, (entry, output) in enumerate(zip(entries, outputs, strict=True)):
+        print(as_json(place, entry, output) if json_lines else as_text(place, entry, output, alone=len(entries) == 1))
+    return int(any(output.error is not None for output in outputs))
+
+
+def read_entries(file: Path) -> list[dict]:
+    """One dict with "prompt" or "messages" per line that is not empty."""
+    if str(file) == "-":
+        text, name = sys.stdin.read(), "standard input"
+    else:
+        text, name = file.read_text(encoding="utf-8"), str(file)
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{name} holds no prompts")
+    as_objects = file.suffix == ".jsonl" or (str(file) == "-" and lines[0][1].lstrip().startswith("{"))
+    if not as_objects:
+        return [{"prompt": line} for _, line in lines]
+    return [_parse(line, f"{name}, line {number}") for number, line in lines]
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
+        raise UserError(f'{where}: expected an object with either "prompt" or "messages"')
+    if not isinstance(entry.get("prompt", ""), str) or not isinstance(entry.get("messages", []), list):
+        raise UserError(f'{where}: "prompt" must be a string, "messages" a list')
+    return entry
+
+
+def make_params(cls, entry: dict, sampling: dict, place: int):
+    """Sampling parameters of one entry: the command's, overridden by the entry's own fields."""
+    own = {name: value for name, value in entry.items() if name not in ("prompt", "messages", "id")}
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(own) - known)
+    if unknown:
+        raise UserError(f"prompt {place}: {unknown[0]} is not a sampling parameter; known: {', '.join(sorted(known))}")
+    try:
+        return cls(**(sampling | own))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"prompt {place}: {one_line(error)}") from error
+
+
+def to_input(tokenizer, entry: dict, chat: bool) -> str | list[int]:
+    if "messages" in entry:
+        return chat_prompt(tokenizer, entry["messages"])
+    return chat_prompt(tokenizer, [{"role": "user", "content": entry["prompt"]}]) if chat else entry["prompt"]
+
+
+def as_text(place: int, entry: dict, output, *, alone: bool) -> str:
+    answers = [completion.text for completion in output.outputs] if output.error is None else []
+    body = "\n".join(answers) if answers else f"error: {one_line(output.error)}"
+    if alone:
+        return body
+    asked = entry.get("prompt") or entry["messages"][-1].get("content", "")
+    return f"[{place}] {_short(asked)}\n{body}\n"
+
+
+def as_json(place: int, entry: dict, output) -> str:
+    row: dict = {"index": place}
+    row |= {name: entry[name] for name in ("id", "prompt", "messages") if name in entry}
+    if output.error is not None:
+        return json.dumps(row | {"error": one_line(output.error)}, ensure_ascii=False)
+    first = output.outputs[0]
+    row |= {"text": first.text, "finish_reason": first.finish_reason}
+    if len(output.outputs) > 1:
+        row["texts"] = [completion.text for completion in output.outputs]
+    row["prompt_tokens"] = len(output.prompt_token_ids)
+    row["completion_tokens"] = sum(len(completion.token_ids) for completion in output.outputs)
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _short(text: object, width: int = 100) -> str:
+    flat = " ".join(str(text).split())
+    return flat if len(flat) <= width else flat[: width - 3] + "..."

@@ -1,0 +1,44 @@
+"""What one step is to compute, as plain data that can be pickled and sent to other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One forward pass over a packed batch, made by `Scheduler.schedule`.
+
+    Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: block copies
+    (all of them before the first layer), then all new keys and values are written, then attention runs: sequences
+    may read blocks that another sequence of the same plan fills.
+
+    The block tables are the scheduler's own lists: read only, valid until the plan is committed or rolled back.
+
+    Attributes:
+        step: counts plans from 1.
+        seq_ids: sequences that run.
+        num_new: query tokens of each sequence.
+        num_context: tokens of each sequence already in the cache.
+        token_ids: the new tokens, packed; sum(num_new) of them.
+        block_tables: [group][sequence] -> blocks covering num_context + num_new tokens; -1 where a sliding group
+            gave the block back (no query of this step sees it).
+        copies: [group] -> (source, destination) blocks to copy first. No destination is also a source.
+        num_blocks: [group] -> blocks the cache tensors must have for this step. It only grows.
+        samples: (packed row of the logits, seq_id) for every token to sample. A prompt with n > 1 has n on one row.
+    """
+
+    step: int
+    seq_ids: list[int]
+    num_new: list[int]
+    num_context: list[int]
+    token_ids: list[int]
+    block_tables: list[list[list[int]]]
+    copies: list[list[tuple[int, int]]]
+    num_blocks: list[int]
+    samples: list[tuple[int, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the step."""
+        return len(self.token_ids)

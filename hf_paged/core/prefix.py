@@ -1,0 +1,81 @@
+"""Prefix-cache keys (a hash chain over token blocks) and the search for the longest usable prefix.
+
+    key[-1] = sha256(tag | kind of salt | salt)         key[i] = sha256(key[i - 1] | tokens of block i, 8 bytes each)
+
+A key names the whole history up to the end of its block, so equal keys mean equal keys and values. SHA-256 because a
+forged collision would let one caller read the effects of another's prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as AbstractSequence
+
+from .blocks import BlockPool
+
+_ROOT_TAG = b"hf_paged prefix root\0"
+
+
+def root_key(cache_salt: str | bytes | None) -> bytes:
+    """Start of the chain. None, "" and b"" are three different salts."""
+    if cache_salt is None:
+        salt = b"\0"
+    elif isinstance(cache_salt, str):
+        salt = b"\1" + cache_salt.encode("utf-8", "surrogatepass")
+    else:
+        salt = b"\2" + bytes(cache_salt)
+    return hashlib.sha256(_ROOT_TAG + salt).digest()
+
+
+def extend_keys(
+    keys: list[bytes], token_ids: list[int], num_blocks: int, block_size: int, cache_salt: str | bytes | None
+) -> None:
+    """Append to `keys` until it holds those of the first `num_blocks` blocks of `token_ids`."""
+    if len(keys) >= num_blocks:
+        return
+    key = keys[-1] if keys else root_key(cache_salt)
+    for start in range(len(keys) * block_size, num_blocks * block_size, block_size):
+        key = hashlib.sha256(key + array("q", token_ids[start : start + block_size]).tobytes()).digest()
+        keys.append(key)
+
+
+def num_unseen_blocks(num_context: int, window: int | None, block_size: int) -> int:
+    """Leading blocks that no query at position `num_context` or later can see.
+
+    A query at p sees positions above p - window; a window of None sees everything.
+    """
+    if window is None or num_context < window:
+        return 0
+    return (num_context - window + 1) // block_size
+
+
+def longest_hit(
+    pools: AbstractSequence[BlockPool],
+    windows: AbstractSequence[int | None],
+    keys: AbstractSequence[bytes],
+    max_hit_blocks: int,
+    block_size: int,
+) -> int:
+    """Most leading blocks, up to `max_hit_blocks`, after which a sequence can go on in every group.
+
+    A full-attention group needs all of them; a sliding group those that its next query still sees.
+    """
+    best = 0
+    runs = [0] * len(pools)  # published blocks in a row, up to the current one
+    for count in range(1, max_hit_blocks + 1):
+        key = keys[count - 1]
+        usable = True
+        for group, window in enumerate(windows):
+            if pools[group].lookup(key) is not None:
+                runs[group] += 1
+            elif window is None:
+                return best
+            else:
+                runs[group] = 0
+            if window is not None:
+                needed = count - num_unseen_blocks(count * block_size, window, block_size)
+                usable = usable and runs[group] >= needed
+        if usable:
+            best = count
+    return best

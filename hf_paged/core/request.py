@@ -1,0 +1,157 @@
+"""Requests and the sequences (completions) they consist of."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is: waiting sequences hold no blocks, running ones hold a seat and blocks."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One prompt and what to do with it. The scheduler fills `sequences` and `first_scheduled`.
+
+    Attributes:
+        request_id: unique among the unfinished requests of a scheduler.
+        prompt_token_ids: the prompt; at least one token.
+        n: completions wanted. The prompt is computed once for all of them.
+        max_tokens: most output tokens of each completion; at least 1.
+        min_tokens: EOS and stop tokens end nothing before this many output tokens.
+        stop_token_ids: tokens that end a completion and are named as its `stop_reason`.
+        eos_token_ids: tokens that end a completion; empty when EOS is to be ignored.
+        priority: lower runs first under the "priority" policy.
+        arrival: seconds on the `time.monotonic` clock.
+        deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
+        cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
+        read_prefix_cache: False computes every prompt token anew (its blocks still serve others).
+        params: the engine's sampling parameters; opaque here.
+        state: the engine's own state; opaque here.
+        sequences: the completions so far. The leader alone until the prompt is computed, then `n`.
+        first_scheduled: seconds on the `time.monotonic` clock; None while it has never run.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    n: int = 1
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    arrival: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
+    cache_salt: str | bytes | None = None
+    read_prefix_cache: bool = True
+    params: object = None
+    state: object = None
+    sequences: list[Sequence] = field(default_factory=list)
+    first_scheduled: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was added and all its sequences have finished."""
+        return bool(self.sequences) and all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
+
+
+class Sequence:
+    """One completion of a request: its tokens, and the blocks that hold their keys and values.
+
+    Attributes:
+        seq_id: unique within a scheduler; the ids of one request are consecutive.
+        index: 0 to n - 1 within the request.
+        order: what the scheduling policy sorts by; smaller runs first, larger is preempted first.
+        token_ids: prompt and output.
+        num_prompt: tokens of the prompt.
+        num_computed: tokens whose keys and values are in the cache. It counts a step's tokens once it is committed.
+        block_tables: per group, the block of every `block_size` tokens; -1 where a sliding group gave it back.
+        block_keys: prefix-cache keys of the full blocks, as far as they were needed.
+        publishable: whether its blocks may enter the prefix cache (not when older weights computed part of them).
+        pending_forks: siblings still to be forked off when the prompt is computed; each has a seat reserved.
+        num_cached_tokens: prompt tokens found in the prefix cache when it first ran.
+        num_preemptions: times it lost its blocks to another sequence.
+    """
+
+    __slots__ = (
+        "block_keys",
+        "block_tables",
+        "finish_reason",
+        "index",
+        "num_cached_tokens",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt",
+        "order",
+        "pending_forks",
+        "publishable",
+        "request",
+        "seq_id",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, seq_id: int, request: Request, index: int, order: tuple[int, int], num_groups: int):
+        self.seq_id = seq_id
+        self.request = request
+        self.index = index
+        self.order = order
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
+        self.num_computed = 0
+        self.block_tables: list[list[int]] = [[] for _ in range(num_groups)]
+        self.block_keys: list[bytes] = []
+        self.publishable = True
+        self.pending_forks = 0
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not computed yet: 1 for a decode, more for a prefill."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def seats(self) -> int:
+        """Running places it takes, those reserved for siblings to be forked included."""
+        return 1 + self.pending_forks
+
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.request.request_id!r}[{self.index}], {self.status.value}, "
+            f"{self.num_computed}/{len(self.token_ids)} tokens)"
+        )
+
+
+def check_finished(seq: Sequence, max_model_len: int) -> tuple[str, int | None] | None:
+    """(finish reason, stop reason) if the last output token ends `seq`, else None."""
+    request, token, num_output = seq.request, seq.token_ids[-1], seq.num_output
+    if num_output >= request.min_tokens:
+        if token in request.eos_token_ids:
+            return "stop", None
+        if token in request.stop_token_ids:
+            return "stop", token
+    if num_output >= request.max_tokens or len(seq.token_ids) >= max_model_len:
+        return "length", None
+    return None

@@ -1,0 +1,518 @@
+"""The scheduler: which sequences run in the next step, on how many tokens, in which blocks.
+
+    add -> waiting -> (schedule) running -> (commit) finished
+              ^------ preempted, rolled back ------'
+
+`schedule` makes a StepPlan, and `commit` (or, if the forward failed, `rollback`) ends it: one plan at a time. Calls come
+from one thread. All sequences are ranked by the policy, first come first served or by priority. A step walks down that
+order; whoever lacks blocks takes them from the last in order, so the first always advances and all finish.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import bisect_left, insort
+from collections.abc import Container, Mapping
+from collections.abc import Sequence as AbstractSequence
+
+from ..base.errors import InvalidArgument, QueueFull, RequestTooLarge
+from .plan import StepPlan
+from .request import Request, Sequence, SequenceStatus, check_finished
+from .step import StepDraft
+from .tables import BlockTables, GroupSpec
+
+__all__ = ["GroupSpec", "Scheduler"]
+
+
+def _rank(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+class Scheduler:
+    """Continuous batching over paged blocks.
+
+    Args:
+        groups: the block groups, by what their layers see.
+        block_size: tokens per block.
+        num_blocks: per group, blocks to begin with.
+        max_blocks: per group, blocks it may grow to.
+        max_batch_tokens: token budget of a step.
+        max_num_seqs: most running sequences.
+        max_model_len: most tokens of a sequence, prompt and output.
+        prefix_cache: share blocks of equal prefixes.
+        policy: "fcfs", or "priority": lower numbers first, and waiting sequences preempt running ones of a higher one.
+        max_queue: most sequences waiting; `add` raises QueueFull beyond. None: unbounded.
+
+    Attributes:
+        requests: unfinished requests by id.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: AbstractSequence[GroupSpec],
+        block_size: int,
+        num_blocks: list[int],
+        max_blocks: list[int],
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        prefix_cache: bool = True,
+        policy: str = "fcfs",
+        max_queue: int | None = None,
+    ):
+        if policy not in ("fcfs", "priority"):
+            raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {policy!r}")
+        assert max_batch_tokens >= 1 and max_num_seqs >= 1
+        self.max_batch_tokens = max_batch_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.max_queue = max_queue
+        self.requests: dict[str, Request] = {}
+        self._by_priority = policy == "priority"
+        self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache)
+        self._waiting: list[Sequence] = []  # both lists in policy order
+        self._running: list[Sequence] = []
+        self._seats_used = 0
+        self._sequences: dict[int, Sequence] = {}
+        self._ended: dict[int, Sequence] = {}  # of requests dropped since the last `schedule`
+        self._deadlines: list[tuple[float, int, Request]] = []  # heap; ended requests leave it lazily
+        self._next_seq_id = 0
+        self._num_steps = 0
+        self._in_flight: tuple[StepPlan, StepDraft] | None = None
+        self._blocked: tuple[int, int] | None = None  # (seq_id, num_releases) of a sequence that found no blocks
+        self.reset_stats()
+
+    # -- requests in
+
+    def add(self, request: Request) -> None:
+        """Queue `request`.
+
+        Raises:
+            InvalidArgument: an empty prompt, an n above max_num_seqs, an id that is in use.
+            RequestTooLarge: it could never run.
+            QueueFull: `max_queue` sequences wait already.
+        """
+        self._check(request)
+        if self.max_queue is not None and len(self._waiting) >= self.max_queue:
+            raise QueueFull(f"{len(self._waiting)} sequences are waiting already (max_queue is {self.max_queue})")
+        seq_id = self._next_seq_id
+        self._next_seq_id += request.n
+        leader = self._new_sequence(request, 0, seq_id)
+        leader.pending_forks = request.n - 1
+        self.requests[request.request_id] = request
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, seq_id, request))
+        insort(self._waiting, leader, key=_rank)
+
+    def _check(self, request: Request) -> None:
+        """Refuse what is wrong or could never run."""
+        num_prompt, n, most = len(request.prompt_token_ids), request.n, self.max_model_len
+        if request.request_id in self.requests:
+            raise InvalidArgument(f"request_id {request.request_id!r} is in use")
+        if not num_prompt:
+            raise InvalidArgument("prompt is empty; give at least one token")
+        if n < 1 or n > self.max_num_seqs:
+            raise InvalidArgument(f"n must be between 1 and max_num_seqs ({self.max_num_seqs}), got {n}")
+        if request.max_tokens < 1:
+            raise InvalidArgument(f"max_tokens must be at least 1, got {request.max_tokens}")
+        if num_prompt > most - 1:
+            raise RequestTooLarge(
+                f"prompt has {num_prompt} tokens, but with max_model_len {most} it can have at most {most - 1}; "
+                "shorten it or raise max_model_len"
+            )
+        needs = self._tables.most_blocks(request, most)
+        for group, (need, pool) in enumerate(zip(needs, self._tables.pools)):
+            if need > pool.max_blocks:
+                raise RequestTooLarge(
+                    f"prompt of {num_prompt} tokens with max_tokens {request.max_tokens} and n {n} can take {need} KV "
+                    f"blocks of {self._tables.block_size} tokens in group {group}, but the cache holds at most "
+                    f"{pool.max_blocks}; raise kv_cache_memory, or lower max_tokens or n"
+                )
+
+    # -- one step
+
+    def schedule(self, only: Container[int] | None = None) -> StepPlan | None:
+        """Plan the next step, or None if nothing can run.
+
+        With `only`, no other sequence ids run; others may lose their blocks so that these can. A plan that was
+        neither committed nor rolled back (an interrupt came between) is rolled back first.
+        """
+        if self._in_flight is not None:
+            self.rollback(self._in_flight[0])
+        self._ended.clear()
+        draft = StepDraft(self.max_batch_tokens, only, len(self._tables.pools))
+        running = [seq for seq in self._running if draft.may_run(seq)]
+        draft.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
+        for seq in running:
+            if self._waiting:
+                self._admit_before(draft, seq.order)
+            if seq.status is SequenceStatus.RUNNING:  # not preempted by one before it
+                self._advance(draft, seq)
+        self._admit_before(draft, None)
+        draft.changes.release_sources()
+        plan = draft.pack(self._num_steps + 1, self._tables)
+        if plan is not None:
+            self._num_steps += 1
+            self._in_flight = (plan, draft)
+        return plan
+
+    def commit(self, plan: StepPlan, tokens: Mapping[int, int]) -> list[Sequence]:
+        """The step of `plan` was computed. Appends the sampled tokens and ends the sequences they finish.
+
+        Args:
+            tokens: seq_id -> sampled token. A sequence whose sampling failed is left out: `finish` or `abort` it.
+
+        Returns:
+            The sequences that got a token. Those ended since `schedule` are passed over.
+        """
+        draft = self._land(plan)
+        for seq_id, count in zip(plan.seq_ids, plan.num_new):
+            seq = self._sequences.get(seq_id)
+            if seq is not None and seq.status is SequenceStatus.RUNNING:
+                seq.num_computed += count
+        for sibling in draft.forked:
+            if sibling.status is SequenceStatus.RUNNING:
+                sibling.num_computed = sibling.num_prompt
+        advanced = []
+        for _, seq_id in plan.samples:
+            seq = self._sequences.get(seq_id)
+            if seq is None or seq.status is not SequenceStatus.RUNNING or seq_id not in tokens:
+                continue
+            seq.append(tokens[seq_id])
+            advanced.append(seq)
+            verdict = check_finished(seq, self.max_model_len)
+            if verdict is not None:
+                self._end(seq, *verdict)
+        return advanced
+
+    def rollback(self, plan: StepPlan) -> None:
+        """The step of `plan` failed: its sequences lose all their blocks and wait again, in order.
+
+        Blocks the step was to fill leave the prefix cache; those of earlier steps stay. Siblings forked by the plan
+        remain and compute the prompt for themselves (from the prefix cache, as a rule). Not counted as preemption.
+        """
+        draft = self._land(plan)
+        draft.changes.unpublish()
+        for seq in [self._sequences.get(seq_id) for seq_id in plan.seq_ids] + draft.forked:
+            if seq is not None and seq.status is SequenceStatus.RUNNING:
+                self._send_back(seq)
+
+    def _land(self, plan: StepPlan) -> StepDraft:
+        assert self._in_flight is not None and self._in_flight[0] is plan, "not the plan that schedule() made last"
+        draft = self._in_flight[1]
+        self._in_flight = None
+        return draft
+
+    # -- planning
+
+    def _advance(self, draft: StepDraft, seq: Sequence) -> None:
+        """Schedule the running `seq` for as many tokens as budget and blocks allow; preempt others if for none."""
+        draft.decodes.discard(seq.seq_id)
+        remaining = seq.num_remaining
+        want = min(remaining, draft.spare_budget)
+        if want < 1:
+            return
+        self._tables.release_unseen(seq)
+        while (count := self._tables.room(seq, want)) == 0:
+            victim = self._victim(draft, seq, admitting=False)
+            if victim is None:
+                return  # it keeps what it has and waits for blocks
+            self._preempt(draft, victim)
+        self._tables.extend(seq, count, draft.changes)
+        if count < remaining:
+            draft.add(seq, count, [])
+            draft.prefills.append((seq, seq.num_computed + count))
+            return
+        draft.add(seq, count, list(range(seq.seq_id, seq.seq_id + seq.seats)))
+        if seq.pending_forks:
+            self._fork(draft, seq)
+
+    def _admit_before(self, draft: StepDraft, order: tuple[int, int] | None) -> None:
+        """Admit waiting sequences in order while that works: those that rank before `order`, or all."""
+        while draft.admitting and draft.cursor < len(self._waiting):
+            seq = self._waiting[draft.cursor]
+            if order is not None and seq.order > order:
+                return
+            if not draft.may_run(seq):
+                draft.cursor += 1
+            elif seq.seq_id in draft.preempted or draft.spare_budget < 1 or not self._admit(draft, seq):
+                draft.admitting = False
+
+    def _admit(self, draft: StepDraft, seq: Sequence) -> bool:
+        """Seat the waiting `seq` and schedule it, or hold it back. False: it needs seats or blocks that are not there."""
+        tables = self._tables
+        if self._running and draft.only is None and self._blocked == (seq.seq_id, tables.num_releases):
+            return False
+        if not self._free_seats(draft, seq):
+            return False
+        num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
+        if self._is_coming(draft, seq, num_hit):
+            draft.cursor += 1
+            return True
+        tables.take_hit(seq, num_hit)
+        while not self._fits(draft, seq):
+            victim = self._victim(draft, seq, admitting=True)
+            if victim is None:
+                tables.release(seq)
+                self._blocked = (seq.seq_id, tables.num_releases)
+                return False
+            self._preempt(draft, victim)
+        del self._waiting[self._index(self._waiting, seq)]
+        self._seat(seq)
+        seq.publishable = True
+        self._note_admission(seq)
+        self._advance(draft, seq)
+        return True
+
+    def _free_seats(self, draft: StepDraft, seq: Sequence) -> bool:
+        """Whether `seq` finds seats, for the siblings it will fork too; preempts for them if that is enough."""
+        lacking = self._seats_used + seq.seats - self.max_num_seqs
+        if lacking <= 0:
+            return True
+        victims = [other for other in self._running if self._yields(draft, other, seq, admitting=True)]
+        if sum(victim.seats for victim in victims) < lacking:
+            return False
+        while self._seats_used + seq.seats > self.max_num_seqs:
+            self._preempt(draft, victims.pop())
+        return True
+
+    def _fits(self, draft: StepDraft, seq: Sequence) -> bool:
+        """Whether there are blocks for all of `seq`'s known tokens and one more for every seat taken.
+
+        Admitting more would only preempt somebody a few steps later. What runs alone always fits: `add` saw to that.
+        """
+        if not self._running:
+            return True
+        chunk = min(draft.spare_budget, seq.num_remaining)
+        return self._tables.fits(seq, chunk, headroom=self._seats_used + seq.pending_forks)
+
+    def _is_coming(self, draft: StepDraft, seq: Sequence, num_hit: int) -> bool:
+        """Whether a prefill of this very step will soon compute the next block of `seq`'s prompt.
+
+        It is worth waiting for. Only prefills that advance in this step count, so nobody waits for nothing.
+        """
+        if not self._tables.prefix_cache or not seq.request.read_prefix_cache:
+            return False
+        block_size = self._tables.block_size
+        if (num_hit + 1) * block_size >= len(seq.token_ids):
+            return False
+        return any(
+            leader.publishable
+            and end < (num_hit + 1) * block_size <= len(leader.token_ids)
+            and leader.block_keys[num_hit] == seq.block_keys[num_hit]
+            for leader, end in draft.prefills
+        )
+
+    def _victim(self, draft: StepDraft, seq: Sequence, admitting: bool) -> Sequence | None:
+        """The running sequence, last in order, that must give its blocks to `seq`; None if there is none."""
+        if draft.only is not None:
+            return next((other for other in reversed(self._running) if self._yields(draft, other, seq, admitting)), None)
+        last = self._running[-1] if self._running else None
+        return last if last is not None and self._yields(draft, last, seq, admitting) else None
+
+    def _yields(self, draft: StepDraft, other: Sequence, seq: Sequence, admitting: bool) -> bool:
+        """Whether the running `other` may be preempted for `seq`: never if it is part of this step already."""
+        if other.seq_id in draft.busy or other is seq:
+            return False
+        if not draft.may_run(other):
+            return True
+        if admitting:  # a newcomer takes only from a lower class, or equals would push each other out
+            return self._by_priority and other.order[0] > seq.order[0]
+        return other.order > seq.order
+
+    def _fork(self, draft: StepDraft, leader: Sequence) -> None:
+        """The step completes the prompt: its siblings come into being, sharing every block."""
+        for index in range(1, leader.request.n):
+            sibling = self._new_sequence(leader.request, index, leader.seq_id + index)
+            self._tables.fork(leader, sibling)
+            sibling.num_cached_tokens = leader.num_cached_tokens
+            sibling.status = SequenceStatus.RUNNING
+            insort(self._running, sibling, key=_rank)
+            draft.forked.append(sibling)
+            draft.busy.add(sibling.seq_id)
+        leader.pending_forks = 0  # the seats it held for them are theirs now
+
+    def _note_admission(self, seq: Sequence) -> None:
+        request = seq.request
+        if request.first_scheduled is not None:
+            return
+        request.first_scheduled = time.monotonic()
+        seq.num_cached_tokens = seq.num_computed
+        if self._tables.prefix_cache and request.read_prefix_cache:
+            self._num_hit += seq.num_computed
+            self._num_queried += len(seq.token_ids)
+
+    # -- ends
+
+    def finish(self, seq_id: int, reason: str, stop_reason: int | str | None = None) -> None:
+        """End one sequence now. Nothing happens if it has ended already.
+
+        Ending a leader that has not forked yet ends its siblings with it.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is not None and seq.status is not SequenceStatus.FINISHED:
+            self._end(seq, reason, stop_reason)
+
+    def abort(self, request_id: str) -> bool:
+        """End all sequences of a request with reason "abort". False if there is no such unfinished request."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        for seq in list(request.sequences):
+            self.finish(seq.seq_id, "abort")
+        return True
+
+    def expired(self, now: float) -> list[Request]:
+        """Unfinished requests whose deadline has passed at `now` (`time.monotonic` clock). They go on until ended."""
+        passed = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            entry = heapq.heappop(self._deadlines)
+            if self.requests.get(entry[2].request_id) is entry[2]:
+                passed.append(entry)
+        for entry in passed:
+            heapq.heappush(self._deadlines, entry)
+        return [request for _, _, request in passed]
+
+    def _end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """Finish `seq`, free what it held, drop the request if it was its last."""
+        request = seq.request
+        if seq.status is SequenceStatus.RUNNING:
+            self._unseat(seq)
+        else:
+            del self._waiting[self._index(self._waiting, seq)]
+        siblings = [self._new_sequence(request, index, seq.seq_id + index) for index in range(1, seq.seats)]
+        seq.pending_forks = 0
+        for ended in [seq, *siblings]:
+            ended.status, ended.finish_reason, ended.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
+        if request.finished:
+            del self.requests[request.request_id]
+            for ended in request.sequences:
+                self._ended[ended.seq_id] = self._sequences.pop(ended.seq_id)
+
+    # -- state changes
+
+    def _new_sequence(self, request: Request, index: int, seq_id: int) -> Sequence:
+        order = (request.priority if self._by_priority else 0, seq_id)
+        seq = Sequence(seq_id, request, index, order, len(self._tables.pools))
+        request.sequences.append(seq)
+        self._sequences[seq_id] = seq
+        return seq
+
+    def _seat(self, seq: Sequence) -> None:
+        insort(self._running, seq, key=_rank)
+        self._seats_used += seq.seats
+        seq.status = SequenceStatus.RUNNING
+
+    def _unseat(self, seq: Sequence) -> None:
+        del self._running[self._index(self._running, seq)]
+        self._seats_used -= seq.seats
+        self._tables.release(seq)
+
+    def _send_back(self, seq: Sequence) -> None:
+        """Back to waiting, with nothing computed."""
+        self._unseat(seq)
+        seq.status = SequenceStatus.WAITING
+        insort(self._waiting, seq, key=_rank)
+
+    def _preempt(self, draft: StepDraft, victim: Sequence) -> None:
+        draft.decodes.discard(victim.seq_id)
+        draft.preempted.add(victim.seq_id)
+        victim.num_preemptions += 1
+        self._num_preemptions += 1
+        self._send_back(victim)
+
+    @staticmethod
+    def _index(queue: list[Sequence], seq: Sequence) -> int:
+        index = bisect_left(queue, seq.order, key=_rank)
+        assert queue[index] is seq, f"{seq} is not in its queue"
+        return index
+
+    # -- weights
+
+    def reset_prefix_cache(self) -> None:
+        """The weights changed: no later request may find a block computed so far.
+
+        Running sequences keep their keys and values, computed under the old weights, and publish no more blocks;
+        `recompute_all` makes them start over too.
+        """
+        self._tables.clear_cache()
+        for seq in self._running:
+            seq.publishable = False
+
+    def recompute_all(self) -> None:
+        """`reset_prefix_cache`, and all running sequences recompute everything under the new weights.
+
+        A plan that is under way is rolled back. Outputs so far are kept. Not counted as preemption.
+        """
+        if self._in_flight is not None:
+            self.rollback(self._in_flight[0])
+        self.reset_prefix_cache()
+        for seq in list(self._running):
+            self._send_back(seq)
+
+    # -- looking in
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences waiting; a request that has not forked yet counts once."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    def is_request_finished(self, request_id: str) -> bool:
+        """Whether all its sequences have ended (or it was never added)."""
+        return request_id not in self.requests
+
+    def sequence(self, seq_id: int) -> Sequence:
+        """A sequence of an unfinished request, or of one that ended since the last `schedule`; else KeyError."""
+        seq = self._sequences.get(seq_id)
+        return self._ended[seq_id] if seq is None else seq
+
+    def stats(self) -> dict:
+        """Counts since `reset_stats`, and the state now. Lists have one entry per group, in blocks."""
+        pools = self._tables.pools
+        return {
+            "waiting": len(self._waiting),
+            "running": len(self._running),
+            "blocks_in_use": [pool.num_in_use for pool in pools],
+            "blocks_total": [pool.max_blocks for pool in pools],
+            "blocks_peak": [pool.peak_in_use for pool in pools],
+            "prefix_hit_tokens": self._num_hit,
+            "prefix_queried_tokens": self._num_queried,
+            "preemptions": self._num_preemptions,
+        }
+
+    def reset_stats(self) -> None:
+        """Start the counters and the peak anew."""
+        self._num_hit = self._num_queried = self._num_preemptions = 0
+        for pool in self._tables.pools:
+            pool.reset_peak()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, seats, tables, reference counts and published keys agree."""
+        for queue, status in ((self._waiting, SequenceStatus.WAITING), (self._running, SequenceStatus.RUNNING)):
+            assert all(a.order < b.order for a, b in zip(queue, queue[1:])), "a queue is out of order"
+            assert all(seq.status is status for seq in queue), "a sequence is in the wrong queue"
+        live = [seq for request in self.requests.values() for seq in request.sequences]
+        assert {id(seq) for seq in live} == {id(seq) for seq in self._sequences.values()}, "sequences got lost"
+        unfinished = {id(seq) for seq in live if seq.status is not SequenceStatus.FINISHED}
+        assert unfinished == {id(seq) for seq in self._waiting + self._running}, "a queue lost a sequence"
+        assert not any(request.finished for request in self.requests.values()), "a finished request was kept"
+        assert self._seats_used == sum(seq.seats for seq in self._running) <= self.max_num_seqs, "seats are off"
+        num_tokens = {seq.seq_id: seq.num_computed for seq in live}
+        if self._in_flight is not None:
+            plan, draft = self._in_flight
+            for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context):
+                if seq_id in num_tokens and self._sequences[seq_id].status is SequenceStatus.RUNNING:
+                    num_tokens[seq_id] = context + new
+            for seq in draft.forked:
+                if seq.status is SequenceStatus.RUNNING:
+                    num_tokens[seq.seq_id] = seq.num_prompt
+        self._tables.check_integrity(live, num_tokens)

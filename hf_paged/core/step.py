@@ -1,0 +1,97 @@
+"""A step while it is being planned: the budget left, who runs, and the packing into a StepPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from .plan import StepPlan
+from .request import Sequence
+from .tables import BlockTables, TableChanges
+
+
+class StepDraft:
+    """Collects what one step computes.
+
+    Attributes:
+        budget: tokens that may still be scheduled.
+        only: sequence ids that may run; None for all.
+        decodes: running sequences with one token to compute whose turn is still to come; each has one token of the
+            budget reserved.
+        busy: sequences that run in this step or were forked in it; they are not preempted.
+        preempted: sequences preempted while planning; they are not admitted again at once.
+        prefills: (sequence, tokens in the cache after the step) of prompts that need further steps.
+        forked: siblings that come into being with this step.
+        cursor: how many waiting sequences were looked at and passed over.
+        admitting: whether further waiting sequences may be looked at.
+        changes: what happened to the block pools.
+    """
+
+    __slots__ = (
+        "_entries",
+        "admitting",
+        "budget",
+        "busy",
+        "changes",
+        "cursor",
+        "decodes",
+        "forked",
+        "only",
+        "preempted",
+        "prefills",
+    )
+
+    def __init__(self, budget: int, only: Container[int] | None, num_groups: int):
+        self.budget = budget
+        self.only = only
+        self.decodes: set[int] = set()
+        self.busy: set[int] = set()
+        self.preempted: set[int] = set()
+        self.prefills: list[tuple[Sequence, int]] = []
+        self.forked: list[Sequence] = []
+        self.cursor = 0
+        self.admitting = True
+        self.changes = TableChanges(num_groups)
+        self._entries: list[tuple[Sequence, int, list[int]]] = []
+
+    @property
+    def spare_budget(self) -> int:
+        """Tokens a prefill may take: the budget less what the coming decodes need."""
+        return self.budget - len(self.decodes)
+
+    def may_run(self, seq: Sequence) -> bool:
+        return self.only is None or seq.seq_id in self.only
+
+    def add(self, seq: Sequence, count: int, samples: list[int]) -> None:
+        """`seq` computes `count` tokens; the sequences `samples` get a token from the last one's logits."""
+        self._entries.append((seq, count, samples))
+        self.busy.add(seq.seq_id)
+        self.budget -= count
+
+    def pack(self, step: int, tables: BlockTables) -> StepPlan | None:
+        """The plan, single tokens before longer chunks; None if nothing runs."""
+        if not self._entries:
+            return None
+        entries = [entry for entry in self._entries if entry[1] == 1]
+        if len(entries) < len(self._entries):
+            entries += [entry for entry in self._entries if entry[1] > 1]
+        token_ids: list[int] = []
+        samples: list[tuple[int, int]] = []
+        for seq, count, seq_ids in entries:
+            start = seq.num_computed
+            if count == 1:
+                token_ids.append(seq.token_ids[start])
+            else:
+                token_ids += seq.token_ids[start : start + count]
+            for seq_id in seq_ids:
+                samples.append((len(token_ids) - 1, seq_id))
+        return StepPlan(
+            step=step,
+            seq_ids=[seq.seq_id for seq, _, _ in entries],
+            num_new=[count for _, count, _ in entries],
+            num_context=[seq.num_computed for seq, _, _ in entries],
+            token_ids=token_ids,
+            block_tables=[[seq.block_tables[group] for seq, _, _ in entries] for group in range(len(tables.pools))],
+            copies=self.changes.copies,
+            num_blocks=[pool.num_blocks for pool in tables.pools],
+            samples=samples,
+        )

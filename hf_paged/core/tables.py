@@ -1,0 +1,242 @@
+"""Block tables of sequences over all block groups: what a step takes, shares, copies, publishes and gives back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+
+from .blocks import BlockPool
+from .prefix import extend_keys, longest_hit, num_unseen_blocks
+from .request import Request, Sequence
+
+RELEASED = -1  # table entry of a block that a sliding group gave back
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One block group: layers of one kind that share a block table.
+
+    window: None for full attention; else a query at position p sees positions above p - window, itself included.
+    """
+
+    window: int | None
+
+
+class TableChanges:
+    """What the sequences of one step did to the pools.
+
+    Attributes:
+        copies: [group] -> (source, destination) blocks to copy before the step.
+        sources: (pool, block) of the copies' sources: held until the whole step is planned, so that no source
+            becomes the destination of another copy and copies may run in any order.
+        published: (pool, block, key) of the blocks this step fills.
+    """
+
+    __slots__ = ("copies", "published", "sources")
+
+    def __init__(self, num_groups: int):
+        self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_groups)]
+        self.sources: list[tuple[BlockPool, int]] = []
+        self.published: list[tuple[BlockPool, int, bytes]] = []
+
+    def release_sources(self) -> None:
+        for pool, block in self.sources:
+            pool.release(block)
+        self.sources.clear()
+
+    def unpublish(self) -> None:
+        """The step failed: nobody may find the blocks it was to fill."""
+        for pool, block, key in self.published:
+            if pool.key_of(block) == key:
+                pool.unpublish(block)
+        self.published.clear()
+
+
+class BlockTables:
+    """The pools of all groups, and the operations on a sequence's block tables.
+
+    Attributes:
+        pools: one per group.
+        num_releases: counts releases; while it stands still, no block has become free.
+    """
+
+    def __init__(
+        self,
+        groups: AbstractSequence[GroupSpec],
+        block_size: int,
+        num_blocks: AbstractSequence[int],
+        max_blocks: AbstractSequence[int],
+        prefix_cache: bool,
+    ):
+        assert groups and len(groups) == len(num_blocks) == len(max_blocks), "one pool per group"
+        assert all(group.window is None or group.window >= 1 for group in groups), "a window sees at least its query"
+        self.block_size = block_size
+        self.windows = [group.window for group in groups]
+        self.pools = [BlockPool(now, most) for now, most in zip(num_blocks, max_blocks)]
+        self.prefix_cache = prefix_cache
+        self.num_releases = 0
+        self._sliding = [index for index, window in enumerate(self.windows) if window is not None]
+
+    # -- prefix cache
+
+    def longest_hit(self, seq: Sequence) -> int:
+        """Leading blocks of `seq` that the prefix cache holds. At least one token is left to compute."""
+        num_tokens = len(seq.token_ids)
+        self._extend_keys(seq, num_tokens // self.block_size)
+        if not seq.request.read_prefix_cache:
+            return 0
+        most = (num_tokens - 1) // self.block_size
+        return longest_hit(self.pools, self.windows, seq.block_keys, most, self.block_size)
+
+    def take_hit(self, seq: Sequence, num_blocks: int) -> None:
+        """Start the empty `seq` with its first `num_blocks` blocks from the prefix cache."""
+        seq.num_computed = num_blocks * self.block_size
+        for pool, window, table in zip(self.pools, self.windows, seq.block_tables):
+            assert not table, "a hit starts a sequence"
+            unseen = num_unseen_blocks(seq.num_computed, window, self.block_size)
+            table.extend([RELEASED] * unseen)
+            for key in seq.block_keys[unseen:num_blocks]:
+                block = pool.lookup(key)
+                pool.incref(block)
+                table.append(block)
+
+    def clear_cache(self) -> None:
+        for pool in self.pools:
+            pool.clear_cache()
+
+    # -- taking blocks
+
+    def room(self, seq: Sequence, want: int) -> int:
+        """How many of the next `want` tokens of `seq` fit into the blocks it has and those that are free."""
+        num_computed, block_size = seq.num_computed, self.block_size
+        for pool, table in zip(self.pools, seq.block_tables):
+            spare = len(table) * block_size - num_computed
+            free = pool.num_free
+            if spare and pool.refs[table[-1]] > 1:  # to be written and shared: it is copied first
+                if not free:
+                    return 0
+                free -= 1
+            if spare < want:
+                want = min(want, spare + free * block_size)
+        return want
+
+    def extend(self, seq: Sequence, count: int, changes: TableChanges) -> None:
+        """Give `seq` the blocks for its next `count` tokens (`room` said they fit) and publish those that fill up."""
+        block_size, begin = self.block_size, seq.num_computed
+        end = begin + count
+        for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables)):
+            if begin % block_size and pool.refs[table[-1]] > 1:
+                source, table[-1] = table[-1], pool.allocate()
+                changes.copies[group].append((source, table[-1]))
+                changes.sources.append((pool, source))
+            while len(table) * block_size < end:
+                table.append(pool.allocate())
+        if self.prefix_cache and seq.publishable and begin // block_size < end // block_size:
+            self._publish(seq, begin // block_size, end // block_size, changes)
+
+    def fork(self, seq: Sequence, sibling: Sequence) -> None:
+        """Let the new `sibling` share all blocks of `seq`."""
+        sibling.block_keys = list(seq.block_keys)
+        sibling.publishable = seq.publishable
+        sibling.block_tables = [list(table) for table in seq.block_tables]
+        for pool, table in zip(self.pools, sibling.block_tables):
+            for block in table:
+                if block != RELEASED:
+                    pool.incref(block)
+
+    # -- giving blocks back
+
+    def release_unseen(self, seq: Sequence) -> None:
+        """Give back the blocks of sliding groups that no further query of `seq` can see."""
+        for group in self._sliding:
+            table = seq.block_tables[group]
+            index = num_unseen_blocks(seq.num_computed, self.windows[group], self.block_size) - 1
+            while index >= 0 and table[index] != RELEASED:
+                self.pools[group].release(table[index])
+                table[index] = RELEASED
+                index -= 1
+                self.num_releases += 1
+
+    def release(self, seq: Sequence) -> None:
+        """Give back all blocks of `seq`, tails first: they are the least likely to be hit, so evicted first.
+
+        The tables are replaced, not emptied: a plan under way still refers to the old lists.
+        """
+        for pool, table in zip(self.pools, seq.block_tables):
+            for block in reversed(table):
+                if block != RELEASED:
+                    pool.release(block)
+        seq.block_tables = [[] for _ in self.pools]
+        seq.num_computed = 0
+        self.num_releases += 1
+
+    # -- sizes
+
+    def fits(self, seq: Sequence, chunk: int, headroom: int) -> bool:
+        """Whether all known tokens of `seq`, taken in steps of `chunk`, fit and leave `headroom` blocks a group."""
+        num_blocks = _ceil_div(len(seq.token_ids), self.block_size)
+        for pool, window, table in zip(self.pools, self.windows, seq.block_tables):
+            held = sum(block != RELEASED for block in table)
+            need = num_blocks - len(table) + held
+            if window is not None:
+                need = min(need, _window_span(window + chunk, self.block_size))
+            if max(need - held, 1) + headroom > pool.num_free:
+                return False
+        return True
+
+    def most_blocks(self, request: Request, max_model_len: int) -> list[int]:
+        """Blocks a group that `request` holds at most, with all its sequences at full length and nothing else."""
+        block_size, num_prompt = self.block_size, len(request.prompt_token_ids)
+        # the last token is never fed back, so its keys and values are never stored
+        num_stored = min(num_prompt + request.max_tokens, max_model_len) - 1
+        own, shared = _ceil_div(num_stored, block_size), num_prompt // block_size
+        whole = shared + request.n * (own - shared)
+        return [
+            whole if window is None else min(whole, request.n * min(own, _window_span(window, block_size)))
+            for window in self.windows
+        ]
+
+    def check_integrity(self, sequences: Iterable[Sequence], num_tokens: dict[int, int]) -> None:
+        """Raise AssertionError unless pools and tables agree. `num_tokens`: tokens each table must cover, by seq_id."""
+        expected = [Counter() for _ in self.pools]
+        for seq in sequences:
+            for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables)):
+                assert len(table) == _ceil_div(num_tokens[seq.seq_id], self.block_size), f"table length of {seq}"
+                unseen = num_unseen_blocks(seq.num_computed, self.windows[group], self.block_size)
+                for index, block in enumerate(table):
+                    if block == RELEASED:
+                        assert index < unseen, f"{seq} lost block {index} of group {group}, which it still sees"
+                        continue
+                    expected[group][block] += 1
+                    key = pool.key_of(block)
+                    assert key is None or key == seq.block_keys[index], f"{seq} holds a block of another prefix"
+        for pool, refs in zip(self.pools, expected):
+            pool.check_integrity(refs)
+
+    # -- private
+
+    def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
+        extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, seq.request.cache_salt)
+
+    def _publish(self, seq: Sequence, begin: int, end: int, changes: TableChanges) -> None:
+        """Publish blocks `begin` to `end` of `seq`, which the step being planned fills.
+
+        They are findable at once: a layer writes all keys and values of a step before any attention reads them.
+        """
+        self._extend_keys(seq, end)
+        for pool, table in zip(self.pools, seq.block_tables):
+            for index in range(begin, end):
+                key = seq.block_keys[index]
+                if pool.publish(table[index], key):
+                    changes.published.append((pool, table[index], key))
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _window_span(num_tokens: int, block_size: int) -> int:
+    """Most blocks that `num_tokens` consecutive tokens touch, wherever they start."""
+    return (num_tokens + block_size - 2) // block_size + 1

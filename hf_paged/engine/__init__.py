@@ -1,0 +1,1 @@
+"""The engine: requests in, steps of continuous batching, outputs out."""

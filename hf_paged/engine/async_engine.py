@@ -1,0 +1,151 @@
+"""asyncio over an engine: one thread steps, every request is an async iterator of its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import threading
+from collections.abc import AsyncIterator
+
+from ..base.errors import EngineClosed
+from ..base.sampling_params import SamplingParams
+from ..base.types import RequestOutput
+from .engine import BatchEngine, Prompt
+
+
+class AsyncEngine:
+    """Serves many coroutines from one engine.
+
+        engine = hf_paged.AsyncEngine(hf_paged.Engine(model, tokenizer))
+        async for output in engine.generate("Hello", SamplingParams(max_tokens=50)):
+            print(output.outputs[0].text)
+
+    A coroutine that is cancelled, or stops iterating, aborts its request within one step. The thread sleeps while there
+    is nothing to do. Any number of event loops may use it.
+
+    Args:
+        engine: the engine to run; `close` closes it too.
+    """
+
+    def __init__(self, engine: BatchEngine):
+        self.engine = engine
+        self._work = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="hf_paged-engine", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while True:
+            self._work.wait()
+            if self._closing:
+                return
+            if not self.engine.has_unfinished():
+                self._work.clear()
+                if not self.engine.has_unfinished():  # else a request came between the two looks
+                    continue
+                self._work.set()
+            try:
+                self.engine.step()
+            except EngineClosed:
+                return
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output after every step that changed it; each is a snapshot of its own.
+
+        A slow reader skips intermediate outputs and never the last one. `options` are those of `Engine.add`, such as
+        `priority`, `deadline` (seconds) and `cache_salt`.
+
+        Raises:
+            InvalidArgument, RequestTooLarge, QueueFull: at the first iteration, as `Engine.add`.
+            RequestFailed, DeadlineExceeded, EngineClosed: the request's own end.
+        """
+        loop = asyncio.get_running_loop()
+        latest = _Latest(loop)
+        # add may wait for the running step, so it must not block the event loop
+        name = await asyncio.to_thread(
+            self.engine.add, prompt, params, request_id=request_id, on_output=latest.put, **options
+        )
+        self._work.set()
+        try:
+            while True:
+                output = await latest.get()
+                if output.error is not None:
+                    raise output.error
+                yield output
+                if output.finished:
+                    return
+        finally:
+            if not latest.finished:
+                threading.Thread(target=self._abort, args=(name,), daemon=True).start()
+
+    async def complete(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestOutput:
+        """The request's last output."""
+        async with contextlib.aclosing(self.generate(prompt, params, **options)) as outputs:
+            async for output in outputs:
+                last = output
+        return last
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request by its id; its iterator yields a last output with finish reason "abort"."""
+        return await asyncio.to_thread(self.engine.abort, request_id)
+
+    async def close(self) -> None:
+        """Stop the thread, end every request with EngineClosed, and close the engine."""
+        await asyncio.to_thread(self._shut)
+
+    def _shut(self) -> None:
+        self._closing = True
+        self._work.set()
+        self._thread.join()
+        self.engine.close()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc_info):
+        await self.close()
+
+
+class _Latest:
+    """The newest output of one request, handed from the engine's thread to the request's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._changed = asyncio.Event()
+        self._output: RequestOutput | None = None
+        self.finished = False
+
+    def put(self, output: RequestOutput) -> None:
+        self.finished = self.finished or output.finished
+        snapshot = _snapshot(output)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._set, snapshot)
+
+    def _set(self, output: RequestOutput) -> None:
+        self._output = output
+        self._changed.set()
+
+    async def get(self) -> RequestOutput:
+        await self._changed.wait()
+        self._changed.clear()
+        return self._output
+
+
+def _snapshot(output: RequestOutput) -> RequestOutput:
+    """A copy that later steps do not change. Token and log-probability entries themselves never change."""
+    result = copy.copy(output)
+    result.outputs = [copy.copy(completion) for completion in output.outputs]
+    for completion in result.outputs:
+        completion.token_ids = list(completion.token_ids)
+        if completion.logprobs is not None:
+            completion.logprobs = list(completion.logprobs)
+    if result.prompt_logprobs is not None:
+        result.prompt_logprobs = list(result.prompt_logprobs)
+    result.metrics = copy.copy(output.metrics)
+    return result

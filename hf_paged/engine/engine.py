@@ -1,0 +1,526 @@
+"""The engine: `add` requests, `step` them all forward together, read their outputs.
+
+One step is: schedule a plan, run the model on it once, sample every row that is due, commit, tell the callers. A
+request that cannot go on (a user's callable raised, logits are not numbers, the forward fails because of it) ends with
+its own error; the others never notice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from tqdm.auto import tqdm
+
+from ..base.config import EngineConfig
+from ..base.errors import DeadlineExceeded, EngineClosed, InvalidArgument, RequestFailed, RequestTooLarge
+from ..base.sampling_params import SamplingParams
+from ..base.types import RequestOutput
+from ..core.plan import StepPlan
+from ..core.request import Request, Sequence
+from ..core.scheduler import GroupSpec, Scheduler
+from ..runtime.kv_cache import KVCache
+from ..runtime.layout import blocks_for_budget, group_layers
+from ..runtime.memory import default_fraction, free_memory
+from ..runtime.runner import ModelRunner, PagedModel
+from ..runtime.sampler import Sampler, derive_seed
+from .isolation import Isolation
+from .lock import FairLock
+from .prompts import prompt_tokens
+from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
+from .text import encode_bad_words
+
+Prompt = str | list[int] | list[dict]
+INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
+
+
+class BatchEngine:
+    """Continuous batching over one model. All methods may be called from any thread; steps run one at a time.
+
+    Args:
+        model: the model, as `runtime.runner.PagedModel`.
+        tokenizer: needed for text prompts, text outputs, stop strings and bad words; None for token ids only.
+        config: see EngineConfig.
+    """
+
+    def __init__(self, model: PagedModel, tokenizer, config: EngineConfig):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.max_model_len = config.max_model_len or model.max_model_len
+        if self.max_model_len > model.length_limit:
+            raise InvalidArgument(f"max_model_len {self.max_model_len} is too long: {model.length_note}")
+        self._lock = FairLock()
+        self._states: dict[str, RequestState] = {}
+        self._touched: dict[str, RequestState] = {}
+        self._isolation = Isolation()
+        self._sampler = Sampler()
+        self._count = 0
+        self.closed = False
+        self._build(model, config)
+        self.reset_stats()
+
+    def _build(self, model: PagedModel, config: EngineConfig) -> None:
+        cuda = model.device.type == "cuda"
+        block_size = config.block_size or (64 if cuda else 16)
+        max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
+        dtype = getattr(torch, config.kv_dtype) if config.kv_dtype else model.dtype
+        groups = group_layers(model.layers)
+        fraction = config.memory_fraction or default_fraction(model.device)
+        budget = config.kv_cache_memory or int(free_memory(model.device) * fraction)
+        most = blocks_for_budget(
+            groups,
+            budget=budget,
+            block_size=block_size,
+            itemsize=dtype.itemsize,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+        )
+        self._cache = KVCache(groups, block_size=block_size, dtype=dtype, device=model.device)
+        self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
+        self._scheduler = Scheduler(
+            groups=[GroupSpec(window=group.window) for group in groups],
+            block_size=block_size,
+            num_blocks=most if cuda else [min(count, INITIAL_CPU_BLOCKS) for count in most],
+            max_blocks=most,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            prefix_cache=config.prefix_cache,
+            policy=config.policy,
+            max_queue=config.max_queue,
+        )
+
+    # Requests in
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str | None = None,
+        logits_processors: Iterable[Callable] = (),
+        stopping_criteria: Iterable[Callable] = (),
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> str:
+        """Submit a request and return its id.
+
+        Args:
+            prompt: text, token ids, or chat messages ({"role", "content"}) for the tokenizer's chat template.
+            params: how to sample; default SamplingParams().
+            request_id: any string that is not in use; made up if None.
+            priority: with policy "priority", lower numbers run first.
+            deadline: seconds from now after which the request ends with DeadlineExceeded.
+            cache_salt: requests share cached prefixes only with requests of the same salt.
+            logits_processors: called as `f(token_ids, logits [V]) -> logits [V]` before sampling.
+            stopping_criteria: called as `f(token_ids) -> bool` after every token; true stops the completion.
+            on_output: called with the RequestOutput after every step that changed it, in the stepping thread.
+
+        Raises:
+            InvalidArgument, RequestTooLarge: the request is wrong or could never run; the message names the argument.
+            QueueFull: `max_queue` requests wait already.
+            EngineClosed: the engine is closed.
+        """
+        hooks = NO_HOOKS
+        processors, criteria = tuple(logits_processors), tuple(stopping_criteria)
+        if processors or criteria:
+            hooks = RowHooks(processors=processors, criteria=criteria)
+        state = self.submit(
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
+            hooks=hooks,
+            on_output=on_output,
+        )
+        return state.request.request_id
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str | None = None,
+        hooks: RowHooks = NO_HOOKS,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> RequestState:
+        """`add` for callers inside the library: takes RowHooks and returns the request's live state."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgument(f"params must be SamplingParams, got {type(params).__name__}")
+        text, ids = prompt_tokens(prompt, self.tokenizer, self.model.vocab_size)
+        bad_words = self._check_params(params, deadline, priority)
+        now = time.monotonic()
+        with self._lock:
+            self._check_open()
+            request_id = new_request_id() if request_id is None else request_id
+            if not isinstance(request_id, str) or request_id in self._states:
+                raise InvalidArgument(f"request_id {request_id!r} must be a string that is not in use")
+            if not self._scheduler.has_unfinished() and self.model.weights_replaced():
+                self._scheduler.reset_prefix_cache()
+            request = Request(
+                request_id=request_id,
+                prompt_token_ids=ids,
+                n=params.n,
+                max_tokens=self._max_tokens(params, len(ids)),
+                min_tokens=params.min_tokens,
+                stop_token_ids=frozenset(params.stop_token_ids or ()),
+                eos_token_ids=frozenset() if params.ignore_eos else self.model.eos_token_ids,
+                priority=priority,
+                arrival=now,
+                deadline=None if deadline is None else now + deadline,
+                cache_salt=cache_salt,
+                read_prefix_cache=params.prompt_logprobs is None,
+                params=params,
+            )
+            self._count += 1
+            state = RequestState(
+                request,
+                params,
+                prompt=text,
+                tokenizer=self.tokenizer,
+                seed=derive_seed(self.config.seed, self._count) if params.seed is None else params.seed,
+                bad_words_ids=bad_words,
+                hooks=hooks,
+                callback=on_output,
+            )
+            request.state = state
+            self._scheduler.add(request)
+            self._states[request_id] = state
+        return state
+
+    def _max_tokens(self, params: SamplingParams, prompt_length: int) -> int:
+        room = self.max_model_len - prompt_length
+        if room < 1:
+            raise RequestTooLarge(
+                f"prompt has {prompt_length} tokens; with at least one to generate it exceeds the "
+                f"{self.max_model_len} tokens of max_model_len"
+            )
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def _check_params(self, params: SamplingParams, deadline, priority) -> list[list[int]]:
+        """Checks that need the model or the tokenizer. Returns the tokens of `bad_words`."""
+        vocab_size = self.model.vocab_size
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(params, name) or ():
+                if not 0 <= token < vocab_size:
+                    raise InvalidArgument(f"{name} has {token}, outside the vocabulary of {vocab_size} tokens")
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise InvalidArgument(f"{'stop' if params.stop else 'bad_words'} needs an engine with a tokenizer")
+        if params.stop and not params.detokenize:
+            raise InvalidArgument("stop needs detokenize=True")
+        if deadline is not None and (not isinstance(deadline, (int, float)) or not deadline > 0):
+            raise InvalidArgument(f"deadline must be a positive number of seconds, got {deadline!r}")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise InvalidArgument(f"priority must be an integer, got {priority!r}")
+        return encode_bad_words(self.tokenizer, params.bad_words) if params.bad_words else []
+
+    # One step
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return the outputs it changed. They are live objects: later steps update them in place."""
+        with self._lock:
+            self._check_open()
+            started = time.perf_counter()
+            self._expire()
+            if self.model.weights_changed():
+                self._scheduler.reset_prefix_cache()
+            plan = self._schedule()
+            self._times["schedule"] += time.perf_counter() - started
+            if plan is not None:
+                self._run(plan)
+            outputs = self._publish()
+            self._times["total"] += time.perf_counter() - started
+            return outputs
+
+    def _schedule(self) -> StepPlan | None:
+        plan = self._scheduler.schedule(only=self._isolation.suspects())
+        while plan is None and self._isolation.suspects() is not None:
+            self._isolation.cleared()  # the suspects are gone
+            plan = self._scheduler.schedule(only=self._isolation.suspects())
+        return plan
+
+    def _run(self, plan: StepPlan) -> None:
+        try:
+            sequences, result = self._execute(plan)
+        except Exception as error:
+            self._scheduler.rollback(plan)
+            culprit = self._isolation.failed(plan.seq_ids)
+            if culprit is not None:
+                self._fail(culprit, error)
+            return
+        except BaseException:  # an interrupt: leave a state that another step can take up
+            self._scheduler.rollback(plan)
+            raise
+        self._isolation.succeeded()
+        self._commit(plan, sequences, result)
+
+    def _execute(self, plan: StepPlan):
+        """Forward and sampling. Nothing is committed yet, so a failure here can be taken back."""
+        mark = time.perf_counter()
+        sequences = [self._scheduler.sequence(seq_id) for _, seq_id in plan.samples]
+        sampled = list(dict.fromkeys(row for row, _ in plan.samples))
+        prompt_rows = self._prompt_rows(plan)
+        rows = sampled + [row for span, _ in prompt_rows for row in span]
+        logits = self._runner.execute(plan, rows)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        mark = self._lap("model", mark)
+        place = {row: index for index, row in enumerate(sampled)}
+        selected = logits[: len(sampled)]
+        if len(plan.samples) != len(sampled):  # n completions start from one row
+            selected = selected[[place[row] for row, _ in plan.samples]]
+        rows_to_sample = [sequence.request.state.sequence_state(sequence).row for sequence in sequences]
+        result = self._sampler.sample(selected, rows_to_sample) if sequences else None
+        offset = len(sampled)
+        for span, state in prompt_rows:
+            self._record_prompt(state, logits[offset : offset + len(span)])
+            offset += len(span)
+        self._lap("sample", mark)
+        return sequences, result
+
+    def _prompt_rows(self, plan: StepPlan) -> list[tuple[range, RequestState]]:
+        """Packed rows whose logits give log-probabilities of prompt tokens, per request that asked for them."""
+        spans, start = [], 0
+        for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context):
+            sequence = self._scheduler.sequence(seq_id)
+            state = sequence.request.state
+            if state.params.prompt_logprobs is not None and sequence.index == 0:
+                first = max(context, state.prompt_rows_done - 1)
+                last = min(context + new, sequence.num_prompt - 1)
+                if first < last:
+                    spans.append((range(start + first - context, start + last - context), state))
+            start += new
+        return spans
+
+    def _record_prompt(self, state: RequestState, logits: torch.Tensor) -> None:
+        first = state.prompt_rows_done
+        ids = state.request.prompt_token_ids[first : first + len(logits)]
+        entries = self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs)
+        state.record_prompt_logprobs(entries)
+
+    def _commit(self, plan: StepPlan, sequences: list[Sequence], result) -> None:
+        mark = time.perf_counter()
+        tokens: dict[int, int] = {}
+        failures: list[tuple[Sequence, Exception]] = []
+        for index, sequence in enumerate(sequences):
+            error = result.errors[index]
+            if error is None:
+                try:
+                    tokens[sequence.seq_id] = self._chosen(sequence, result, index)
+                except Exception as raised:
+                    error = raised
+            if error is not None:
+                failures.append((sequence, error))
+        committed = self._scheduler.commit(plan, tokens)
+        self._counters["steps"] += 1
+        self._counters["tokens"] += plan.num_tokens
+        self._counters["output_tokens"] += len(tokens)
+        mark = self._lap("schedule", mark)
+        for sequence, error in failures:
+            self._fail(sequence.seq_id, error)
+        entries = {sequence.seq_id: result.logprobs[index] for index, sequence in enumerate(sequences)}
+        for sequence in committed:
+            self._advance(sequence, tokens[sequence.seq_id], entries[sequence.seq_id])
+        self._lap("detokenize", mark)
+
+    def _chosen(self, sequence: Sequence, result, index: int) -> int:
+        state: RequestState = sequence.request.state
+        if state.hooks.capture:
+            captured = (result.raw_logits[index], result.processed_logits[index])
+            state.sequence_state(sequence).captured.append(captured)
+        token = result.tokens[index]
+        return token if state.hooks.replace is None else state.hooks.replace(token)
+
+    def _advance(self, sequence: Sequence, token: int, logprobs) -> None:
+        """One completion got a token: text, stop strings, the user's criteria."""
+        state: RequestState = sequence.request.state
+        self._touch(state)
+        try:
+            stop_string = state.record_token(sequence, token, logprobs)
+            if state.hooks.on_token is not None:
+                state.hooks.on_token(token)
+            stopped = any([criterion(sequence.token_ids) for criterion in state.hooks.criteria])
+        except Exception as error:
+            return self._fail(sequence.seq_id, error)
+        if sequence.finish_reason is None and (stop_string is not None or stopped):
+            self._scheduler.finish(sequence.seq_id, "stop", stop_string)
+        if sequence.finish_reason is not None:
+            state.finish_sequence(sequence)
+
+    # Ends
+
+    def _fail(self, seq_id: int, error: Exception) -> None:
+        """End the whole request of a sequence with an error of its own."""
+        state: RequestState = self._scheduler.sequence(seq_id).request.state
+        request_id = state.request.request_id
+        if not isinstance(error, RequestFailed):
+            failure = RequestFailed(request_id, f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            error = failure
+        self._end(state, "error", error)
+
+    def _end(self, state: RequestState, reason: str, error: Exception | None = None) -> None:
+        if state.finished:
+            return
+        self._scheduler.abort(state.request.request_id)
+        state.end(reason, error)
+        self._touch(state)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for request in self._scheduler.expired(now):
+            self._end(
+                request.state,
+                "error",
+                DeadlineExceeded(request.request_id, f"not finished {request.deadline - request.arrival:g} s after it came"),
+            )
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, wherever it is, and free what it held. False if there is no such unfinished request."""
+        with self._lock:
+            state = self._states.get(request_id)
+            if state is None or state.finished:
+                return False
+            self._end(state, "abort")
+            self._publish()
+            return True
+
+    def release(self, state: RequestState) -> None:
+        """Abort a submitted request if it still runs; for callers of `submit`."""
+        self.abort(state.request.request_id)
+
+    def _touch(self, state: RequestState) -> None:
+        self._touched[state.request.request_id] = state
+
+    def _publish(self) -> list[RequestOutput]:
+        """Close what finished, tell the callbacks, return the outputs that changed."""
+        touched, self._touched = self._touched, {}
+        for request_id, state in touched.items():
+            state.settle()
+            if state.finished:
+                self._states.pop(request_id, None)
+        for state in touched.values():
+            if state.callback is not None:
+                state.notify()
+        return [state.output for state in touched.values()]
+
+    # Whole jobs
+
+    def generate(
+        self, prompts, params: SamplingParams | list[SamplingParams] | None = None, *, progress: bool = False
+    ) -> list[RequestOutput]:
+        """Run prompts to their end and return their outputs in order.
+
+        Args:
+            prompts: one prompt or a list of them, each as in `add`.
+            params: for all prompts, or a list with one per prompt.
+            progress: show a tqdm bar.
+
+        Raises:
+            RequestFailed: a prompt's own error; the other prompts are run to their end first and are in its `outputs`.
+        """
+        single = isinstance(prompts, str) or (
+            isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))
+        )
+        prompts = [prompts] if single else list(prompts)
+        if isinstance(params, (list, tuple)):
+            if len(params) != len(prompts):
+                raise InvalidArgument(f"params has {len(params)} entries for {len(prompts)} prompts")
+        else:
+            params = [params] * len(prompts)
+        states: list[RequestState] = []
+        try:
+            for prompt, one in zip(prompts, params):
+                states.append(self.submit(prompt, one))
+            self._finish_all(states, progress)
+        finally:
+            for state in states:
+                self.release(state)
+        for state in states:
+            state.raise_error()
+        return [state.output for state in states]
+
+    def _finish_all(self, states: list[RequestState], progress: bool) -> None:
+        with tqdm(total=len(states), disable=not progress, unit="request", dynamic_ncols=True) as bar:
+            while not all(state.finished for state in states):
+                self.step()
+                done = sum(state.finished for state in states)
+                if done > bar.n:
+                    bar.set_postfix(tokens=sum(state.num_output for state in states), refresh=False)
+                    bar.update(done - bar.n)
+
+    def has_unfinished(self) -> bool:
+        return self._scheduler.has_unfinished()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix; for weights changed in ways the engine cannot see."""
+        with self._lock:
+            self._scheduler.reset_prefix_cache()
+
+    # Life and numbers
+
+    def stats(self) -> dict:
+        """Counts since the last `reset_stats`, and memory in bytes now.
+
+        `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
+        cache takes from the machine. Times are in seconds; `time_model` is the forward, the rest is the engine's own.
+        """
+        with self._lock:
+            scheduler = self._scheduler.stats()
+            size = self._cache.bytes_per_block
+            in_use, peak = scheduler.pop("blocks_in_use"), scheduler.pop("blocks_peak")
+            return {
+                **scheduler,
+                **self._counters,
+                **{f"time_{name}": value for name, value in self._times.items()},
+                "kv_bytes_allocated": self._cache.bytes_allocated,
+                "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
+                "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
+            }
+
+    def reset_stats(self) -> None:
+        with self._lock:
+            self._counters = dict.fromkeys(("steps", "tokens", "output_tokens"), 0)
+            self._times = dict.fromkeys(("total", "schedule", "model", "sample", "detokenize"), 0.0)
+            self._scheduler.reset_stats()
+
+    def _lap(self, name: str, since: float) -> float:
+        now = time.perf_counter()
+        self._times[name] += now - since
+        return now
+
+    def check_integrity(self) -> None:
+        """Assert that every block is accounted for."""
+        with self._lock:
+            self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """End what still runs, free the KV cache. Closing twice is fine."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            for state in list(self._states.values()):
+                self._end(state, "error", EngineClosed(f"the engine was closed before {state.request.request_id} ended"))
+            self._publish()
+            self._runner.close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise EngineClosed("the engine is closed")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()

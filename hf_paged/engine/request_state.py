@@ -1,0 +1,234 @@
+"""What the engine keeps of a request beside the scheduler's part: text, log-probabilities, hooks, the output object."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..base.sampling_params import SamplingParams
+from ..base.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from ..core.request import Request, Sequence
+from ..runtime.sampler import SampleRow, derive_seed
+from .text import IncrementalDetokenizer, StopStringMatcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowHooks:
+    """User code that runs on one sequence, and what `generate` needs to see of it.
+
+    Attributes:
+        processors: called in order as `processor(token_ids, logits [V] fp32) -> logits [V]`.
+        criteria: called after every token as `criterion(token_ids) -> bool`; true ends the sequence with "stop".
+        replace: called as `replace(token) -> token` on every sampled token before it is appended.
+        on_token: called with the appended token after the criteria have run.
+        capture: keep the raw and the processed logits of every step in `SequenceState.captured`.
+        torch_rng: draw from torch's default generator the way transformers does.
+    """
+
+    processors: tuple[Callable, ...] = ()
+    criteria: tuple[Callable, ...] = ()
+    replace: Callable[[int], int] | None = None
+    on_token: Callable[[int], None] | None = None
+    capture: bool = False
+    torch_rng: bool = False
+
+
+NO_HOOKS = RowHooks()
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One completion: its sampling row, its growing text, and what was captured."""
+
+    row: SampleRow
+    output: CompletionOutput
+    detokenizer: IncrementalDetokenizer | None
+    stop_matcher: StopStringMatcher | None
+    captured: list[tuple] = field(default_factory=list)
+
+
+class RequestState:
+    """One request from `add` to its last output."""
+
+    def __init__(
+        self,
+        request: Request,
+        params: SamplingParams,
+        *,
+        prompt: str | None,
+        tokenizer,
+        seed: int,
+        bad_words_ids: list[list[int]],
+        hooks: RowHooks,
+        callback: Callable[[RequestOutput], None] | None,
+    ):
+        self.request = request
+        self.params = params
+        self.hooks = hooks
+        self.callback = callback
+        self.seed = seed
+        self.bad_words_ids = bad_words_ids
+        self.tokenizer = tokenizer
+        self.sequences: dict[int, SequenceState] = {}
+        self.prompt_rows_done = 1  # the first prompt token has no log-probability
+        self.output = RequestOutput(
+            request_id=request.request_id,
+            prompt=prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[],
+            metrics=RequestMetrics(arrival=request.arrival),
+            prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+        )
+
+    def sequence_state(self, sequence: Sequence) -> SequenceState:
+        """The state of one of the request's sequences, made when the sequence first appears."""
+        state = self.sequences.get(sequence.seq_id)
+        if state is None:
+            state = self.sequences[sequence.seq_id] = self._new_sequence(sequence)
+        return state
+
+    def _new_sequence(self, sequence: Sequence) -> SequenceState:
+        params, request = self.params, self.request
+        row = SampleRow(
+            params=params,
+            token_ids=sequence.token_ids,
+            num_prompt=sequence.num_prompt,
+            seed=derive_seed(self.seed, sequence.index),
+            eos_token_ids=request.eos_token_ids,
+            bad_words_ids=self.bad_words_ids,
+            processors=self.hooks.processors,
+            use_torch_rng=self.hooks.torch_rng,
+            capture=self.hooks.capture,
+        )
+        detokenizer = matcher = None
+        if self.tokenizer is not None and params.detokenize:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if params.stop:
+                matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output)
+        wants_logprobs = params.logprobs is not None
+        output = CompletionOutput(
+            index=sequence.index,
+            logprobs=[] if wants_logprobs else None,
+            cumulative_logprob=0.0 if wants_logprobs else None,
+        )
+        self.output.outputs.append(output)
+        self.output.outputs.sort(key=lambda completion: completion.index)
+        return SequenceState(row, output, detokenizer, matcher)
+
+    def record_token(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> str | None:
+        """Append a sampled token to its completion. Returns the stop string that ends it, or None."""
+        state = self.sequence_state(sequence)
+        output, metrics = state.output, self.output.metrics
+        output.token_ids.append(token)
+        if metrics.first_token is None:
+            metrics.first_token = time.monotonic()
+        if logprobs is not None and output.logprobs is not None:
+            self._name_tokens(logprobs)
+            output.logprobs.append(logprobs)
+            output.cumulative_logprob += logprobs[token].logprob
+        if state.detokenizer is None:
+            return None
+        return self._extend_text(state, sequence, token)
+
+    def _extend_text(self, state: SequenceState, sequence: Sequence, token: int) -> str | None:
+        """Add the token's text. The token that ends a completion (EOS, a stop token) shows only when asked for."""
+        ended_by_token = sequence.finish_reason == "stop"
+        piece = ""
+        if not ended_by_token or self.params.include_stop_str_in_output:
+            piece = state.detokenizer.append(token)
+        if sequence.finish_reason is not None:
+            piece += state.detokenizer.flush()
+        matcher = state.stop_matcher
+        if matcher is None:
+            state.output.text += piece
+            return None
+        early = sequence.num_output <= self.params.min_tokens
+        text, matched = matcher.feed(piece, search=not early)
+        if matched is None and sequence.finish_reason is not None:
+            text = matcher.flush()
+        state.output.text = text
+        return matched
+
+    def record_prompt_logprobs(self, entries: list[dict[int, Logprob]]) -> None:
+        for entry in entries:
+            self._name_tokens(entry)
+        self.output.prompt_logprobs += entries
+        self.prompt_rows_done += len(entries)
+
+    def _name_tokens(self, logprobs: dict[int, Logprob]) -> None:
+        if self.tokenizer is not None:
+            for token, entry in logprobs.items():
+                entry.decoded = self.tokenizer.decode([token])
+
+    def finish_sequence(self, sequence: Sequence) -> None:
+        """Copy the scheduler's verdict on a finished sequence into its completion."""
+        state = self.sequence_state(sequence)
+        state.output.finish_reason = sequence.finish_reason
+        state.output.stop_reason = sequence.stop_reason
+
+    def end(self, reason: str, error: Exception | None) -> None:
+        """End every completion that still runs ("abort" or "error")."""
+        if not self.output.outputs:  # it never got as far as a sequence of its own
+            self.output.outputs.append(CompletionOutput(index=0))
+        for state in self.sequences.values():
+            if state.detokenizer is not None and not state.output.finished:
+                state.output.text += state.detokenizer.flush()
+        for output in self.output.outputs:
+            if output.finish_reason is None:
+                output.finish_reason = reason
+        self.output.error = error
+        self.output.finished = True
+
+    def settle(self) -> None:
+        """After a step: note times, and whether the request is finished."""
+        metrics, request = self.output.metrics, self.request
+        metrics.first_scheduled = request.first_scheduled
+        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in request.sequences)
+        metrics.num_cached_tokens = request.sequences[0].num_cached_tokens if request.sequences else 0
+        outputs = self.output.outputs
+        if len(outputs) == self.params.n and all(output.finished for output in outputs):
+            self.output.finished = True
+        if self.output.finished and metrics.finished is None:
+            metrics.finished = time.monotonic()
+
+    def notify(self) -> None:
+        """Tell the caller's callback. A callback that raises ends with a warning: nobody else may suffer from it."""
+        try:
+            self.callback(self.output)
+        except Exception as error:
+            warnings.warn(f"on_output of {self.request.request_id} raised {error!r}; it is not called again", stacklevel=2)
+            self.callback = None
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finished
+
+    @property
+    def num_output(self) -> int:
+        return sum(len(output.token_ids) for output in self.output.outputs)
+
+    def captured(self) -> list[tuple]:
+        """(raw logits [V], processed logits [V]) of every step so far of the only completion."""
+        return next(iter(self.sequences.values())).captured if self.sequences else []
+
+    def raise_error(self) -> None:
+        """Raise the request's own error, if it ended with one."""
+        if self.output.error is not None:
+            raise self.output.error
+
+
+_numbers = itertools.count()
+
+
+def new_request_id() -> str:
+    return f"request-{next(_numbers)}"
+
+

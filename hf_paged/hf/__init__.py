@@ -1,0 +1,1 @@
+"""The only room that imports transformers: models in, plain tensors and token ids out."""

@@ -1,0 +1,93 @@
+"""The attention function transformers calls, by name, from inside every attention layer.
+
+Inside a step (or a probe) of this thread it hands queries, keys and values to that step. Anywhere else, for example
+when gradient checkpointing runs a layer again while another thread is stepping, it is the implementation the model
+had before.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..base.errors import UnsupportedModel
+from ..runtime.batch import active_context
+
+NAME = "hf_paged"
+_original: dict[int, str] = {}  # id(config) -> the implementation it had, while a step runs
+
+
+def paged_attention_forward(
+    module, query, key, value, attention_mask=None, scaling=None, softcap=None, s_aux=None, **kwargs
+):
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] of the packed batch -> ([1, T, Hq, Dv], None)."""
+    context = active_context()
+    if context is None:
+        function = _fallback(module)
+        extra = {"softcap": softcap} if softcap is not None else {}
+        if s_aux is not None:
+            extra["s_aux"] = s_aux
+        return function(module, query, key, value, attention_mask, scaling=scaling, **extra, **kwargs)
+    if attention_mask is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} builds its own attention mask; hf_paged cannot tell what it hides"
+        )
+    if not hasattr(module, "layer_idx"):
+        raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
+    output = context.attend(
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output[None], None
+
+
+def _paged_mask(*args, config=None, **kwargs):
+    if active_context() is not None:
+        return None  # the step's own lengths say who sees whom
+    return ALL_MASK_ATTENTION_FUNCTIONS[_original.get(id(config), "sdpa")](*args, config=config, **kwargs)
+
+
+def _fallback(module):
+    name = _original.get(id(module.config), module.config._attn_implementation)
+    if name in ALL_ATTENTION_FUNCTIONS and name != NAME:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+AttentionInterface.register(NAME, paged_attention_forward)
+AttentionMaskInterface.register(NAME, _paged_mask)
+
+
+@contextmanager
+def paged_attention(configs: list):
+    """While inside, every config in `configs` names our function as its attention implementation."""
+    saved = [config._attn_implementation_internal for config in configs]
+    for config, name in zip(configs, saved):
+        _original[id(config)] = name
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, saved):
+            config._attn_implementation_internal = name
+            _original.pop(id(config), None)
+
+
+def attention_configs(model: torch.nn.Module) -> list:
+    """The distinct config objects that the model's modules consult."""
+    found = {
+        id(module.config): module.config
+        for module in model.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    return list(found.values())

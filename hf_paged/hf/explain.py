@@ -1,0 +1,98 @@
+"""What runs where in a patched model, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_paged_kernels import ops
+
+from ..base.errors import KernelUnavailable
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One attention layer: its kind, its sizes, the kernel in use and, for a slower path, the reason."""
+
+    layer: int
+    kind: str
+    heads: str
+    kernel: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`str()` is a table; `fallbacks` lists every slower path with its reason."""
+
+    model: str
+    dtype: str
+    device: str
+    layers: list[LayerExplanation]
+    fused: dict[str, int]
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    limits: list[str] = field(default_factory=list)
+
+    def raise_on_fallback(self) -> None:
+        """Raise KernelUnavailable if anything takes a slower path (`EngineConfig(strict=True)`)."""
+        if self.fallbacks:
+            name, reason = next(iter(self.fallbacks.items()))
+            raise KernelUnavailable(f"strict: {name} takes a slower path: {reason}")
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} ({self.dtype} on {self.device})", "", "layers  attention              heads           kernel"]
+        for first, last, layer in _runs(self.layers):
+            number = str(first) if first == last else f"{first}-{last}"
+            lines.append(f"{number:<7} {layer.kind:<22} {layer.heads:<15} {layer.kernel}")
+        fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
+        lines += ["", f"fused   {fused or 'nothing'}"]
+        lines += [f"slower  {name}: {reason}" for name, reason in self.fallbacks.items()]
+        lines += [f"limit   {limit}" for limit in self.limits]
+        return "\n".join(lines)
+
+
+def _runs(layers: list[LayerExplanation]):
+    """Neighbouring layers that say the same, as (first, last, layer)."""
+    start = 0
+    for index, layer in enumerate(layers):
+        following = layers[index + 1] if index + 1 < len(layers) else None
+        same = following is not None and (following.kind, following.heads, following.kernel, following.reason) == (
+            layer.kind,
+            layer.heads,
+            layer.kernel,
+            layer.reason,
+        )
+        if not same:
+            yield layers[start].layer, layer.layer, layer
+            start = index + 1
+
+
+def explain_patch(model, patch) -> Explanation:
+    adapter, config = patch.adapter, patch.config
+    kernel = ops.resolve_backend(config.attention_backend, adapter.device)
+    reason = None
+    if kernel == "reference":
+        reason = "it was asked for" if config.attention_backend == kernel else ops.why_unsupported("cpu", adapter.device)
+    layers = [
+        LayerExplanation(
+            layer=spec.layer_idx,
+            kind="full" if spec.window is None else f"sliding window {spec.window}",
+            heads=f"{spec.num_heads}/{spec.num_kv_heads} x {spec.head_dim}",
+            kernel=kernel,
+            reason=reason,
+        )
+        for spec in adapter.layers
+    ]
+    fallbacks = {"attention": reason} if reason else {}
+    fallbacks |= patch.fusions.notes
+    limits = [f"at most {adapter.max_model_len} tokens a sequence"]
+    if adapter.length_note:
+        limits.append(adapter.length_note)
+    return Explanation(
+        model=type(model).__name__,
+        dtype=str(adapter.dtype).removeprefix("torch."),
+        device=str(adapter.device),
+        layers=layers,
+        fused=dict(patch.fusions.counts),
+        fallbacks=fallbacks,
+        limits=limits,
+    )

@@ -1,0 +1,129 @@
+"""patch, unpatch and explain: a transformers model in and out of hf_paged's hands."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from ..base.config import EngineConfig
+from ..base.errors import InvalidArgument
+from .explain import Explanation, explain_patch
+from .fusion import Fusions, fuse
+from .generation import PagedMixin
+from .model import TransformersModel
+from .spec import check_supported
+from .swap import ATTRIBUTE, Swapped, restore, swap
+
+
+class Patch:
+    """Everything hf_paged did to one model. Lives on the model as `model._hf_paged`."""
+
+    def __init__(self, model: torch.nn.Module, config: EngineConfig, tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.fusions = fuse(model) if config.fuse else Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
+        self.adapter: TransformersModel | None = None
+        self._engine = None
+        self._lock = threading.Lock()
+
+    def bind(self, model: torch.nn.Module) -> None:
+        self.adapter = TransformersModel(model, self.fusions)
+
+    @property
+    def live_engine(self):
+        return None if self._engine is None or getattr(self._engine, "closed", False) else self._engine
+
+    def engine(self):
+        """The model's one engine, made on first use."""
+        from .engine import Engine  # Engine patches models, so it stands above this module
+
+        with self._lock:
+            if self.live_engine is None:
+                self._engine = Engine._for_patch(self)
+            return self._engine
+
+    def renew(self, model: torch.nn.Module) -> None:
+        """Patch the model again as it is now; its engine is closed."""
+        patch(model, self.config, tokenizer=self.tokenizer)
+
+    def adopt(self, engine) -> None:
+        with self._lock:
+            if self.live_engine is not None:
+                raise InvalidArgument(
+                    "model already has an engine; use hf_paged.engine_of(model), or close that one first"
+                )
+            self._engine = engine
+
+    def forget(self, engine) -> None:
+        with self._lock:
+            if self._engine is engine:
+                self._engine = None
+
+
+def patch(
+    model: torch.nn.Module, config: EngineConfig | None = None, *, tokenizer=None, **overrides
+):
+    """Make `model.generate` run through a paged, continuously batching engine. Returns the same object.
+
+    The weights stay the model's own and live; forward, training, hooks, copies and saved files are as before.
+    `unpatch` takes everything back. Patching a patched model again replaces its configuration and closes its engine.
+
+    Args:
+        model: a loaded decoder-only transformers model on one device.
+        config: an EngineConfig; `overrides` are its fields by name.
+        tokenizer: used for stop strings and text by the model's engine; `generate` itself needs none.
+
+    Raises:
+        UnsupportedModel: this model's own tokens cannot be promised; the message says why.
+        InvalidArgument: an option is unknown or wrong.
+    """
+    if config is not None and not isinstance(config, EngineConfig):
+        raise InvalidArgument(f"config must be an EngineConfig, got {type(config).__name__}")
+    config = (config or EngineConfig()).replace(**overrides)
+    if is_patched(model):
+        tokenizer = tokenizer or patch_of(model).tokenizer
+        unpatch(model)
+    check_supported(model)
+    undo = Patch(model, config, tokenizer)
+    swap(model, PagedMixin, undo)
+    try:
+        undo.bind(model)
+        if config.strict:
+            explain(model).raise_on_fallback()
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def unpatch(model: torch.nn.Module):
+    """Close the model's engine, free its memory and restore the model as it was. Returns the model."""
+    undo = patch_of(model)
+    engine = undo.live_engine
+    if engine is not None:
+        engine.close()
+    undo.fusions.undo()
+    restore(model)
+    return model
+
+
+def is_patched(model) -> bool:
+    return isinstance(model, Swapped) and isinstance(model.__dict__.get(ATTRIBUTE), Patch)
+
+
+def patch_of(model) -> Patch:
+    if not is_patched(model):
+        raise InvalidArgument(f"model: this {type(model).__name__} is not patched; call hf_paged.patch(model) first")
+    return model.__dict__[ATTRIBUTE]
+
+
+def engine_of(model):
+    """The engine of a patched model, made if there is none yet."""
+    return patch_of(model).engine()
+
+
+def explain(model) -> Explanation:
+    """Per layer, which kernels run and why any slower path is taken. `str()` of the result is a table."""
+    return explain_patch(model, patch_of(model))
+

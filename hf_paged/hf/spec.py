@@ -1,0 +1,138 @@
+"""What a model is: whether its own tokens can be promised, its length, and its attention layers as a probe sees them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..base.errors import UnsupportedModel
+from ..runtime.batch import activate
+from ..runtime.layout import LayerSpec
+from .attention import attention_configs, paged_attention
+from .swap import evaluating
+
+# Families compared with stock transformers, token for token, by tests/families. A model outside the list is refused:
+# many architectures hold state (convolutions, state spaces) or hide masks that a packed batch would get silently wrong.
+SUPPORTED = frozenset(
+    """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 gpt_oss qwen3_moe mixtral""".split()
+)
+
+REASONS = {
+    "mamba": "a state-space model keeps a recurrent state instead of keys and values",
+    "mamba2": "a state-space model keeps a recurrent state instead of keys and values",
+    "falcon_mamba": "a state-space model keeps a recurrent state instead of keys and values",
+    "jamba": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "bamba": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "zamba": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "zamba2": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "nemotron_h": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "granitemoehybrid": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "falcon_h1": "its state-space layers keep a recurrent state that a packed batch would mix up",
+    "rwkv": "a recurrent model keeps a state instead of keys and values",
+    "recurrent_gemma": "its recurrent layers keep a state that a packed batch would mix up",
+    "qwen3_next": "its linear-attention layers keep a state that a packed batch would mix up",
+    "lfm2": "its convolution layers keep a state that a packed batch would mix up",
+}
+
+
+def check_supported(model: torch.nn.Module) -> None:
+    """Raises UnsupportedModel, with the reason, unless hf_paged can promise this model's own tokens."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or not hasattr(model, "generate"):
+        raise UnsupportedModel(f"model: {name} is not a transformers model with generate()")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"model: {name} is an encoder-decoder; only decoder-only models have a paged KV cache")
+    model_type = getattr(config, "model_type", "")
+    if model_type not in SUPPORTED:
+        reason = REASONS.get(model_type, "this architecture has not been proven equal to stock transformers")
+        raise UnsupportedModel(
+            f"model: {name} (model type {model_type!r}) is not supported: {reason}. "
+            f"Supported model types: {', '.join(sorted(SUPPORTED))}"
+        )
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        raise UnsupportedModel(f"model: {name} is spread over several devices (device_map); load it on one device")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModel(f"model: {name} has weights on the meta device; load them first")
+
+
+class _Probe:
+    """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
+
+    def __init__(self):
+        self.seen: dict[int, tuple[int, int, int, int]] = {}
+        self.projections: dict = {}
+
+    def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
+        if layer_idx in self.seen:
+            raise UnsupportedModel(f"layer {layer_idx} attends twice in one forward")
+        self.seen[layer_idx] = (query.shape[1], key.shape[1], query.shape[2], value.shape[2])
+        groups = query.shape[1] // key.shape[1]
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(0, 1),
+            key.transpose(0, 1).repeat_interleave(groups, 0),
+            value.transpose(0, 1).repeat_interleave(groups, 0),
+            is_causal=True,
+            scale=scale,
+        )
+        return output.transpose(0, 1)
+
+
+def text_config(model: torch.nn.Module):
+    return model.config.get_text_config(decoder=True)
+
+
+def probe_layers(model: torch.nn.Module) -> list[LayerSpec]:
+    """Runs three tokens through the model and returns its attention layers in order, with sizes from the tensors seen.
+
+    Windows come from `config.layer_types`, since not every family passes them to its attention function.
+    """
+    config = text_config(model)
+    device = next(model.parameters()).device
+    probe = _Probe()
+    ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
+    with torch.no_grad(), evaluating(model), paged_attention(attention_configs(model)), activate(probe):
+        model(input_ids=ids, position_ids=torch.arange(3, device=device)[None], use_cache=False)
+    expected = config.num_hidden_layers
+    if sorted(probe.seen) != list(range(expected)):
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} has {expected} layers but attended in layers {sorted(probe.seen)}"
+        )
+    windows = _windows(config)
+    return [LayerSpec(i, *probe.seen[i], window=windows[i]) for i in range(expected)]
+
+
+def _windows(config) -> list[int | None]:
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if layer_types is None:
+        return [window] * config.num_hidden_layers
+    known = {"full_attention": None, "sliding_attention": window}
+    unknown = sorted(set(layer_types) - set(known))
+    if unknown:
+        raise UnsupportedModel(f"model: layers of type {unknown[0]!r} are not supported")
+    if window is None and "sliding_attention" in layer_types:
+        raise UnsupportedModel("model: config.layer_types names sliding_attention but config.sliding_window is None")
+    return [known[kind] for kind in layer_types]
+
+
+NO_LIMIT = 2**31 - 1
+
+
+def model_lengths(model: torch.nn.Module) -> tuple[int, int, str | None]:
+    """(positions the model was made for, most positions it may be given, a note on the latter).
+
+    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence of a batch once it passes the
+    original length. One long request would then change its neighbours' tokens, so the original length is the limit.
+    """
+    config = text_config(model)
+    length = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return length, NO_LIMIT, None
+    original = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", length
+    )
+    limit = min(length, original)
+    return limit, limit, f"rope type {rope['rope_type']!r} depends on the batch beyond {limit} positions"

@@ -1,0 +1,61 @@
+"""Swapping the class of a live module for a subclass of it, and back.
+
+A swapped module keeps its parameters, hooks and identity. Copies and pickles of it are plain: they are made as the
+class it had before, so nothing of hf_paged travels with a model that is deep-copied, pickled or saved.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from contextlib import contextmanager
+
+import torch
+
+ATTRIBUTE = "_hf_paged"
+
+
+class Swapped:
+    """Mixin of every swapped class. `_hf_paged` on the instance holds what the mixin needs to know."""
+
+    _hf_paged_base: type
+
+    def __reduce_ex__(self, protocol):
+        state = {name: value for name, value in self.__dict__.items() if name != ATTRIBUTE}
+        return copyreg._reconstructor, (self._hf_paged_base, object, None), state
+
+
+@functools.cache
+def swapped_class(mixin: type, base: type) -> type:
+    """A class with `mixin`'s methods over `base`'s, under `base`'s own name."""
+    namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), {**namespace, "_hf_paged_base": base})
+
+
+def can_swap(module: torch.nn.Module) -> bool:
+    """False for modules already swapped and those whose forward was replaced on the instance (accelerate's hooks)."""
+    return not isinstance(module, Swapped) and "forward" not in module.__dict__
+
+
+def swap(module: torch.nn.Module, mixin: type, state) -> None:
+    module.__class__ = swapped_class(mixin, type(module))
+    module.__dict__[ATTRIBUTE] = state
+
+
+def restore(module: torch.nn.Module) -> None:
+    if isinstance(module, Swapped):
+        module.__class__ = module._hf_paged_base
+        del module.__dict__[ATTRIBUTE]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module):
+    """Every module in eval mode while inside; afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,103 @@
+"""From a StepPlan to tensors: the packed ragged batch every layer of one step shares."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from hf_paged_kernels import ops
+
+from ..core.plan import StepPlan
+from .kv_cache import KVCache
+
+
+class StepContext:
+    """One step's packed batch, as the attention layers see it.
+
+    Attributes:
+        input_ids: [1, T] new tokens of all sequences, one after another.
+        position_ids: [1, T] their positions in their own sequences.
+        metadata: one AttentionMetadata per block group.
+        projections: results of merged projections waiting for the sibling module that asks next.
+    """
+
+    __slots__ = ("plan", "input_ids", "position_ids", "metadata", "projections", "_layers", "_backend")
+
+    def __init__(self, plan: StepPlan, cache: KVCache, backend: str):
+        self.plan = plan
+        self._layers = cache.layers
+        self._backend = backend
+        self.projections: dict = {}
+        device, block_size = cache.device, cache.block_size
+
+        num_new = np.asarray(plan.num_new, dtype=np.int64)
+        context = np.asarray(plan.num_context, dtype=np.int64)
+        cu_seqlens = np.zeros(len(num_new) + 1, dtype=np.int32)
+        np.cumsum(num_new, out=cu_seqlens[1:])
+        sequence = np.repeat(np.arange(len(num_new)), num_new)
+        positions = np.arange(cu_seqlens[-1]) - cu_seqlens[sequence] + context[sequence]
+        seq_lens = (context + num_new).astype(np.int32)
+
+        self.input_ids = torch.tensor([plan.token_ids], dtype=torch.int64, device=device)
+        self.position_ids = torch.from_numpy(positions.astype(np.int64)).to(device)[None]
+        shared = dict(
+            cu_seqlens_q=torch.from_numpy(cu_seqlens).to(device),
+            seq_lens=torch.from_numpy(seq_lens).to(device),
+            max_seqlen_q=int(num_new.max()),
+            max_seqlen_k=int(seq_lens.max()),
+        )
+        self.metadata = [
+            ops.AttentionMetadata(**shared, **_group_tables(tables, sequence, positions, block_size, device))
+            for tables in plan.block_tables
+        ]
+
+    def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
+        """Write this step's keys and values into the pages, then attend. Shapes [T, heads, dim]; see ops.attention_."""
+        layer = self._layers[layer_idx]
+        return ops.attention_(
+            query,
+            key,
+            value,
+            layer.k_cache,
+            layer.v_cache,
+            self.metadata[layer.group],
+            scale=scale,
+            window=layer.spec.window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            backend=self._backend,
+        )
+
+
+def _group_tables(tables: list[list[int]], sequence, positions, block_size: int, device) -> dict:
+    block_table = np.full((len(tables), max(map(len, tables))), -1, dtype=np.int32)
+    for row, table in zip(block_table, tables):
+        row[: len(table)] = table
+    blocks = block_table[sequence, positions // block_size].astype(np.int64)
+    slots = blocks * block_size + positions % block_size
+    return dict(
+        block_table=torch.from_numpy(block_table).to(device), slot_mapping=torch.from_numpy(slots).to(device)
+    )
+
+
+_active = threading.local()
+
+
+def active_context():
+    """The step (or probe) whose forward this thread is inside, or None."""
+    return getattr(_active, "context", None)
+
+
+@contextmanager
+def activate(context):
+    """Make `context` this thread's active one. Nesting is a bug: a step never runs inside a step."""
+    assert active_context() is None, "a paged forward is already running in this thread"
+    _active.context = context
+    try:
+        yield context
+    finally:
+        _active.context = None

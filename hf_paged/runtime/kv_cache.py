@@ -1,0 +1,80 @@
+"""The paged KV cache: one key and one value tensor a layer, cut into blocks, growing on demand."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_paged_kernels import ops
+
+from .layout import BlockGroup, LayerSpec
+
+
+class LayerCache:
+    """One layer's pages, and which block group's table points into them."""
+
+    __slots__ = ("spec", "group", "k_cache", "v_cache")
+
+    def __init__(self, spec: LayerSpec, group: int):
+        self.spec = spec
+        self.group = group
+        self.k_cache: torch.Tensor | None = None
+        self.v_cache: torch.Tensor | None = None
+
+
+class KVCache:
+    """Keys and values of every layer in blocks of `block_size` tokens.
+
+    `ensure` grows a group to the number of blocks a plan asks for: block ids stay valid, contents are kept.
+    `close` gives all memory back.
+    """
+
+    def __init__(self, groups: list[BlockGroup], *, block_size: int, dtype: torch.dtype, device: torch.device):
+        self.groups = groups
+        self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
+        self.num_blocks = [0] * len(groups)
+        self.layers = {
+            spec.layer_idx: LayerCache(spec, index) for index, group in enumerate(groups) for spec in group.layers
+        }
+
+    def bytes_per_block(self, group: int) -> int:
+        return self.groups[group].bytes_per_block(self.block_size, self.dtype.itemsize)
+
+    @property
+    def bytes_allocated(self) -> int:
+        return sum(self.bytes_per_block(i) * count for i, count in enumerate(self.num_blocks))
+
+    def ensure(self, num_blocks: list[int]) -> None:
+        """Grow every group to at least `num_blocks[group]` blocks. Layer by layer, so little is held twice."""
+        for index, count in enumerate(num_blocks):
+            if count <= self.num_blocks[index]:
+                continue
+            for spec in self.groups[index].layers:
+                self._grow_layer(self.layers[spec.layer_idx], self.num_blocks[index], count)
+            self.num_blocks[index] = count
+
+    def _grow_layer(self, layer: LayerCache, old: int, new: int) -> None:
+        spec = layer.spec
+        k_cache, v_cache = ops.allocate_kv(
+            new, spec.num_kv_heads, spec.head_dim, spec.value_dim, self.block_size, self.dtype, self.device
+        )
+        if old:
+            k_cache[:old].copy_(layer.k_cache)
+            v_cache[:old].copy_(layer.v_cache)
+        layer.k_cache, layer.v_cache = k_cache, v_cache
+
+    def copy_blocks(self, copies: list[list[tuple[int, int]]]) -> None:
+        """Copy whole blocks, `copies[group]` being (source, destination) pairs."""
+        for index, pairs in enumerate(copies):
+            if not pairs:
+                continue
+            tensor = torch.tensor(pairs, dtype=torch.int64, device=self.device)
+            for spec in self.groups[index].layers:
+                layer = self.layers[spec.layer_idx]
+                ops.copy_blocks(layer.k_cache, layer.v_cache, tensor)
+
+    def close(self) -> None:
+        for layer in self.layers.values():
+            layer.k_cache = layer.v_cache = None
+        self.num_blocks = [0] * len(self.groups)

@@ -1,0 +1,56 @@
+"""Runs one StepPlan through a model: grow and copy blocks, pack the batch, forward, logits."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ..core.plan import StepPlan
+from .batch import StepContext
+from .kv_cache import KVCache
+from .layout import LayerSpec
+
+
+class PagedModel(Protocol):
+    """What the engine needs of a model; the hf room provides it for transformers models."""
+
+    layers: list[LayerSpec]
+    vocab_size: int
+    max_model_len: int  # positions the model was made for
+    length_limit: int  # most positions it may be given
+    length_note: str | None
+    eos_token_ids: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] of the packed rows `rows` [R] of `context`'s batch."""
+        ...
+
+    def weights_changed(self) -> bool:
+        """Whether any weight differs from the last call's; cheap enough to ask before every step."""
+        ...
+
+    def weights_replaced(self) -> bool:
+        """A second, slower look that also finds writes behind autograd's back; asked when work starts."""
+        ...
+
+
+class ModelRunner:
+    """Owns the KV cache of one model and executes plans on it."""
+
+    def __init__(self, model: PagedModel, cache: KVCache, *, backend: str):
+        self.model = model
+        self.cache = cache
+        self.backend = backend
+
+    def execute(self, plan: StepPlan, rows: list[int]) -> torch.Tensor:
+        """Run the plan and return logits [len(rows), V] of those packed rows."""
+        self.cache.ensure(plan.num_blocks)
+        self.cache.copy_blocks(plan.copies)
+        context = StepContext(plan, self.cache, self.backend)
+        return self.model.forward(context, torch.tensor(rows, dtype=torch.int64, device=self.cache.device))
+
+    def close(self) -> None:
+        self.cache.close()

@@ -1,0 +1,549 @@
+// Attention over a paged KV cache: prompt chunks and decodes of a ragged batch in one call.
+//
+//   s[j] = scale * q.k[j];  s = cap * tanh(s / cap);  s[j] += slope * (j - p);  p - window < j <= p
+//   out  = sum_j exp(s[j]) v[j] / (sum_j exp(s[j]) + exp(sink))
+//
+// k_cache [block, kv head, dim, block_size], v_cache [block, kv head, block_size, dim]: a vector holds the scores of
+// consecutive keys, and later consecutive dims of the output, so neither product needs a horizontal sum.
+//
+// A tile is some consecutive rows of one sequence times all query heads of one KV head. Keys are taken in splits of
+// kSplit absolute positions. In a split, every row gets its maximum m, its sum l and its weighted values, and the
+// splits are merged in ascending order. Small batches spread a tile's splits over threads and merge at the end.
+//
+// The bits of a row depend on that row and its keys only, because every one of these steps has one order: a score is
+// a chain of fma over ascending dims; lane i of l takes keys i, i + lanes, ...; a weighted value is a chain of fma
+// over ascending keys; a masked key adds exact zeros; splits start at multiples of kSplit. Tile shapes, threads and
+// block ids change none of it.
+
+#include "common.h"
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace hf_paged {
+namespace {
+
+constexpr int64_t kChunk = 16;                       // keys addressed together; block sizes are multiples of it
+constexpr int64_t kSplit = 256;                      // keys of one partial softmax
+constexpr int64_t kChunks = kSplit / kChunk;
+constexpr int64_t kScoreStride = kSplit + kChunk;    // not a multiple of 4096 bytes for any small row count
+constexpr int64_t kTileRows = 48;                    // rows of a prefill tile: its scores (51 KB) stay in L2
+constexpr int kRows = 6;                             // most rows of a register tile
+constexpr int kVecs = kLanes == 8 ? 2 : 4;           // its vectors: 6 x 4 of 32 registers, or 6 x 2 of 16
+constexpr int64_t kMaxPartialFloats = 16 << 20;      // bound on the memory for splits merged at the end
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+// The C interface; `attention.py` packs the same fields in the same order.
+struct Args {
+  const void *query, *key, *value;
+  void *out, *k_cache, *v_cache;
+  const int32_t *cu_seqlens_q, *seq_lens, *block_table;
+  const int64_t* slot_mapping;
+  const float *sinks, *alibi_slopes;
+  int64_t query_dtype, new_dtype, cache_dtype;
+  int64_t num_tokens, num_seqs, table_width, num_blocks, block_size;
+  int64_t num_heads, num_kv_heads, k_dim, v_dim;
+  int64_t query_stride[2], key_stride[2], value_stride[2];  // of tokens and heads; the last dim is contiguous
+  int64_t k_cache_stride[2], v_cache_stride[2];             // of blocks and heads; the rest is contiguous
+  int64_t window;                                           // 0: none
+  double scale, softcap;                                    // softcap 0: none
+};
+
+enum Error : int64_t { kOk = 0, kBadLengths = 1, kBadBlock = 2, kBadSlot = 3 };
+
+// ---- writing keys and values -------------------------------------------------------------------------------------
+
+template <class Cache, class New>
+void store_tokens(const Args& a, int64_t head, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t slot = a.slot_mapping[token];
+    if (slot < 0) continue;
+    const int64_t block = slot / a.block_size, offset = slot % a.block_size;
+    const New* key = static_cast<const New*>(a.key) + token * a.key_stride[0] + head * a.key_stride[1];
+    const New* value = static_cast<const New*>(a.value) + token * a.value_stride[0] + head * a.value_stride[1];
+    Cache* k = static_cast<Cache*>(a.k_cache) + block * a.k_cache_stride[0] + head * a.k_cache_stride[1] + offset;
+    Cache* v = static_cast<Cache*>(a.v_cache) + block * a.v_cache_stride[0] + head * a.v_cache_stride[1] +
+               offset * a.v_dim;
+    for (int64_t d = 0; d < a.k_dim; ++d) k[d * a.block_size] = static_cast<Cache>(static_cast<float>(key[d]));
+    for (int64_t d = 0; d < a.v_dim; ++d) v[d] = static_cast<Cache>(static_cast<float>(value[d]));
+  }
+}
+
+template <class Cache>
+void store_tokens(const Args& a, int64_t head, int64_t begin, int64_t end) {
+  if (a.new_dtype == kFloat32) return store_tokens<Cache, float>(a, head, begin, end);
+  if (a.new_dtype == kBFloat16) return store_tokens<Cache, c10::BFloat16>(a, head, begin, end);
+  return store_tokens<Cache, c10::Half>(a, head, begin, end);
+}
+
+// ---- register tiles ----------------------------------------------------------------------------------------------
+
+// scores[r][i] = q[r] . keys[i] for M rows and N vectors of keys, each vector at its own address.
+template <int M, int N, class T>
+inline void score_tile(const float* q, int64_t q_stride, const T* const* keys, int64_t dim_stride, int64_t dims,
+                       float* scores) {
+  Vec sum[M][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = Vec(0.0f);
+  const T* k[N];
+  for (int n = 0; n < N; ++n) k[n] = keys[n];
+  for (int64_t d = 0; d < dims; ++d) {
+    Vec key[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      key[n] = load(k[n]);
+      k[n] += dim_stride;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      const Vec qd(q[r * q_stride + d]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[r][n] = fma(qd, key[n], sum[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n].store(scores + r * kScoreStride + n * kLanes);
+}
+
+// acc[r][:] += sum over tokens [begin, end) of weights[r][t] * v[t][:], for M rows and N vectors of dims; `count` is
+// the number of lanes of the vector when N is 1. chunks[c] holds the tokens from 16 c on; a missing one is skipped.
+template <int M, int N, bool Tail, class T>
+inline void value_tile(const float* weights, const T* const* chunks, int64_t dim, int64_t dims, int64_t begin,
+                       int64_t end, float* acc, int64_t acc_stride, int64_t count) {
+  Vec sum[M][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = load(acc + r * acc_stride + n * kLanes);
+  for (int64_t t = begin; t < end;) {
+    const int64_t chunk = t / kChunk;
+    const int64_t stop = std::min(end, (chunk + 1) * kChunk);
+    if (!chunks[chunk]) {
+      t = stop;
+      continue;
+    }
+    const T* v = chunks[chunk] + (t % kChunk) * dims + dim;
+    for (; t < stop; ++t, v += dims) {
+      Vec value[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) value[n] = Tail ? load(v, count) : load(v + n * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        const Vec w(weights[r * kScoreStride + t]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[r][n] = fma(w, value[n], sum[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n].store(acc + r * acc_stride + n * kLanes);
+}
+
+// All chunks [begin, end) of a split: kVecs vectors at a time while they last, then chunk by chunk.
+template <int M, class T>
+void score_rows(const float* q, int64_t q_stride, const T* const* chunks, int64_t begin, int64_t end,
+                int64_t dim_stride, int64_t dims, float* scores) {
+  constexpr int kPerChunk = kChunk / kLanes;                         // vectors of a chunk
+  constexpr int kStep = kVecs > kPerChunk ? kVecs / kPerChunk : 1;   // chunks of a register tile
+  constexpr int kSmall = kPerChunk < kVecs ? kPerChunk : kVecs;
+  const T* keys[kVecs];
+  int64_t c = begin;
+  for (; c + kStep <= end; c += kStep) {
+    bool all = true;
+    for (int i = 0; i < kStep; ++i) all &= chunks[c + i] != nullptr;
+    if (!all) break;
+    for (int n = 0; n < kVecs; ++n) keys[n] = chunks[c + n / kPerChunk] + n % kPerChunk * kLanes;
+    score_tile<M, kVecs>(q, q_stride, keys, dim_stride, dims, scores + c * kChunk);
+  }
+  for (; c < end; ++c) {
+    if (!chunks[c]) continue;
+    for (int n = 0; n < kSmall; ++n) keys[n] = chunks[c] + n * kLanes;
+    score_tile<M, kSmall>(q, q_stride, keys, dim_stride, dims, scores + c * kChunk);
+  }
+}
+
+template <int M, class T>
+void value_rows(const float* weights, const T* const* chunks, int64_t dims, int64_t begin, int64_t end, float* acc,
+                int64_t acc_stride) {
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= dims; d += kVecs * kLanes)
+    value_tile<M, kVecs, false>(weights, chunks, d, dims, begin, end, acc + d, acc_stride, 0);
+  for (; d + kLanes <= dims; d += kLanes)
+    value_tile<M, 1, false>(weights, chunks, d, dims, begin, end, acc + d, acc_stride, 0);
+  if (d < dims) value_tile<M, 1, true>(weights, chunks, d, dims, begin, end, acc + d, acc_stride, dims - d);
+}
+
+// ---- softmax -----------------------------------------------------------------------------------------------------
+
+struct Range {
+  int64_t begin, end;
+};
+
+struct RowRule {  // what turns a dot product into a score
+  float scale, softcap, slope;
+  int64_t position;  // of the row, relative to the split's first key
+};
+
+inline Vec finish_score(Vec s, const RowRule& rule, int64_t first_key) {
+  s = s * Vec(rule.scale);
+  if (rule.softcap != 0.0f) s = Vec(rule.softcap) * (s / Vec(rule.softcap)).tanh();
+  if (rule.slope != 0.0f)
+    s = fma(Vec(rule.slope), Vec::arange(static_cast<float>(first_key - rule.position), 1.0f), s);
+  return s;
+}
+
+// Turns the scores of chunks [chunks.begin, chunks.end) into weights exp(s - m); returns m, and l in *sum. Keys
+// outside `visible` and of missing chunks get weight 0. m is -inf if nothing is visible.
+template <class T>
+float softmax_row(float* scores, const T* const* blocks, Range chunks, Range visible, const RowRule& rule,
+                  float* sum) {
+  const int64_t begin = chunks.begin * kChunk, end = chunks.end * kChunk;
+  Vec highest(kMinusInf);
+  for (int64_t j = begin; j < end; j += kLanes) {
+    Vec s;
+    if (!blocks[j / kChunk] || j >= visible.end || j + kLanes <= visible.begin) {
+      s = Vec(kMinusInf);
+    } else {
+      s = finish_score(load(scores + j), rule, j);
+      if (j < visible.begin || j + kLanes > visible.end) {
+        alignas(64) float lanes[kLanes];
+        s.store(lanes);
+        for (int i = 0; i < kLanes; ++i)
+          if (j + i < visible.begin || j + i >= visible.end) lanes[i] = kMinusInf;
+        s = Vec::loadu(lanes);
+      }
+    }
+    s.store(scores + j);
+    highest = at::vec::maximum(highest, s);
+  }
+  const float m = max_lanes(highest);
+  Vec total(0.0f);
+  if (m == kMinusInf) {
+    for (int64_t j = begin; j < end; j += kLanes) total.store(scores + j);
+    *sum = 0.0f;
+    return m;
+  }
+  for (int64_t j = begin; j < end; j += kLanes) {
+    const Vec w = exp(load(scores + j) - Vec(m));
+    w.store(scores + j);
+    total = total + w;
+  }
+  *sum = sum_lanes(total);
+  return m;
+}
+
+// ---- a tile ------------------------------------------------------------------------------------------------------
+
+struct Tile {
+  int64_t seq, head, first_token, num_tokens;  // rows: tokens [first_token, + num_tokens) of the batch
+  int64_t position;                            // of first_token in its sequence
+  int64_t split_begin, split_end;              // splits that any row sees
+  int64_t partials;                            // where its splits' results go; -1: this item runs and merges them all
+};
+
+struct Item {
+  int64_t tile, split;  // split -1: all of the tile
+};
+
+// What rows have accumulated: values [rows][stride], then m [rows], then l [rows].
+struct State {
+  float *values, *m, *l;
+  State(float* p, int64_t rows, int64_t stride) : values(p), m(p + rows * stride), l(p + rows * stride + rows) {}
+};
+
+template <class T>
+class Kernel {
+ public:
+  explicit Kernel(const Args& args)
+      : a(args), group(args.num_heads / args.num_kv_heads),
+        tile_tokens(std::max<int64_t>(1, kTileRows / group)), max_rows(tile_tokens * group),
+        q_stride((args.k_dim + kLanes - 1) / kLanes * kLanes), v_stride((args.v_dim + kLanes - 1) / kLanes * kLanes) {}
+
+  // The work of the call: tiles, and items that threads take one by one.
+  Error plan(int64_t num_threads);
+  void run();
+
+  int64_t bad_index = 0;  // the sequence or token that an error is about
+
+ private:
+  int64_t lowest_key(int64_t position) const { return a.window ? std::max<int64_t>(0, position - a.window + 1) : 0; }
+  int64_t state_floats(int64_t rows) const { return rows * (v_stride + 2); }
+  void load_queries(const Tile& tile, float* q) const;
+  void run_split(const Tile& tile, int64_t split, const float* q, float* scores, const State& result) const;
+  template <int M>
+  void run_rows(const Tile& tile, int64_t split, int64_t row, const T* const* k_chunks, const T* const* v_chunks,
+                const float* q, float* scores, const State& result) const;
+  void merge(const State& part, const State& total, int64_t rows, bool first) const;
+  void finish(const Tile& tile, const State& total) const;
+  void run_item(const Item& item, float* scratch) const;
+  void merge_partials(const Tile& tile, float* scratch) const;
+  void store_new(int64_t thread, int64_t num_threads) const;
+
+  const Args& a;
+  const int64_t group, tile_tokens, max_rows, q_stride, v_stride;
+  std::vector<Tile> tiles;
+  std::vector<Item> items;
+  std::vector<int64_t> split_tiles;
+  Scratch partials;
+};
+
+template <class T>
+Error Kernel<T>::plan(int64_t num_threads) {
+  tiles.clear(), items.clear(), split_tiles.clear();
+  if (a.key) {
+    const int64_t num_slots = a.num_blocks * a.block_size;
+    for (int64_t t = 0; t < a.num_tokens; ++t)
+      if (a.slot_mapping[t] >= num_slots) return bad_index = t, kBadSlot;
+  }
+  double total_cost = 0;
+  for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
+    const int64_t begin = a.cu_seqlens_q[seq], end = a.cu_seqlens_q[seq + 1], length = a.seq_lens[seq];
+    if (begin < 0 || end < begin || end > a.num_tokens || length < end - begin ||
+        length > a.table_width * a.block_size)
+      return bad_index = seq, kBadLengths;
+    if (begin == end) continue;
+    const int64_t position = length - (end - begin);
+    for (int64_t b = lowest_key(position) / a.block_size; b <= (length - 1) / a.block_size; ++b)
+      if (a.block_table[seq * a.table_width + b] >= a.num_blocks) return bad_index = seq, kBadBlock;
+    const int64_t count = (end - begin + tile_tokens - 1) / tile_tokens;
+    for (int64_t head = 0; head < a.num_kv_heads; ++head)
+      for (int64_t i = count - 1; i >= 0; --i) {  // the most expensive tile first
+        Tile tile{seq, head, begin + i * tile_tokens, 0, position + i * tile_tokens, 0, 0, -1};
+        tile.num_tokens = std::min(tile_tokens, end - tile.first_token);
+        tile.split_begin = lowest_key(tile.position) / kSplit;
+        tile.split_end = (tile.position + tile.num_tokens - 1) / kSplit + 1;
+        total_cost += tile.num_tokens * (tile.split_end - tile.split_begin);
+        tiles.push_back(tile);
+      }
+  }
+  int64_t partial_floats = 0;
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    Tile& tile = tiles[t];
+    const int64_t splits = tile.split_end - tile.split_begin;
+    const int64_t floats = splits * state_floats(tile.num_tokens * group);
+    const bool large = tile.num_tokens * splits * 4 * num_threads > total_cost;
+    if (num_threads > 1 && splits > 1 && large && partial_floats + floats <= kMaxPartialFloats) {
+      tile.partials = partial_floats;
+      partial_floats += floats;
+      split_tiles.push_back(t);
+      for (int64_t s = tile.split_begin; s < tile.split_end; ++s) items.push_back({static_cast<int64_t>(t), s});
+    } else {
+      items.push_back({static_cast<int64_t>(t), -1});
+    }
+  }
+  partials.get(partial_floats);
+  return kOk;
+}
+
+template <class Q>
+inline void convert_row(const Q* from, float* to, int64_t dims) {
+  for (int64_t d = 0; d < dims; d += kLanes) load(from + d, std::min<int64_t>(kLanes, dims - d)).store(to + d);
+}
+
+// q[row] for row = token * group + head of the group, as float32.
+template <class T>
+void Kernel<T>::load_queries(const Tile& tile, float* q) const {
+  for (int64_t i = 0; i < tile.num_tokens; ++i)
+    for (int64_t g = 0; g < group; ++g, q += q_stride) {
+      const int64_t at = (tile.first_token + i) * a.query_stride[0] + (tile.head * group + g) * a.query_stride[1];
+      if (a.query_dtype == kFloat32) convert_row(static_cast<const float*>(a.query) + at, q, a.k_dim);
+      else if (a.query_dtype == kBFloat16) convert_row(static_cast<const c10::BFloat16*>(a.query) + at, q, a.k_dim);
+      else convert_row(static_cast<const c10::Half*>(a.query) + at, q, a.k_dim);
+    }
+}
+
+// Rows [row, row + M) of the tile against one split.
+template <class T>
+template <int M>
+void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const T* const* k_chunks,
+                         const T* const* v_chunks, const float* q, float* scores, const State& result) const {
+  const int64_t base = split * kSplit;
+  const int64_t first = tile.position + row / group, last = tile.position + (row + M - 1) / group;
+  const Range keys{std::max<int64_t>(lowest_key(first) - base, 0), std::min(last + 1 - base, kSplit)};
+  float* values = result.values + row * v_stride;
+  if (keys.begin >= keys.end) {
+    for (int r = 0; r < M; ++r) result.m[row + r] = kMinusInf;
+    return;
+  }
+  const Range chunks{keys.begin / kChunk, (keys.end + kChunk - 1) / kChunk};
+  score_rows<M>(q + row * q_stride, q_stride, k_chunks, chunks.begin, chunks.end, a.block_size, a.k_dim, scores);
+  for (int r = 0; r < M; ++r) {
+    const int64_t position = tile.position + (row + r) / group, head = tile.head * group + (row + r) % group;
+    const Range visible{lowest_key(position) - base, position + 1 - base};
+    const RowRule rule{static_cast<float>(a.scale), static_cast<float>(a.softcap),
+                       a.alibi_slopes ? a.alibi_slopes[head] : 0.0f, position - base};
+    result.m[row + r] =
+        softmax_row(scores + r * kScoreStride, k_chunks, chunks, visible, rule, &result.l[row + r]);
+  }
+  std::memset(values, 0, M * v_stride * sizeof(float));
+  value_rows<M>(scores, v_chunks, a.v_dim, keys.begin, keys.end, values, v_stride);
+}
+
+template <class T>
+void Kernel<T>::run_split(const Tile& tile, int64_t split, const float* q, float* scores, const State& result) const {
+  const T *k_chunks[kChunks] = {}, *v_chunks[kChunks] = {};
+  const int64_t length = a.seq_lens[tile.seq];
+  for (int64_t c = 0; c < kChunks; ++c) {
+    const int64_t key = split * kSplit + c * kChunk, offset = key % a.block_size;
+    if (key >= length) break;
+    const int64_t block = a.block_table[tile.seq * a.table_width + key / a.block_size];
+    if (block < 0) continue;
+    k_chunks[c] = static_cast<const T*>(a.k_cache) + block * a.k_cache_stride[0] + tile.head * a.k_cache_stride[1] +
+                  offset;
+    v_chunks[c] = static_cast<const T*>(a.v_cache) + block * a.v_cache_stride[0] + tile.head * a.v_cache_stride[1] +
+                  offset * a.v_dim;
+  }
+  const int64_t rows = tile.num_tokens * group, count = (rows + kRows - 1) / kRows;
+  for (int64_t i = 0; i < count; ++i) {  // register tiles of nearly equal height
+    const int64_t row = rows * i / count;
+    switch (rows * (i + 1) / count - row) {
+      case 1: run_rows<1>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
+      case 2: run_rows<2>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
+      case 3: run_rows<3>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
+      case 4: run_rows<4>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
+      case 5: run_rows<5>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
+      default: run_rows<6>(tile, split, row, k_chunks, v_chunks, q, scores, result);
+    }
+  }
+}
+
+// total <- total and part. Rows that saw nothing in the part stay as they are.
+template <class T>
+void Kernel<T>::merge(const State& part, const State& total, int64_t rows, bool first) const {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (first) total.m[r] = kMinusInf;
+    if (part.m[r] == kMinusInf) continue;
+    float *to = total.values + r * v_stride, *from = part.values + r * v_stride;
+    if (total.m[r] == kMinusInf) {
+      std::memcpy(to, from, v_stride * sizeof(float));
+      total.m[r] = part.m[r], total.l[r] = part.l[r];
+      continue;
+    }
+    const float m = total.m[r] >= part.m[r] ? total.m[r] : part.m[r];
+    const float x = exp(total.m[r] - m), y = exp(part.m[r] - m);
+    for (int64_t d = 0; d < v_stride; d += kLanes) fma(load(from + d), Vec(y), load(to + d) * Vec(x)).store(to + d);
+    total.l[r] = total.l[r] * x + part.l[r] * y;
+    total.m[r] = m;
+  }
+}
+
+template <class T>
+void Kernel<T>::finish(const Tile& tile, const State& total) const {
+  for (int64_t r = 0; r < tile.num_tokens * group; ++r) {
+    const int64_t token = tile.first_token + r / group, head = tile.head * group + r % group;
+    float *values = total.values + r * v_stride, l = total.l[r], factor = 1.0f;
+    if (total.m[r] == kMinusInf) {  // no visible key at all: 0/0, or 0 if there is a sink
+      std::memset(values, 0, v_stride * sizeof(float));
+      l = a.sinks ? 1.0f : 0.0f;
+    } else if (a.sinks) {
+      const float m = total.m[r] >= a.sinks[head] ? total.m[r] : a.sinks[head];
+      factor = exp(total.m[r] - m);
+      l = l * factor + exp(a.sinks[head] - m);
+    }
+    const int64_t at = (token * a.num_heads + head) * a.v_dim;
+    for (int64_t d = 0; d < a.v_dim; d += kLanes) {
+      const Vec result = load(values + d) * Vec(factor) / Vec(l);
+      const int64_t count = std::min<int64_t>(kLanes, a.v_dim - d);
+      if (a.query_dtype == kFloat32) store(static_cast<float*>(a.out) + at + d, result, count);
+      else if (a.query_dtype == kBFloat16) store(static_cast<c10::BFloat16*>(a.out) + at + d, result, count);
+      else store(static_cast<c10::Half*>(a.out) + at + d, result, count);
+    }
+  }
+}
+
+template <class T>
+void Kernel<T>::run_item(const Item& item, float* scratch) const {
+  const Tile& tile = tiles[item.tile];
+  const int64_t rows = tile.num_tokens * group;
+  float* q = scratch;
+  float* scores = q + max_rows * q_stride;
+  float* after = scores + kRows * kScoreStride;
+  load_queries(tile, q);
+  if (item.split >= 0) {
+    float* slot = const_cast<Scratch&>(partials).get(0) + tile.partials +
+                  (item.split - tile.split_begin) * state_floats(rows);
+    return run_split(tile, item.split, q, scores, State(slot, rows, v_stride));
+  }
+  const State part(after, rows, v_stride), total(after + state_floats(rows), rows, v_stride);
+  for (int64_t s = tile.split_begin; s < tile.split_end; ++s) {
+    run_split(tile, s, q, scores, part);
+    merge(part, total, rows, s == tile.split_begin);
+  }
+  finish(tile, total);
+}
+
+template <class T>
+void Kernel<T>::merge_partials(const Tile& tile, float* scratch) const {
+  const int64_t rows = tile.num_tokens * group;
+  const State total(scratch, rows, v_stride);
+  float* slot = const_cast<Scratch&>(partials).get(0) + tile.partials;
+  for (int64_t s = tile.split_begin; s < tile.split_end; ++s, slot += state_floats(rows))
+    merge(State(slot, rows, v_stride), total, rows, s == tile.split_begin);
+  finish(tile, total);
+}
+
+template <class T>
+void Kernel<T>::store_new(int64_t thread, int64_t num_threads) const {
+  // Whole (head, 16 tokens) units: the tokens of a block share its lines of keys.
+  const int64_t per_head = (a.num_tokens + kChunk - 1) / kChunk, units = per_head * a.num_kv_heads;
+  for (int64_t u = units * thread / num_threads; u < units * (thread + 1) / num_threads; ++u) {
+    const int64_t begin = u % per_head * kChunk;
+    store_tokens<T>(a, u / per_head, begin, std::min(begin + kChunk, a.num_tokens));
+  }
+}
+
+template <class T>
+void Kernel<T>::run() {
+  const int64_t scratch_floats = max_rows * q_stride + kRows * kScoreStride + 2 * state_floats(max_rows);
+  std::atomic<size_t> next_item{0}, next_merge{0};
+#pragma omp parallel if (!at::in_parallel_region() && at::get_num_threads() > 1)
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
+#else
+    const int64_t thread = 0, num_threads = 1;
+#endif
+    thread_local Scratch buffer;
+    float* scratch = buffer.get(scratch_floats);
+    if (a.key) {
+      store_new(thread, num_threads);
+#pragma omp barrier
+    }
+    for (size_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < items.size();) run_item(items[i], scratch);
+    if (!split_tiles.empty()) {
+#pragma omp barrier
+      for (size_t i; (i = next_merge.fetch_add(1, std::memory_order_relaxed)) < split_tiles.size();)
+        merge_partials(tiles[split_tiles[i]], scratch);
+    }
+  }
+}
+
+template <class T>
+int64_t attend(const Args& args) {
+  at::internal::lazy_init_num_threads();
+  Kernel<T> kernel(args);
+  const Error error = kernel.plan(at::in_parallel_region() ? 1 : at::get_num_threads());
+  if (error != kOk) return kernel.bad_index * 8 + error;
+  kernel.run();
+  return kOk;
+}
+
+}  // namespace
+}  // namespace hf_paged
+
+// Writes the new keys and values, then attends. Returns 0, or 8 times the sequence or token at fault plus an Error.
+HF_PAGED_EXPORT int64_t hf_paged_attention(const void* packed) {
+  hf_paged::Args args;
+  std::memcpy(&args, packed, sizeof args);
+  if (args.cache_dtype == hf_paged::kFloat32) return hf_paged::attend<float>(args);
+  if (args.cache_dtype == hf_paged::kBFloat16) return hf_paged::attend<c10::BFloat16>(args);
+  return hf_paged::attend<c10::Half>(args);
+}

@@ -1,0 +1,88 @@
+"""Dense fp32 linear layers on the live weight, in its own layout: see linear.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+from . import build
+
+
+def supports_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` takes these tensors: fp32 on the CPU, weight rows and x rows contiguous, shapes that fit."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and weight.dim() == 2
+        and x.dim() >= 1
+        and x.shape[-1] == weight.shape[1] > 0
+        and weight.stride(1) == 1
+    )
+
+
+def linear(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    out_MN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` in fp32, without autograd.
+
+    A row of the result depends, bit for bit, on that row of x and the weight alone: not on the number of rows, its
+    place among them, or the number of threads.
+
+    Args:
+        x_MK: [M, K] whose row stride may exceed K; [..., K] is flattened.
+        weight_NK: [N, K] as nn.Linear keeps it; rows contiguous, row stride free (a view into a merged weight).
+        bias_N: [N] contiguous, or None.
+        out_MN: written and returned if given: [M, N] (or the shape of the result), rows contiguous.
+
+    Returns:
+        [M, N], or [..., N].
+    """
+    if not supports_linear(x_MK, weight_NK):
+        raise ValueError(
+            f"linear takes float32 x [..., K] and weight [N, K] with contiguous rows, on the CPU; got x "
+            f"{_describe(x_MK)} and weight {_describe(weight_NK)}"
+        )
+    N, K = weight_NK.shape
+    shape = x_MK.shape
+    if len(shape) != 2:
+        x_MK = x_MK.reshape(-1, K)
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    M = x_MK.shape[0]
+    if out_MN is None:
+        result = torch.empty((*shape[:-1], N), dtype=torch.float32)
+        out_stride = N
+    else:
+        result, out_MN = out_MN, out_MN.view(M, N) if out_MN.dim() != 2 else out_MN
+        if out_MN.shape != (M, N) or out_MN.dtype != torch.float32 or (out_MN.stride(1) != 1 and N > 1):
+            raise ValueError(f"out must be float32 [{M}, {N}] with contiguous rows; got {_describe(out_MN)}")
+        out_stride = out_MN.stride(0)
+    bias = None
+    if bias_N is not None:
+        if bias_N.dtype != torch.float32 or bias_N.shape != (N,) or (bias_N.stride(0) != 1 and N > 1):
+            raise ValueError(f"bias must be contiguous float32 [{N}]; got {_describe(bias_N)}")
+        bias = bias_N.data_ptr()
+    if M and N:
+        _kernel()(
+            x_MK.data_ptr(), x_MK.stride(0), weight_NK.data_ptr(), weight_NK.stride(0), bias, result.data_ptr(),
+            out_stride, M, N, K,
+        )  # fmt: skip
+    return result
+
+
+@cache
+def _kernel():
+    function = build.load().hfp_linear_f32
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, size, pointer, size, pointer, pointer, size, size, size, size]
+    function.restype = None
+    return function
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())} on {tensor.device}"

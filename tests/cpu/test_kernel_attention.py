@@ -1,0 +1,469 @@
+"""The attention kernels against an independent dense float64 computation, each other, and themselves in other batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import hf_paged_kernels as kernels
+
+NAN = float("nan")
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")),
+    "reference",
+]
+needs_cpu = pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")
+MIXED = [(1, 1), (1, 16), (1, 300), (5, 5), (33, 40), (17, 300), (40, 40), (1, 17), (70, 530)]  # (new, total) tokens
+
+
+@dataclass
+class Case:
+    """A batch: keys and values of whole sequences, the cache as earlier steps left it, and what is new this step.
+
+    Every cache slot that no earlier step wrote holds NaN, and blocks behind the window are gone from the table.
+    """
+
+    lengths: list = field(default_factory=lambda: list(MIXED))
+    heads: tuple = (9, 3)
+    k_dim: int = 64
+    v_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype = torch.float32
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    spread: float = 2.0  # of the queries: large enough for weights far from uniform
+    seed: int = 0
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        num_heads, num_kv_heads = self.heads
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator).to(self.dtype)
+
+        self.queries = [normal(n, num_heads, self.k_dim) * self.spread for n, _ in self.lengths]
+        self.keys = [normal(total, num_kv_heads, self.k_dim) for _, total in self.lengths]
+        self.values = [normal(total, num_kv_heads, self.v_dim) for _, total in self.lengths]
+        self.options = dict(
+            scale=self.k_dim**-0.5, window=self.window, softcap=self.softcap,
+            sinks=normal(num_heads) if self.sinks else None,
+            alibi_slopes=0.5 ** torch.linspace(1, 8, num_heads) if self.alibi else None,
+        )  # fmt: skip
+
+    def batch(self, steps=None, block_seed=0):
+        """(query, key, value, k_cache, v_cache, metadata) of one step that does [(sequence, first row, rows), ...]."""
+        steps = steps or [(seq, 0, new) for seq, (new, _) in enumerate(self.lengths)]
+        size = self.block_size
+        counts = [-(-total // size) for _, total in self.lengths]
+        num_blocks = sum(counts[seq] for seq, _, _ in steps) + 3
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(block_seed)).tolist()
+        caches = kernels.allocate_kv(num_blocks, self.heads[1], self.k_dim, self.v_dim, size, self.cache_dtype, "cpu")
+        for cache in caches:
+            cache.fill_(NAN)
+        table = torch.full((len(steps), max(counts)), -1, dtype=torch.int32)
+        slots, seq_lens, rows = [], [], []
+        for i, (seq, first, count) in enumerate(steps):
+            new, total = self.lengths[seq]
+            blocks = [order.pop() for _ in range(counts[seq])]
+            start, stop = total - new + first, total - new + first + count
+            table[i, : -(-stop // size)] = torch.tensor(blocks[: -(-stop // size)])
+            if self.window:
+                table[i, : max(0, start - self.window + 1) // size] = -1
+            position = torch.arange(stop)
+            slot = torch.tensor(blocks)[position // size] * size + position % size
+            kernels.store_kv(self.keys[seq][:start], self.values[seq][:start], *caches, slot[:start],
+                             backend="reference")  # fmt: skip
+            slots.append(slot[start:])
+            seq_lens.append(stop)
+            rows.append((seq, slice(first, first + count), slice(start, stop)))
+        counts = [count for _, _, count in steps]
+        metadata = kernels.AttentionMetadata(
+            cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(), seq_lens=torch.tensor(seq_lens).int(),
+            block_table=table, slot_mapping=torch.cat(slots), max_seqlen_q=max(counts), max_seqlen_k=max(seq_lens),
+        )  # fmt: skip
+        query = torch.cat([self.queries[seq][new] for seq, new, _ in rows])
+        key = torch.cat([self.keys[seq][at] for seq, _, at in rows])
+        value = torch.cat([self.values[seq][at] for seq, _, at in rows])
+        return query, key, value, *caches, metadata
+
+    def run(self, backend, steps=None, block_seed=0):
+        return kernels.attention_(*self.batch(steps, block_seed), **self.options, backend=backend)
+
+    def dense(self):
+        """The same by the book, in float64, from the whole sequences."""
+        out = []
+        for query, key, value in zip(self.queries, self.keys, self.values, strict=True):
+            group = self.heads[0] // self.heads[1]
+            key, value = (x.to(self.cache_dtype).double().repeat_interleave(group, 1) for x in (key, value))
+            s = torch.einsum("qhd,khd->hqk", query.double(), key) * self.options["scale"]
+            if self.softcap:
+                s = self.softcap * torch.tanh(s / self.softcap)
+            p = torch.arange(len(key) - len(query), len(key))[:, None]
+            j = torch.arange(len(key))
+            if self.alibi:
+                s = s + self.options["alibi_slopes"].double()[:, None, None] * (j - p)
+            seen = (j <= p) & (j > p - self.window if self.window else j <= p)
+            weights = torch.where(seen, s, -float("inf")).exp()
+            sink = self.options["sinks"].double().exp()[:, None, None] if self.sinks else 0.0
+            out.append(torch.einsum("hqk,khd->qhd", weights / (weights.sum(-1, keepdim=True) + sink), value))
+        return torch.cat(out)
+
+
+CASES = {
+    "plain": Case(),
+    "multi_head": Case(heads=(4, 4)),
+    "multi_query": Case(heads=(7, 1)),
+    "group_of_5": Case(heads=(10, 2)),
+    "group_of_71": Case(heads=(71, 1), lengths=[(1, 40), (20, 300)]),
+    "dim_16": Case(k_dim=16, v_dim=16),
+    "dim_40": Case(k_dim=40, v_dim=40),
+    "dim_80": Case(k_dim=80, v_dim=80),
+    "dim_96": Case(k_dim=96, v_dim=96),
+    "dim_128": Case(heads=(8, 2), k_dim=128, v_dim=128),
+    "dim_256": Case(heads=(4, 1), k_dim=256, v_dim=256),
+    "dim_odd": Case(k_dim=7, v_dim=13),
+    "dims_differ": Case(k_dim=48, v_dim=32),
+    "dims_differ_mla": Case(heads=(4, 1), k_dim=192, v_dim=128),
+    "window_1": Case(window=1),
+    "window_7": Case(window=7),
+    "window_100": Case(window=100),
+    "window_300": Case(window=300),
+    "softcap": Case(softcap=5.0),
+    "sinks": Case(sinks=True),
+    "alibi": Case(alibi=True),
+    "gpt_oss": Case(heads=(8, 1), window=32, sinks=True),
+    "gemma": Case(heads=(4, 2), window=64, softcap=20.0, k_dim=128, v_dim=128),
+    "everything": Case(window=50, softcap=8.0, sinks=True, alibi=True, k_dim=24, v_dim=40, block_size=32),
+    "block_32": Case(block_size=32, window=40),
+    "block_64": Case(block_size=64),
+    "block_48": Case(block_size=48, window=90),
+    "bf16_cache": Case(cache_dtype=torch.bfloat16),
+    "bf16_cache_window": Case(cache_dtype=torch.bfloat16, window=90, k_dim=72, v_dim=72),
+    "fp16_cache": Case(cache_dtype=torch.float16),
+    "bf16_model": Case(dtype=torch.bfloat16, cache_dtype=torch.bfloat16),
+    "fp16_model": Case(dtype=torch.float16, cache_dtype=torch.float16, sinks=True),
+    "bf16_model_fp32_cache": Case(dtype=torch.bfloat16),
+    "large_scores": Case(spread=60.0),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense_float64(name, backend):
+    case = CASES[name]
+    got, want = case.run(backend), case.dense()
+    assert got.dtype == case.dtype and got.shape == want.shape
+    tolerance = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[case.dtype]
+    if name == "large_scores":  # a score of 300 has 3e-5 to lose in float32
+        tolerance = 2e-4
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+@needs_cpu
+def test_error_is_as_small_as_that_of_torch():
+    case = Case(lengths=[(400, 400)], heads=(8, 8), spread=4.0)
+    query, key, value = (x[0].transpose(0, 1) for x in (case.queries, case.keys, case.values))
+    stock = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(0, 1)
+    want = case.dense()
+    ours, theirs = ((x.double() - want).square().mean().sqrt().item() for x in (case.run("cpu"), stock))
+    assert ours < 1.5 * theirs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["merged_qkv", "heads_first", "last_dim_strided"])
+def test_strided_inputs(backend, layout):
+    case = CASES["plain"]
+    query, key, value, *rest = case.batch()
+    want = kernels.attention_(query, key, value, *rest, **case.options, backend=backend)
+    _, _, _, *rest = case.batch()
+    if layout == "merged_qkv":
+        merged = torch.cat([query.flatten(1), key.flatten(1), value.flatten(1)], 1)
+        parts = merged.split([9 * 64, 3 * 64, 3 * 64], 1)
+        query, key, value = (part.unflatten(1, (-1, 64)) for part in parts)
+    elif layout == "heads_first":
+        query, key, value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value))
+    else:
+        query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+    assert not query.is_contiguous()
+    got = kernels.attention_(query, key, value, *rest, **case.options, backend=backend)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_is_filled_and_caches_may_be_slices_of_one_tensor(backend):
+    case = CASES["plain"]
+    query, key, value, k_cache, v_cache, metadata = case.batch()
+    layers = [torch.full((len(cache), 2, *cache.shape[1:]), NAN) for cache in (k_cache, v_cache)]
+    for layer, cache in zip(layers, (k_cache, v_cache), strict=True):
+        layer[:, 1] = cache
+    out = torch.full((len(query), 9, 64), NAN)
+    got = kernels.attention_(query, key, value, layers[0][:, 1], layers[1][:, 1], metadata, **case.options, out=out,
+                             backend=backend)  # fmt: skip
+    assert got is out
+    assert torch.equal(out, case.run(backend))
+    assert layers[0][:, 0].isnan().all() and layers[1][:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_keys_the_cache_is_read_and_not_written(backend):
+    case = CASES["plain"]
+    query, key, value, k_cache, v_cache, metadata = case.batch()
+    want = kernels.attention_(query, key, value, k_cache, v_cache, metadata, **case.options, backend=backend)
+    before = k_cache.clone(), v_cache.clone()
+    got = kernels.attention_(query, None, None, k_cache, v_cache, metadata, **case.options, backend=backend)
+    assert torch.equal(got, want)
+    for cache, old in zip((k_cache, v_cache), before, strict=True):
+        assert torch.equal(cache.nan_to_num(7), old.nan_to_num(7))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_reads_blocks_that_another_of_the_same_call_fills(backend):
+    """The reader comes first in the batch: all writing must be done before any reading."""
+    case = Case(lengths=[(64, 64)], heads=(4, 2), k_dim=32, v_dim=32)
+    query, key, value, k_cache, v_cache, metadata = case.batch()
+    want = kernels.attention_(query, key, value, k_cache, v_cache, metadata, **case.options, backend=backend)
+    k_cache.fill_(NAN), v_cache.fill_(NAN)
+    order = torch.cat([torch.arange(48, 64), torch.arange(48)])  # sequence 0: the last 16 tokens; 1: the 48 before
+    shared = kernels.AttentionMetadata(
+        cu_seqlens_q=torch.tensor([0, 16, 64]).int(), seq_lens=torch.tensor([64, 48]).int(),
+        block_table=metadata.block_table.repeat(2, 1), slot_mapping=metadata.slot_mapping[order], max_seqlen_q=48,
+        max_seqlen_k=64,
+    )  # fmt: skip
+    got = kernels.attention_(query[order], key[order], value[order], k_cache, v_cache, shared, **case.options,
+                             backend=backend)  # fmt: skip
+    torch.testing.assert_close(got, want[order], atol=1e-6, rtol=0)
+    assert backend != "cpu" or torch.equal(got, want[order])
+
+
+# ---- the same bits, whatever the batch ----------------------------------------------------------------------------
+
+INVARIANT = {
+    "plain": Case(lengths=[(530, 530), (40, 300)]),
+    "window": Case(lengths=[(300, 600), (40, 40)], window=70, heads=(4, 2)),
+    "everything": Case(lengths=[(300, 560)], window=270, softcap=8.0, sinks=True, alibi=True, k_dim=24, v_dim=40),
+    "bf16_cache": Case(lengths=[(300, 560), (9, 9)], cache_dtype=torch.bfloat16, heads=(7, 1), v_dim=128),
+    "block_64": Case(lengths=[(290, 290), (31, 600)], block_size=64, k_dim=80, v_dim=80),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", INVARIANT)
+def test_bits_do_not_depend_on_chunks(name):
+    case = INVARIANT[name]
+    want = case.run("cpu")
+    for chunk in (1, 7, 64):
+        offset = 0
+        for seq, (new, _) in enumerate(case.lengths):
+            firsts = range(0, new, chunk) if chunk > 1 else range(0, new, 13)
+            for first in firsts:
+                count = min(chunk, new - first)
+                got = case.run("cpu", [(seq, first, count)], block_seed=first)
+                assert torch.equal(got, want[offset + first : offset + first + count]), (chunk, seq, first)
+            offset += new
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", INVARIANT)
+def test_bits_do_not_depend_on_batch_mates(name):
+    case = INVARIANT[name]
+    want = case.run("cpu")
+    new = case.lengths[0][0]
+    steps = [(len(case.lengths) - 1, 0, 3), (0, new - 1, 1), (0, 5, 100), (0, 200, 1), (0, 0, 2)]
+    got = case.run("cpu", steps, block_seed=3)
+    assert torch.equal(got[3], want[new - 1])
+    assert torch.equal(got[4:104], want[5:105])
+    assert torch.equal(got[104], want[200])
+    assert torch.equal(got[105:], want[:2])
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", INVARIANT)
+def test_bits_do_not_depend_on_threads(name):
+    """One long sequence is split over the threads; its partial results are merged in one order."""
+    case = INVARIANT[name]
+    new = case.lengths[0][0]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((case.run("cpu"), case.run("cpu", [(0, new - 1, 1)])))
+    finally:
+        torch.set_num_threads(threads)
+    for whole, last in results:
+        assert torch.equal(whole, results[0][0])
+        assert torch.equal(last[0], results[0][0][new - 1])
+
+
+@needs_cpu
+def test_bits_do_not_depend_on_the_strides_of_the_cache_or_head_neighbours():
+    """The first KV head alone, as one rank of a tensor-parallel group would hold it."""
+    case = Case(heads=(6, 2))
+    query, key, value, k_cache, v_cache, metadata = case.batch()
+    want = kernels.attention_(query, key, value, k_cache.clone(), v_cache.clone(), metadata, **case.options,
+                              backend="cpu")  # fmt: skip
+    got = kernels.attention_(query[:, :3], key[:, :1], value[:, :1], k_cache[:, :1], v_cache[:, :1], metadata,
+                             **case.options, backend="cpu")  # fmt: skip
+    assert torch.equal(got, want[:, :3])
+
+
+# ---- the cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_store_then_gather_gives_the_rounded_keys_back(backend, dtype, cache_dtype):
+    key, value = torch.randn(50, 3, 40).to(dtype), torch.randn(50, 3, 24).to(dtype)
+    k_cache, v_cache = kernels.allocate_kv(6, 3, 40, 24, 16, cache_dtype, "cpu")
+    k_cache.fill_(7), v_cache.fill_(7)
+    row = torch.tensor([4, 0, 2, 5], dtype=torch.int32)
+    position = torch.arange(50)
+    slots = row.long()[position // 16] * 16 + position % 16
+    slots[20] = -1
+    kernels.store_kv(key, value, k_cache, v_cache, slots, backend=backend)
+    got_key, got_value = kernels.gather_kv(k_cache, v_cache, row, 50)
+    key[20], value[20] = 7, 7
+    assert torch.equal(got_key, key.to(cache_dtype)) and torch.equal(got_value, value.to(cache_dtype))
+    untouched = [1, 3]
+    assert (k_cache[untouched] == 7).all() and (v_cache[untouched] == 7).all()
+    assert (k_cache[5, :, :, 2:] == 7).all() and (v_cache[5, :, 2:] == 7).all()
+
+
+def test_copy_blocks():
+    k_cache, v_cache = kernels.allocate_kv(5, 2, 8, 8, 16, torch.float32, "cpu")
+    k_cache.normal_(), v_cache.normal_()
+    before = k_cache.clone(), v_cache.clone()
+    kernels.copy_blocks(k_cache, v_cache, torch.tensor([[0, 3], [1, 4]]))
+    for cache, old in zip((k_cache, v_cache), before, strict=True):
+        assert torch.equal(cache, old[[0, 1, 2, 0, 1]])
+
+
+# ---- wrong arguments ----------------------------------------------------------------------------------------------
+
+
+def bad_head_size(case):
+    case["query"] = case["query"][..., :32]
+
+
+def bad_head_count(case):
+    case["query"] = case["query"][:, :8]
+
+
+def bad_query_dtype(case):
+    case["query"] = case["query"].double()
+
+
+def bad_rows(case):
+    case["query"] = case["query"][1:]
+
+
+def bad_key_alone(case):
+    case["value"] = None
+
+
+def bad_key_shape(case):
+    case["key"] = case["key"][:, :2]
+
+
+def bad_value_dtype(case):
+    case["value"] = case["value"].bfloat16()
+
+
+def bad_window(case):
+    case["window"] = 0
+
+
+def bad_softcap(case):
+    case["softcap"] = 0.0
+
+
+def bad_sinks(case):
+    case["sinks"] = torch.zeros(3)
+
+
+def bad_alibi_slopes(case):
+    case["alibi_slopes"] = torch.zeros(9, 1)
+
+
+def bad_out(case):
+    case["out"] = torch.empty(1, 9, 64)
+
+
+def bad_v_cache(case):
+    case["v_cache"] = case["v_cache"][:, :, :8]
+
+
+def bad_backend(case):
+    case["backend"] = "gpu"
+
+
+WRONG = [
+    (bad_head_size, "query"), (bad_head_count, "query"), (bad_query_dtype, "query"), (bad_rows, "query"),
+    (bad_key_alone, "key and value"), (bad_key_shape, "key"), (bad_value_dtype, "key and value"),
+    (bad_window, "window"), (bad_softcap, "softcap"), (bad_sinks, "sinks"), (bad_alibi_slopes, "alibi_slopes"),
+    (bad_out, "out"), (bad_v_cache, "v_cache"), (bad_backend, "backend"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "name"), WRONG)
+def test_a_wrong_argument_is_named(spoil, name):
+    case = CASES["plain"]
+    names = ("query", "key", "value", "k_cache", "v_cache", "metadata")
+    arguments = dict(zip(names, case.batch(), strict=True), **case.options)
+    kernels.attention_(**arguments)
+    spoil(arguments)
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        kernels.attention_(**arguments)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("field_name", "change", "name"),
+    [("block_table", lambda x: x.fill_(10**6), "block_table"), ("slot_mapping", lambda x: x.fill_(10**9), "slot_mapping"),
+     ("seq_lens", lambda x: x.fill_(0), "seq_lens"), ("seq_lens", lambda x: x.fill_(10**6), "seq_lens")],
+)  # fmt: skip
+def test_indices_outside_the_cache_are_refused_before_anything_is_written(field_name, change, name):
+    query, key, value, k_cache, v_cache, metadata = CASES["plain"].batch()
+    before = k_cache.clone()
+    change(getattr(metadata, field_name))
+    with pytest.raises(ValueError, match=name):
+        kernels.attention_(query, key, value, k_cache, v_cache, metadata, scale=0.1, backend="cpu")
+    assert torch.equal(k_cache.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_metadata_of_the_wrong_type_is_refused():
+    good = dict(
+        cu_seqlens_q=torch.tensor([0, 1]).int(), seq_lens=torch.tensor([1]).int(), max_seqlen_q=1, max_seqlen_k=1,
+        block_table=torch.zeros(1, 1, dtype=torch.int32), slot_mapping=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    kernels.AttentionMetadata(**good)
+    for name in ("cu_seqlens_q", "seq_lens", "block_table", "slot_mapping"):
+        with pytest.raises(ValueError, match=name):
+            kernels.AttentionMetadata(**{**good, name: good[name].float()})
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        kernels.AttentionMetadata(**{**good, "cu_seqlens_q": torch.tensor([0, 1, 1]).int()})
+    with pytest.raises(ValueError, match="block_table"):
+        kernels.AttentionMetadata(**{**good, "block_table": torch.zeros(2, 1, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("bad", [dict(block_size=20), dict(block_size=0), dict(num_blocks=0), dict(dtype=torch.int8)])
+def test_allocate_kv_names_a_wrong_size(bad):
+    sizes = dict(num_blocks=2, num_kv_heads=2, k_head_dim=8, v_head_dim=8, block_size=16, dtype=torch.float32)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        kernels.allocate_kv(**{**sizes, **bad}, device="cpu")
+
+
+def test_switched_off_means_the_reference(monkeypatch):
+    monkeypatch.setenv("HF_PAGED_KERNELS", "off")
+    assert kernels.resolve_backend("auto", "cpu") == "reference"
+    assert not kernels.supports("cpu", "cpu") and "HF_PAGED_KERNELS" in kernels.why_unsupported("cpu", "cpu")
+    case = CASES["plain"]
+    assert torch.equal(case.run("auto"), case.run("reference"))
+    with pytest.raises(ValueError, match="HF_PAGED_KERNELS"):
+        case.run("cpu")
