@@ -150,9 +150,7 @@ def _measure(work: workload.Workload, stock, engine, options: Options) -> Result
         def stock_slice(system: str, batch: int, indices: list[int]) -> None:
             bar.set_description(f"{work.name}: {system}")
             chosen = [work.requests[i] for i in indices]
-            runs[system].append(
-                systems.run_stock(stock, chosen, batch=batch, ignore_eos=True, progress=bar.update)
-            )
+            runs[system].append(systems.run_stock(stock, chosen, batch=batch, ignore_eos=True, progress=bar.update))
             stock_runs[system].append(indices)
 
         for turn in range(options.rounds):

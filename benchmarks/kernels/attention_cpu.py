@@ -39,8 +39,8 @@ def main() -> None:
             batch = Batch(num_seqs, q_len, seq_len, *heads, dtype)
             ours = measure(batch.paged, options.seconds)
             stock = measure(batch.gather_sdpa, options.seconds)
-            torch.testing.assert_close(batch.paged(), batch.gather_sdpa(), atol=3e-2 if dtype.itemsize == 2 else 1e-5,
-                                       rtol=0)  # fmt: skip
+            tolerance = 3e-2 if dtype.itemsize == 2 else 1e-5
+            torch.testing.assert_close(batch.paged(), batch.gather_sdpa(), atol=tolerance, rtol=0)
             gbytes, gflop = batch.cost()
             print(f"{model:10} {f'{kind} {num_seqs}x{q_len}@{seq_len}':18} {ours[0] * 1e6:10.0f} {stock[0] * 1e6:15.0f} "
                   f"{stock[0] / ours[0]:6.1f} {gbytes / ours[0]:6.1f} {gflop / ours[0]:8.1f}")  # fmt: skip

@@ -95,9 +95,9 @@ def chat(
 @app.command()
 def explain(model: Model = None, dtype: Dtype = None, device: Device = None) -> None:
     """Show what the engine would run for each layer of a model, and the reason for any slower path."""
-    from .common import open_engine
-
     import hf_paged
+
+    from .common import open_engine
 
     with open_engine(model=model, dtype=dtype, device=device, threads=None, progress=False) as (patched, _, _):
         typer.echo(str(hf_paged.explain(patched)))

@@ -49,6 +49,8 @@ def guard(debug: bool = False) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """An error's message up to its first line break, or its class where it has none."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -61,9 +63,11 @@ def dtype_name(name: str | None) -> str | None:
 
 def quiet_libraries() -> None:
     """Keep transformers' notes about our own loading out of the output."""
+    import huggingface_hub.utils.logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
 
 
 def load(*, model: str | None, dtype: str | None, device: str | None, threads: int | None, progress: bool):
@@ -78,7 +82,7 @@ def load(*, model: str | None, dtype: str | None, device: str | None, threads: i
         torch.set_num_threads(threads)
     try:
         return load_model(model, dtype=dtype and getattr(torch, dtype), device=device, progress=progress)
-    except RuntimeError as error:  # an unknown or missing device, or too little memory for the weights
+    except (RuntimeError, AssertionError) as error:  # no such device (torch asserts), or too little memory
         raise UserError(one_line(error)) from error
 
 

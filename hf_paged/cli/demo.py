@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
@@ -35,8 +36,10 @@ def run_demo(name: str | None, count: int, device: str | None, threads: int | No
     console = Console(soft_wrap=not sys.stdout.isatty())
     model, tokenizer = load(model=name, dtype=None, device=device, threads=threads, progress=True)
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    console.print(f"{model.config._name_or_path} in {str(model.dtype).removeprefix('torch.')} on {where}, "
-                  f"{torch.get_num_threads()} threads")
+    console.print(
+        f"{model.config._name_or_path} in {str(model.dtype).removeprefix('torch.')} on {where}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
     console.rule(f"{len(CHAT_QUESTIONS)} chats at the same time, one engine")
     with _patched(model, tokenizer) as engine:
@@ -44,10 +47,15 @@ def run_demo(name: str | None, count: int, device: str | None, threads: int | No
 
     requests = _requests(tokenizer, count)
     tokens = sum(len(request.prompt) for request in requests)
-    console.rule(f"{len(requests)} mixed requests, {tokens} prompt tokens, through stock transformers and hf_paged")
+    console.rule(f"{count} mixed requests ({tokens} prompt tokens), stock and hf_paged")
     runs = _compare_systems(model, tokenizer, requests)
     differences = _differences(model, requests, runs)
-    console.print(_table(runs, requests, systems.kv_bytes_per_token(model)))
+    console.print(_table(runs, requests))
+    static = systems.static_batch_bytes(systems.kv_bytes_per_token(model), requests, count)
+    console.print(
+        f"KV cache at its peak, with 1, {min(BATCH, count)} and {count} requests at once; one padded batch of "
+        f"all {count} would hold {static / MIB:.0f} MiB."
+    )
     compared = sum(map(len, runs[STOCK_ONE].tokens))
     if differences:
         console.print(f"[bold red]{len(differences)} of {len(requests)} requests differ from stock:[/]")
@@ -111,8 +119,10 @@ def _screen(console: Console, answers: dict[str, _Answer]) -> Iterator:
 
     def panels() -> Columns:
         width = max(30, console.width // 2 - 2)
-        boxes = [Panel(a.text.strip() or " ", title=a.question, title_align="left", width=width, height=11)
-                 for a in answers.values()]
+        boxes = [
+            Panel(a.text.strip() or " ", title=a.question, title_align="left", width=width, height=11)
+            for a in answers.values()
+        ]
         return Columns(boxes)
 
     with Live(panels(), console=console, refresh_per_second=12) as live:
@@ -153,7 +163,7 @@ def _requests(tokenizer, count: int) -> list[Request]:
 
 
 def _compare_systems(model, tokenizer, requests: list[Request]) -> dict[str, Run]:
-    """Stock runs come first and last of all in time; the model is patched in between only for hf_paged's turn."""
+    """The same model object for all: untouched for stock, patched for hf_paged's turn only."""
     runs = {}
     for system, batch in ((STOCK_ONE, 1), (STOCK_BATCH, BATCH)):
         with _bar(system, requests) as advance:
@@ -179,24 +189,20 @@ def _differences(model, requests: list[Request], runs: dict[str, Run]) -> list[s
     return [difference for difference in found if difference]
 
 
-def _table(runs: dict[str, Run], requests: list[Request], per_token: int) -> Table:
-    table = Table()
-    table.add_column("")
-    for name in ("seconds", "tokens/s", "speed-up", "same tokens", "KV cache at its peak"):
-        table.add_column(name, justify="right")
+def _table(runs: dict[str, Run], requests: list[Request]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title="greedy, the same prompts and limits for all", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("seconds", "tokens/s", "speed-up", "same tokens", "KV cache"):
+        table.add_column(name, justify="right", no_wrap=True)
     truth = runs[STOCK_ONE]
     for system, run in runs.items():
         same = sum(a == b for a, b in zip(truth.tokens, run.tokens, strict=True))
-        at_once = {STOCK_ONE: 1, STOCK_BATCH: min(BATCH, len(requests)), PAGED: len(requests)}[system]
         table.add_row(
             system,
             f"{run.seconds:.1f}",
             f"{run.rate:.1f}",
             f"{run.rate / truth.rate:.1f}x",
             f"{same} of {len(requests)}",
-            f"{run.kv_bytes / MIB:.1f} MiB for {at_once}",
+            f"{run.kv_bytes / MIB:.0f} MiB",
         )
-    static = systems.static_batch_bytes(per_token, requests, len(requests))
-    row = f"{static / MIB:.1f} MiB for {len(requests)}"
-    table.add_row(f"(a padded batch of {len(requests)} would hold)", "", "", "", "", row, style="dim")
     return table

@@ -24,10 +24,33 @@ def run_generate(
     params = [make_params(SamplingParams, entry, sampling, place) for place, entry in enumerate(entries, 1)]
     with open_engine(**loading) as (_, tokenizer, engine):
         inputs = [to_input(tokenizer, entry, chat) for entry in entries]
-        outputs = engine.generate(inputs, params, progress=loading["progress"])
-    for place, (entry, output) in enumerate(zip(entries, outputs, strict=True)):
-        print(as_json(place, entry, output) if json_lines else as_text(place, entry, output, alone=len(entries) == 1))
-    return int(any(output.error is not None for output in outputs))
+        results = run_all(engine, inputs, params, progress=loading["progress"])
+    for place, (entry, result) in enumerate(zip(entries, results, strict=True)):
+        print(as_json(place, entry, result) if json_lines else as_text(place, entry, result, alone=len(entries) == 1))
+    return int(any(isinstance(result, Exception) for result in results))
+
+
+def run_all(engine, inputs: list, params: list, *, progress: bool) -> list:
+    """Each input's RequestOutput, or the exception that refused or ended it. One bad input leaves the rest alone."""
+    from tqdm import tqdm
+
+    results: list = [None] * len(inputs)
+    places, tokens = {}, 0
+    with tqdm(total=len(inputs), unit="request", disable=not progress, file=sys.stderr) as bar:
+        for place, (prompt, sampling) in enumerate(zip(inputs, params, strict=True)):
+            try:
+                places[engine.add(prompt, sampling)] = place
+            except ValueError as error:  # refused by name: too long, say
+                results[place] = error
+                bar.update()
+        while engine.has_unfinished():
+            for output in engine.step():
+                if output.finished:
+                    results[places[output.request_id]] = output.error or output
+                    tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                    bar.set_postfix(tokens=tokens, refresh=False)
+                    bar.update()
+    return results
 
 
 def read_entries(file: Path) -> list[dict]:
@@ -76,26 +99,28 @@ def to_input(tokenizer, entry: dict, chat: bool) -> str | list[int]:
     return chat_prompt(tokenizer, [{"role": "user", "content": entry["prompt"]}]) if chat else entry["prompt"]
 
 
-def as_text(place: int, entry: dict, output, *, alone: bool) -> str:
-    answers = [completion.text for completion in output.outputs] if output.error is None else []
-    body = "\n".join(answers) if answers else f"error: {one_line(output.error)}"
+def as_text(place: int, entry: dict, result, *, alone: bool) -> str:
+    if isinstance(result, Exception):
+        body = f"error: {one_line(result)}"
+    else:
+        body = "\n".join(completion.text for completion in result.outputs)
     if alone:
         return body
     asked = entry.get("prompt") or entry["messages"][-1].get("content", "")
     return f"[{place}] {_short(asked)}\n{body}\n"
 
 
-def as_json(place: int, entry: dict, output) -> str:
+def as_json(place: int, entry: dict, result) -> str:
     row: dict = {"index": place}
     row |= {name: entry[name] for name in ("id", "prompt", "messages") if name in entry}
-    if output.error is not None:
-        return json.dumps(row | {"error": one_line(output.error)}, ensure_ascii=False)
-    first = output.outputs[0]
+    if isinstance(result, Exception):
+        return json.dumps(row | {"error": one_line(result)}, ensure_ascii=False)
+    first = result.outputs[0]
     row |= {"text": first.text, "finish_reason": first.finish_reason}
-    if len(output.outputs) > 1:
-        row["texts"] = [completion.text for completion in output.outputs]
-    row["prompt_tokens"] = len(output.prompt_token_ids)
-    row["completion_tokens"] = sum(len(completion.token_ids) for completion in output.outputs)
+    if len(result.outputs) > 1:
+        row["texts"] = [completion.text for completion in result.outputs]
+    row["prompt_tokens"] = len(result.prompt_token_ids)
+    row["completion_tokens"] = sum(len(completion.token_ids) for completion in result.outputs)
     return json.dumps(row, ensure_ascii=False)
 
 

@@ -3,30 +3,26 @@
     add -> waiting -> (schedule) running -> (commit) finished
               ^------ preempted, rolled back ------'
 
-`schedule` makes a StepPlan, and `commit` (or, if the forward failed, `rollback`) ends it: one plan at a time. Calls come
-from one thread. All sequences are ranked by the policy, first come first served or by priority. A step walks down that
-order; whoever lacks blocks takes them from the last in order, so the first always advances and all finish.
+`schedule` makes a StepPlan, and `commit` (or, if the forward failed, `rollback`) ends it: one plan at a time. Calls
+come from one thread. All sequences are ranked by the policy, first come first served or by priority. A step walks down
+that order; whoever lacks blocks takes them from the last in order, so the first always advances and all finish.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from bisect import bisect_left, insort
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import InvalidArgument, QueueFull, RequestTooLarge
 from .plan import StepPlan
+from .queues import Queues
 from .request import Request, Sequence, SequenceStatus, check_finished
 from .step import StepDraft
 from .tables import BlockTables, GroupSpec
 
 __all__ = ["GroupSpec", "Scheduler"]
-
-
-def _rank(seq: Sequence) -> tuple[int, int]:
-    return seq.order
 
 
 class Scheduler:
@@ -72,9 +68,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self._by_priority = policy == "priority"
         self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache)
-        self._waiting: list[Sequence] = []  # both lists in policy order
-        self._running: list[Sequence] = []
-        self._seats_used = 0
+        self._queues = Queues()
         self._sequences: dict[int, Sequence] = {}
         self._ended: dict[int, Sequence] = {}  # of requests dropped since the last `schedule`
         self._deadlines: list[tuple[float, int, Request]] = []  # heap; ended requests leave it lazily
@@ -95,8 +89,8 @@ class Scheduler:
             QueueFull: `max_queue` sequences wait already.
         """
         self._check(request)
-        if self.max_queue is not None and len(self._waiting) >= self.max_queue:
-            raise QueueFull(f"{len(self._waiting)} sequences are waiting already (max_queue is {self.max_queue})")
+        if self.max_queue is not None and self.num_waiting >= self.max_queue:
+            raise QueueFull(f"{self.num_waiting} sequences are waiting already (max_queue is {self.max_queue})")
         seq_id = self._next_seq_id
         self._next_seq_id += request.n
         leader = self._new_sequence(request, 0, seq_id)
@@ -104,7 +98,7 @@ class Scheduler:
         self.requests[request.request_id] = request
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, seq_id, request))
-        insort(self._waiting, leader, key=_rank)
+        self._queues.wait(leader)
 
     def _check(self, request: Request) -> None:
         """Refuse what is wrong or could never run."""
@@ -123,7 +117,7 @@ class Scheduler:
                 "shorten it or raise max_model_len"
             )
         needs = self._tables.most_blocks(request, most)
-        for group, (need, pool) in enumerate(zip(needs, self._tables.pools)):
+        for group, (need, pool) in enumerate(zip(needs, self._tables.pools, strict=True)):
             if need > pool.max_blocks:
                 raise RequestTooLarge(
                     f"prompt of {num_prompt} tokens with max_tokens {request.max_tokens} and n {n} can take {need} KV "
@@ -143,10 +137,10 @@ class Scheduler:
             self.rollback(self._in_flight[0])
         self._ended.clear()
         draft = StepDraft(self.max_batch_tokens, only, len(self._tables.pools))
-        running = [seq for seq in self._running if draft.may_run(seq)]
+        running = [seq for seq in self._queues.running if draft.may_run(seq)]
         draft.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
         for seq in running:
-            if self._waiting:
+            if self._queues.waiting:
                 self._admit_before(draft, seq.order)
             if seq.status is SequenceStatus.RUNNING:  # not preempted by one before it
                 self._advance(draft, seq)
@@ -168,7 +162,7 @@ class Scheduler:
             The sequences that got a token. Those ended since `schedule` are passed over.
         """
         draft = self._land(plan)
-        for seq_id, count in zip(plan.seq_ids, plan.num_new):
+        for seq_id, count in zip(plan.seq_ids, plan.num_new, strict=True):
             seq = self._sequences.get(seq_id)
             if seq is not None and seq.status is SequenceStatus.RUNNING:
                 seq.num_computed += count
@@ -231,8 +225,8 @@ class Scheduler:
 
     def _admit_before(self, draft: StepDraft, order: tuple[int, int] | None) -> None:
         """Admit waiting sequences in order while that works: those that rank before `order`, or all."""
-        while draft.admitting and draft.cursor < len(self._waiting):
-            seq = self._waiting[draft.cursor]
+        while draft.admitting and draft.cursor < len(self._queues.waiting):
+            seq = self._queues.waiting[draft.cursor]
             if order is not None and seq.order > order:
                 return
             if not draft.may_run(seq):
@@ -241,9 +235,9 @@ class Scheduler:
                 draft.admitting = False
 
     def _admit(self, draft: StepDraft, seq: Sequence) -> bool:
-        """Seat the waiting `seq` and schedule it, or hold it back. False: it needs seats or blocks that are not there."""
+        """Seat and schedule the waiting `seq`, or hold it back. False: it lacks seats or blocks."""
         tables = self._tables
-        if self._running and draft.only is None and self._blocked == (seq.seq_id, tables.num_releases):
+        if self._queues.running and draft.only is None and self._blocked == (seq.seq_id, tables.num_releases):
             return False
         if not self._free_seats(draft, seq):
             return False
@@ -259,22 +253,22 @@ class Scheduler:
                 self._blocked = (seq.seq_id, tables.num_releases)
                 return False
             self._preempt(draft, victim)
-        del self._waiting[self._index(self._waiting, seq)]
-        self._seat(seq)
+        self._queues.seat(seq)
         seq.publishable = True
         self._note_admission(seq)
         self._advance(draft, seq)
+        assert seq.seq_id in draft.busy, "admitted without room: it might share blocks whose step fails"
         return True
 
     def _free_seats(self, draft: StepDraft, seq: Sequence) -> bool:
         """Whether `seq` finds seats, for the siblings it will fork too; preempts for them if that is enough."""
-        lacking = self._seats_used + seq.seats - self.max_num_seqs
+        lacking = self._queues.seats_used + seq.seats - self.max_num_seqs
         if lacking <= 0:
             return True
-        victims = [other for other in self._running if self._yields(draft, other, seq, admitting=True)]
+        victims = [other for other in self._queues.running if self._yields(draft, other, seq, admitting=True)]
         if sum(victim.seats for victim in victims) < lacking:
             return False
-        while self._seats_used + seq.seats > self.max_num_seqs:
+        while self._queues.seats_used + seq.seats > self.max_num_seqs:
             self._preempt(draft, victims.pop())
         return True
 
@@ -283,10 +277,10 @@ class Scheduler:
 
         Admitting more would only preempt somebody a few steps later. What runs alone always fits: `add` saw to that.
         """
-        if not self._running:
+        if not self._queues.running:
             return True
         chunk = min(draft.spare_budget, seq.num_remaining)
-        return self._tables.fits(seq, chunk, headroom=self._seats_used + seq.pending_forks)
+        return self._tables.fits(seq, chunk, headroom=self._queues.seats_used + seq.pending_forks)
 
     def _is_coming(self, draft: StepDraft, seq: Sequence, num_hit: int) -> bool:
         """Whether a prefill of this very step will soon compute the next block of `seq`'s prompt.
@@ -308,9 +302,10 @@ class Scheduler:
     def _victim(self, draft: StepDraft, seq: Sequence, admitting: bool) -> Sequence | None:
         """The running sequence, last in order, that must give its blocks to `seq`; None if there is none."""
         if draft.only is not None:
-            return next((other for other in reversed(self._running) if self._yields(draft, other, seq, admitting)), None)
-        last = self._running[-1] if self._running else None
-        return last if last is not None and self._yields(draft, last, seq, admitting) else None
+            candidates = self._queues.running
+        else:
+            candidates = self._queues.running[-1:]  # if the last does not yield, nobody does
+        return next((other for other in reversed(candidates) if self._yields(draft, other, seq, admitting)), None)
 
     def _yields(self, draft: StepDraft, other: Sequence, seq: Sequence, admitting: bool) -> bool:
         """Whether the running `other` may be preempted for `seq`: never if it is part of this step already."""
@@ -328,11 +323,9 @@ class Scheduler:
             sibling = self._new_sequence(leader.request, index, leader.seq_id + index)
             self._tables.fork(leader, sibling)
             sibling.num_cached_tokens = leader.num_cached_tokens
-            sibling.status = SequenceStatus.RUNNING
-            insort(self._running, sibling, key=_rank)
+            self._queues.seat_sibling(sibling, leader)
             draft.forked.append(sibling)
             draft.busy.add(sibling.seq_id)
-        leader.pending_forks = 0  # the seats it held for them are theirs now
 
     def _note_admission(self, seq: Sequence) -> None:
         request = seq.request
@@ -378,10 +371,8 @@ class Scheduler:
     def _end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Finish `seq`, free what it held, drop the request if it was its last."""
         request = seq.request
-        if seq.status is SequenceStatus.RUNNING:
-            self._unseat(seq)
-        else:
-            del self._waiting[self._index(self._waiting, seq)]
+        self._queues.remove(seq)
+        self._tables.release(seq)
         siblings = [self._new_sequence(request, index, seq.seq_id + index) for index in range(1, seq.seats)]
         seq.pending_forks = 0
         for ended in [seq, *siblings]:
@@ -400,21 +391,10 @@ class Scheduler:
         self._sequences[seq_id] = seq
         return seq
 
-    def _seat(self, seq: Sequence) -> None:
-        insort(self._running, seq, key=_rank)
-        self._seats_used += seq.seats
-        seq.status = SequenceStatus.RUNNING
-
-    def _unseat(self, seq: Sequence) -> None:
-        del self._running[self._index(self._running, seq)]
-        self._seats_used -= seq.seats
-        self._tables.release(seq)
-
     def _send_back(self, seq: Sequence) -> None:
         """Back to waiting, with nothing computed."""
-        self._unseat(seq)
-        seq.status = SequenceStatus.WAITING
-        insort(self._waiting, seq, key=_rank)
+        self._queues.send_back(seq)
+        self._tables.release(seq)
 
     def _preempt(self, draft: StepDraft, victim: Sequence) -> None:
         draft.decodes.discard(victim.seq_id)
@@ -422,12 +402,6 @@ class Scheduler:
         victim.num_preemptions += 1
         self._num_preemptions += 1
         self._send_back(victim)
-
-    @staticmethod
-    def _index(queue: list[Sequence], seq: Sequence) -> int:
-        index = bisect_left(queue, seq.order, key=_rank)
-        assert queue[index] is seq, f"{seq} is not in its queue"
-        return index
 
     # -- weights
 
@@ -438,7 +412,7 @@ class Scheduler:
         `recompute_all` makes them start over too.
         """
         self._tables.clear_cache()
-        for seq in self._running:
+        for seq in self._queues.running:
             seq.publishable = False
 
     def recompute_all(self) -> None:
@@ -449,7 +423,7 @@ class Scheduler:
         if self._in_flight is not None:
             self.rollback(self._in_flight[0])
         self.reset_prefix_cache()
-        for seq in list(self._running):
+        for seq in list(self._queues.running):
             self._send_back(seq)
 
     # -- looking in
@@ -457,11 +431,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences waiting; a request that has not forked yet counts once."""
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._queues.running)
 
     def has_unfinished(self) -> bool:
         return bool(self.requests)
@@ -479,8 +453,8 @@ class Scheduler:
         """Counts since `reset_stats`, and the state now. Lists have one entry per group, in blocks."""
         pools = self._tables.pools
         return {
-            "waiting": len(self._waiting),
-            "running": len(self._running),
+            "waiting": len(self._queues.waiting),
+            "running": len(self._queues.running),
             "blocks_in_use": [pool.num_in_use for pool in pools],
             "blocks_total": [pool.max_blocks for pool in pools],
             "blocks_peak": [pool.peak_in_use for pool in pools],
@@ -497,19 +471,15 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, seats, tables, reference counts and published keys agree."""
-        for queue, status in ((self._waiting, SequenceStatus.WAITING), (self._running, SequenceStatus.RUNNING)):
-            assert all(a.order < b.order for a, b in zip(queue, queue[1:])), "a queue is out of order"
-            assert all(seq.status is status for seq in queue), "a sequence is in the wrong queue"
         live = [seq for request in self.requests.values() for seq in request.sequences]
         assert {id(seq) for seq in live} == {id(seq) for seq in self._sequences.values()}, "sequences got lost"
-        unfinished = {id(seq) for seq in live if seq.status is not SequenceStatus.FINISHED}
-        assert unfinished == {id(seq) for seq in self._waiting + self._running}, "a queue lost a sequence"
         assert not any(request.finished for request in self.requests.values()), "a finished request was kept"
-        assert self._seats_used == sum(seq.seats for seq in self._running) <= self.max_num_seqs, "seats are off"
+        self._queues.check_integrity([seq for seq in live if seq.status is not SequenceStatus.FINISHED])
+        assert self._queues.seats_used <= self.max_num_seqs, "too many sequences run"
         num_tokens = {seq.seq_id: seq.num_computed for seq in live}
         if self._in_flight is not None:
             plan, draft = self._in_flight
-            for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context):
+            for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context, strict=True):
                 if seq_id in num_tokens and self._sequences[seq_id].status is SequenceStatus.RUNNING:
                     num_tokens[seq_id] = context + new
             for seq in draft.forked:

@@ -74,7 +74,7 @@ class BlockTables:
         assert all(group.window is None or group.window >= 1 for group in groups), "a window sees at least its query"
         self.block_size = block_size
         self.windows = [group.window for group in groups]
-        self.pools = [BlockPool(now, most) for now, most in zip(num_blocks, max_blocks)]
+        self.pools = [BlockPool(now, most) for now, most in zip(num_blocks, max_blocks, strict=True)]
         self.prefix_cache = prefix_cache
         self.num_releases = 0
         self._sliding = [index for index, window in enumerate(self.windows) if window is not None]
@@ -93,7 +93,7 @@ class BlockTables:
     def take_hit(self, seq: Sequence, num_blocks: int) -> None:
         """Start the empty `seq` with its first `num_blocks` blocks from the prefix cache."""
         seq.num_computed = num_blocks * self.block_size
-        for pool, window, table in zip(self.pools, self.windows, seq.block_tables):
+        for pool, window, table in zip(self.pools, self.windows, seq.block_tables, strict=True):
             assert not table, "a hit starts a sequence"
             unseen = num_unseen_blocks(seq.num_computed, window, self.block_size)
             table.extend([RELEASED] * unseen)
@@ -111,7 +111,7 @@ class BlockTables:
     def room(self, seq: Sequence, want: int) -> int:
         """How many of the next `want` tokens of `seq` fit into the blocks it has and those that are free."""
         num_computed, block_size = seq.num_computed, self.block_size
-        for pool, table in zip(self.pools, seq.block_tables):
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
             spare = len(table) * block_size - num_computed
             free = pool.num_free
             if spare and pool.refs[table[-1]] > 1:  # to be written and shared: it is copied first
@@ -126,7 +126,7 @@ class BlockTables:
         """Give `seq` the blocks for its next `count` tokens (`room` said they fit) and publish those that fill up."""
         block_size, begin = self.block_size, seq.num_computed
         end = begin + count
-        for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables)):
+        for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
             if begin % block_size and pool.refs[table[-1]] > 1:
                 source, table[-1] = table[-1], pool.allocate()
                 changes.copies[group].append((source, table[-1]))
@@ -140,8 +140,9 @@ class BlockTables:
         """Let the new `sibling` share all blocks of `seq`."""
         sibling.block_keys = list(seq.block_keys)
         sibling.publishable = seq.publishable
+        sibling.num_computed = seq.num_computed
         sibling.block_tables = [list(table) for table in seq.block_tables]
-        for pool, table in zip(self.pools, sibling.block_tables):
+        for pool, table in zip(self.pools, sibling.block_tables, strict=True):
             for block in table:
                 if block != RELEASED:
                     pool.incref(block)
@@ -164,7 +165,7 @@ class BlockTables:
 
         The tables are replaced, not emptied: a plan under way still refers to the old lists.
         """
-        for pool, table in zip(self.pools, seq.block_tables):
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
             for block in reversed(table):
                 if block != RELEASED:
                     pool.release(block)
@@ -177,7 +178,7 @@ class BlockTables:
     def fits(self, seq: Sequence, chunk: int, headroom: int) -> bool:
         """Whether all known tokens of `seq`, taken in steps of `chunk`, fit and leave `headroom` blocks a group."""
         num_blocks = _ceil_div(len(seq.token_ids), self.block_size)
-        for pool, window, table in zip(self.pools, self.windows, seq.block_tables):
+        for pool, window, table in zip(self.pools, self.windows, seq.block_tables, strict=True):
             held = sum(block != RELEASED for block in table)
             need = num_blocks - len(table) + held
             if window is not None:
@@ -202,7 +203,7 @@ class BlockTables:
         """Raise AssertionError unless pools and tables agree. `num_tokens`: tokens each table must cover, by seq_id."""
         expected = [Counter() for _ in self.pools]
         for seq in sequences:
-            for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables)):
+            for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
                 assert len(table) == _ceil_div(num_tokens[seq.seq_id], self.block_size), f"table length of {seq}"
                 unseen = num_unseen_blocks(seq.num_computed, self.windows[group], self.block_size)
                 for index, block in enumerate(table):
@@ -212,7 +213,7 @@ class BlockTables:
                     expected[group][block] += 1
                     key = pool.key_of(block)
                     assert key is None or key == seq.block_keys[index], f"{seq} holds a block of another prefix"
-        for pool, refs in zip(self.pools, expected):
+        for pool, refs in zip(self.pools, expected, strict=True):
             pool.check_integrity(refs)
 
     # -- private
@@ -226,7 +227,7 @@ class BlockTables:
         They are findable at once: a layer writes all keys and values of a step before any attention reads them.
         """
         self._extend_keys(seq, end)
-        for pool, table in zip(self.pools, seq.block_tables):
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
             for index in range(begin, end):
                 key = seq.block_keys[index]
                 if pool.publish(table[index], key):

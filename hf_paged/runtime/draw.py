@@ -33,6 +33,11 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed) + (position + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 
+def rows_at_once(x_RC: torch.Tensor) -> int:
+    """Rows to treat in one go: on CPU few enough for the temporaries to stay in the cache; 256 elsewhere."""
+    return max(1, 2**18 // x_RC.shape[1]) if x_RC.device.type == "cpu" else 256
+
+
 def draw(logits_RC: torch.Tensor, uniforms_R: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Column of each row by inverse CDF over softmax(logits), columns in the given order.
 
@@ -44,6 +49,12 @@ def draw(logits_RC: torch.Tensor, uniforms_R: torch.Tensor, vocab_size: int) -> 
     Returns: int64 [R].
     """
     scale = 2.0 ** (62 - vocab_size.bit_length())
+    rows = rows_at_once(logits_RC)
+    chunks = zip(logits_RC.split(rows), uniforms_R.split(rows), strict=True)
+    return torch.cat([_draw_chunk(logits, uniforms, scale) for logits, uniforms in chunks])
+
+
+def _draw_chunk(logits_RC: torch.Tensor, uniforms_R: torch.Tensor, scale: float) -> torch.Tensor:
     weights = (logits_RC - logits_RC.amax(-1, keepdim=True)).exp_().mul_(scale).to(torch.int64)
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]

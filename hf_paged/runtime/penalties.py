@@ -46,17 +46,17 @@ def _flat_index(token_lists: list[tuple[int, Iterable[int]]], vocab_size: int) -
     """
     buffer, lengths = array("q"), []
     for _, tokens in token_lists:
-        before = len(buffer)
-        buffer.extend(tokens)
-        lengths.append(len(buffer) - before)
+        part = array("q", tokens)
+        lengths.append(len(part))
+        buffer += part
     if not buffer:
         empty = torch.empty(0, dtype=torch.int64)
         return empty, empty
     tokens = torch.frombuffer(buffer, dtype=torch.int64)
-    entry = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    entry = torch.repeat_interleave(torch.tensor(lengths), output_size=len(tokens))
     base = torch.tensor([row for row, _ in token_lists]) * vocab_size
-    inside = (tokens >= 0) & (tokens < vocab_size)
-    return (tokens + base[entry])[inside], entry[inside]
+    flat, inside = tokens + base[entry], (tokens >= 0) & (tokens < vocab_size)
+    return (flat, entry) if bool(inside.all()) else (flat[inside], entry[inside])
 
 
 def _add_bias(logits_RV: torch.Tensor, rows: list, errors: list) -> None:

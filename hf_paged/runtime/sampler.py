@@ -17,13 +17,11 @@ import torch
 from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
 from ..base.types import Logprob
-from .draw import derive_seed, draw, uniform
+from .draw import derive_seed, draw, rows_at_once, uniform
 from .penalties import apply_rules, has_rules
 from .warpers import WIDTHS, WarpParams, narrow, row_argmax, row_topk, warp_dense
 
 __all__ = ["SampleResult", "SampleRow", "Sampler", "derive_seed"]
-
-_PROMPT_ROWS = 64  # rows of log-softmax held at once for prompt log-probabilities
 
 
 @dataclass(slots=True)
@@ -100,7 +98,7 @@ class Sampler:
         parts = [tokens.double(), peaks.double()]
         for num_top, wanted in groups:
             index = torch.tensor(wanted).to(logits_RV.device)
-            parts.append(_logprob_table(logits_RV[index].float(), tokens[index], num_top).flatten())
+            parts.append(_logprob_table(_rows(logits_RV, wanted, index), tokens[index], num_top).flatten())
         host = torch.cat(parts).tolist()  # the one wait for the device
         self._read_tokens(host, rows, result)
         self._read_logprobs(host, groups, logits_RV.shape[1], result)
@@ -112,14 +110,8 @@ class Sampler:
     ) -> list[dict[int, Logprob]]:
         """Log-probabilities of `next_token_ids[i]`, and of the `num_top` most likely tokens, from row i."""
         ids = torch.tensor(list(next_token_ids), dtype=torch.int64).to(logits_PV.device)
-        entries = []
-        for start in range(0, len(logits_PV), _PROMPT_ROWS):
-            chunk = slice(start, start + _PROMPT_ROWS)
-            table = _logprob_table(logits_PV[chunk].float(), ids[chunk], num_top).tolist()
-            entries += [
-                _logprob_entry(token, line) for token, line in zip(next_token_ids[chunk], table, strict=True)
-            ]
-        return entries
+        table = _logprob_table(logits_PV, ids, num_top).tolist()
+        return [_logprob_entry(token, line) for token, line in zip(ids.tolist(), table, strict=True)]
 
     def _sample_mixed(self, logits_RV, rows, plain: list[int], result: SampleResult):
         """(tokens [R], row maxima [R]) when at least one row needs more than an argmax."""
@@ -132,8 +124,8 @@ class Sampler:
             tokens[index], peaks[index] = found, peak.float()
         chosen = sorted(set(range(len(rows))).difference(plain))
         index = torch.tensor(chosen).to(device)
-        copied = logits_RV[index].float() if plain else logits_RV.to(torch.float32, copy=True)
-        x_SV = copied.contiguous()
+        x_SV = logits_RV[index].float() if plain else logits_RV.to(torch.float32, copy=True)
+        x_SV = x_SV.contiguous()
         subset = [rows[i] for i in chosen]
         for i in chosen:
             if rows[i].capture:
@@ -239,6 +231,13 @@ def _choose(x_SV: torch.Tensor, rows: list[SampleRow]):
     return tokens, peaks, processed
 
 
+def _may_suffice(params: SamplingParams, width: int) -> bool:
+    """Whether `width` candidates may be enough to find the tokens these options keep."""
+    if params.top_k:
+        return params.top_k < width
+    return params.top_p < 1.0 or params.min_p > 0.0
+
+
 class _Draw:
     """Warp and draw the sampled rows of one step. `x_SV` is its own, to be changed in place."""
 
@@ -283,9 +282,7 @@ class _Draw:
         """Try the rows that `width` candidates may suffice for. Returns the rows still to do."""
         if width >= self.x_SV.shape[1]:
             return left
-        tried = [
-            i for i in left if 0 < self.params[i].top_k < width or (self.params[i].top_k == 0 and self.params[i].top_p < 1)
-        ]
+        tried = [i for i in left if _may_suffice(self.params[i], width)]
         if not tried:
             return left
         x_TV = self.x_SV if len(tried) == len(self.rows) else self.x_SV[tried]
@@ -314,12 +311,16 @@ class _Draw:
                 self.processed[place] = full
 
     def _dense(self, left: list[int]) -> None:
-        everything = len(left) == len(self.rows)
-        index = self._tensor(left, torch.int64)
-        x_LV = self.x_SV if everything else self.x_SV[index]
-        warp_dense(x_LV, self.warp.rows(index), [self.params[i] for i in left])
+        rows = rows_at_once(self.x_SV)
+        for start in range(0, len(left), rows):
+            self._dense_chunk(left[start : start + rows])
+
+    def _dense_chunk(self, chunk: list[int]) -> None:
+        index = self._tensor(chunk, torch.int64)
+        x_LV = self.x_SV[index]
+        warp_dense(x_LV, self.warp.rows(index), [self.params[i] for i in chunk])
         self.tokens[index] = draw(x_LV, self.uniforms[index], x_LV.shape[1])
-        for row, place in enumerate(left):
+        for row, place in enumerate(chunk):
             if self._wants_processed(place):
                 self.processed[place] = x_LV[row].clone()
 
@@ -333,9 +334,19 @@ class _Draw:
                 self.processed[place] = None
 
 
+def _rows(logits_RV: torch.Tensor, wanted: list[int], index: torch.Tensor) -> torch.Tensor:
+    return logits_RV if len(wanted) == len(logits_RV) else logits_RV[index]
+
+
 def _logprob_table(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) -> torch.Tensor:
     """float64 [N, 2 + 2 * num_top]: the token's log-probability and rank, then the top values, then their ids."""
-    logprobs = torch.log_softmax(logits_NV, dim=-1)
+    rows = rows_at_once(logits_NV)
+    chunks = zip(logits_NV.split(rows), tokens_N.split(rows), strict=True)
+    return torch.cat([_logprob_lines(logits, tokens, num_top) for logits, tokens in chunks])
+
+
+def _logprob_lines(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) -> torch.Tensor:
+    logprobs = torch.log_softmax(logits_NV.float(), dim=-1)
     num_top = min(num_top, logprobs.shape[1])
     chosen = logprobs.gather(1, tokens_N[:, None])
     rank = (logprobs > chosen).sum(-1, keepdim=True) + 1

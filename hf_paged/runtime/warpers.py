@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 _NEG_INF = float("-inf")
-WIDTHS = (128, 1024)  # candidates `narrow` looks at: first try, second try
+WIDTHS = (64, 256, 1024)  # candidates `narrow` looks at: first try, second, third
 _BLOCK = 64  # columns per block when blocks are compared by their maxima
 _CUM_MARGIN = 5e-7  # transformers' fp32 cumulative sums are at most about this far from exact ones
 _RATIO_MARGIN = 2e-6
@@ -86,12 +86,12 @@ def narrow(x_RV: torch.Tensor, params: WarpParams, width: int) -> Candidates:
 
     Args:
         x_RV: fp32 logits after temperature; each row's maximum is finite. Not modified.
-        params: every row has 0 < top_k < width, or top_p < 1.
+        params: every row has 0 < top_k < width, or no top_k but top_p < 1 or min_p > 0.
         width: less than V.
     """
     values, ids = row_topk(x_RV, width)
     values, ids = values.flip(-1), ids.flip(-1)
-    limited = params.top_k > 0
+    limited, by_mass = params.top_k > 0, params.top_p < 1.0
     kth = values.gather(1, (width - params.top_k).clamp_(max=width - 1)[:, None])
     kth = kth.masked_fill(~limited[:, None], _NEG_INF)
     removed = values < kth
@@ -99,7 +99,7 @@ def narrow(x_RV: torch.Tensor, params: WarpParams, width: int) -> Candidates:
 
     ratio = (values.double() - values[:, -1:].double()).exp_()
     mass = ratio.masked_fill(removed, 0.0)
-    total, outside = _totals(x_RV, values[:, -1:], mass, limited)
+    total, outside = _totals(x_RV, values[:, -1:], mass, by_mass & ~limited)
     probability = mass / total[:, None]
     cumulative = outside[:, None] + probability.cumsum(-1)
     cut, sure = _top_p_cut(values, cumulative, removed, outside, limited, params.top_p)
@@ -107,18 +107,18 @@ def narrow(x_RV: torch.Tensor, params: WarpParams, width: int) -> Candidates:
     low = ratio < params.min_p[:, None]
     close = (ratio - params.min_p[:, None]).abs() < _RATIO_MARGIN * params.min_p[:, None]
     certain &= ~(close & (ratio < 1.0)).any(-1)
+    certain &= limited | by_mass | low[:, 0]  # min-p alone: the last kept token must lie inside the window
     return Candidates(values.masked_fill(removed | cut | low, _NEG_INF), ids, certain)
 
 
-def _totals(x_RV, peak_R1, mass_RC, limited_R) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of exp(x - peak) over what top-k leaves, share of it outside the window), float64 [R]."""
+def _totals(x_RV, peak_R1, mass_RC, open_R) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of exp(x - peak), share of it outside the window), float64 [R]; only `open_R` rows look outside."""
     inside = mass_RC.sum(-1)
     outside = torch.zeros_like(inside)
-    wide = (~limited_R).nonzero()[:, 0]
-    if len(wide):
-        everything = (x_RV[wide] - peak_R1[wide]).exp_().sum(-1, dtype=torch.float64)
-        outside[wide] = (1.0 - inside[wide] / everything).clamp_(min=0.0)
-        inside = inside.index_copy(0, wide, everything)
+    for row in open_R.nonzero()[:, 0].tolist():  # one at a time: the temporary stays in the cache
+        everything = (x_RV[row] - peak_R1[row]).exp_().sum(dtype=torch.float64)
+        outside[row] = (1.0 - inside[row] / everything).clamp_(min=0.0)
+        inside[row] = everything
     return inside, outside
 
 

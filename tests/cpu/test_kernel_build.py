@@ -131,6 +131,7 @@ def test_the_switch_is_heard_at_any_time(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow  # compiles everything twice more
 @pytest.mark.parametrize("wanted", ["avx2", "default"])
 def test_other_instruction_sets_give_right_results(wanted):
     """torch's own switch picks the variant; the tolerance is that of the native one."""

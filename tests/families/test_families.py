@@ -20,7 +20,7 @@ def prompts(vocab_size: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     make = lambda length: torch.randint(3, vocab_size, (length,), generator=generator).tolist()  # noqa: E731
     shared = make(48)
-    return [make(1), make(17), shared + make(5), make(70), shared + make(12), make(33)]
+    return [make(13), make(14), make(15), make(1), make(17), shared + make(5), make(70), shared + make(12)]
 
 
 def stock_greedy(model, prompt: list[int]):
@@ -67,7 +67,7 @@ def test_chunked_prefill_mixed_with_decodes_and_prefix_hits(family):
 def test_preemption(family):
     model, jobs, expected = family
     hf_paged.patch(model)
-    memory = blocks_of(model, 208)
+    memory = blocks_of(model, 112)
     hf_paged.unpatch(model)
     config = EngineConfig(block_size=16, max_batch_tokens=64, max_num_seqs=6, kv_cache_memory=memory)
     with hf_paged.Engine(model, config=config) as engine:

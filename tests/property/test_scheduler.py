@@ -1,0 +1,333 @@
+"""Random traffic against a fake KV memory: whatever happens, every query sees its own sequence's history.
+
+The memory records for every slot whose keys and values were last written there: the weights' version, the cache salt
+and the tokens up to that position. A plan is executed as a model would: copies, then all writes, then all reads. The
+fake sampler's token depends on the sequence's history only, so the outputs must too.
+"""
+
+import zlib
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_paged.base.errors import InvalidArgument, RequestTooLarge
+from hf_paged.core.request import Request, SequenceStatus
+from hf_paged.core.scheduler import GroupSpec, Scheduler
+
+EOS, STOP, MAX_MODEL_LEN = 6, 5, 40
+POISON = "left behind by a step that failed"
+BASES = [[zlib.crc32(bytes([base, i])) % 5 for i in range(40)] for base in range(2)]
+
+
+def sample(token_ids, index) -> int:
+    """The fake model and sampler: 0 to 6, by history and completion index alone."""
+    return zlib.crc32(repr((token_ids, index)).encode()) % 7
+
+
+def expected_output(request: Request, index: int) -> tuple[list[int], str, int | None]:
+    """What completion `index` must be, from the request alone."""
+    tokens = list(request.prompt_token_ids)
+    while True:
+        tokens.append(sample(tokens, index))
+        output = tokens[len(request.prompt_token_ids) :]
+        if len(output) >= request.min_tokens:
+            if tokens[-1] in request.eos_token_ids:
+                return output, "stop", None
+            if tokens[-1] in request.stop_token_ids:
+                return output, "stop", tokens[-1]
+        if len(output) >= request.max_tokens or len(tokens) >= MAX_MODEL_LEN:
+            return output, "length", None
+
+
+class World:
+    """A scheduler, the fake memory its plans run on, and the checks after each operation."""
+
+    def __init__(self, windows, block_size, scheduler: Scheduler):
+        self.windows, self.block_size, self.scheduler = windows, block_size, scheduler
+        self.memory = [{} for _ in windows]
+        self.version = 0  # of the weights
+        self.stale = set()  # sequences that were running when the weights last changed
+        self.requests: list[Request] = []
+        self.ended_by_us = set()
+        self.plan, self.members = None, {}
+
+    # -- operations
+
+    def add(self, spec):
+        base, shared, tail, n, max_tokens, min_tokens, salt, priority, read = spec
+        request = Request(
+            request_id=f"r{len(self.requests)}",
+            prompt_token_ids=BASES[base][:shared] + tail,
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            eos_token_ids=frozenset([EOS]),
+            stop_token_ids=frozenset([STOP]),
+            priority=priority,
+            cache_salt=salt,
+            read_prefix_cache=read,
+        )
+        try:
+            self.scheduler.add(request)
+        except (RequestTooLarge, InvalidArgument):
+            return
+        self.requests.append(request)
+
+    def step(self, only=None, fail=False, abort=None, lose_sample=False):
+        """One step; `abort` picks a request to abort between schedule and commit."""
+        if not self.schedule(only):
+            return False
+        if abort is not None:
+            self.abort(abort)
+        if fail:
+            self.poison()
+            self.scheduler.rollback(self.plan)
+        else:
+            self.execute()
+            tokens = {
+                seq_id: sample(self.members[seq_id].token_ids, self.members[seq_id].index)
+                for _, seq_id in self.plan.samples
+            }
+            lost = self.plan.samples[-1][1] if lose_sample and tokens else None
+            tokens.pop(lost, None)
+            before = {seq_id: self.members[seq_id].num_output for seq_id in tokens}
+            got = self.scheduler.commit(self.plan, tokens)
+            assert all(seq.num_output == before[seq.seq_id] + 1 for seq in got)
+            if lost is not None:
+                self.ended_by_us.add(lost)
+                self.scheduler.finish(lost, "error")
+        self.check()
+        return True
+
+    def schedule(self, only):
+        plan = self.plan = self.scheduler.schedule(only)
+        if plan is None:
+            self.check()
+            return False
+        ids = [*plan.seq_ids, *(seq_id for _, seq_id in plan.samples)]
+        self.members = {seq_id: self.scheduler.sequence(seq_id) for seq_id in ids}
+        for row, seq_id in plan.samples:  # a fork carries on what its leader computed
+            if seq_id not in plan.seq_ids and self.owner(row) in self.stale:
+                self.stale.add(seq_id)
+        self.check_plan(only)
+        self.check()
+        return True
+
+    def abort(self, pick):
+        live = list(self.scheduler.requests)
+        if live:
+            request = self.scheduler.requests[live[pick % len(live)]]
+            first = request.sequences[0].seq_id
+            self.ended_by_us.update(range(first, first + request.n))
+            assert self.scheduler.abort(request.request_id)
+            assert len(request.sequences) == request.n and request.finished
+            self.check()
+
+    def finish(self, pick):
+        live = [s for r in self.scheduler.requests.values() for s in r.sequences if s.finish_reason is None]
+        if live:
+            seq = live[pick % len(live)]
+            self.ended_by_us.update(range(seq.seq_id, seq.seq_id + seq.seats))
+            self.scheduler.finish(seq.seq_id, "stop", "a stop string")
+            self.check()
+
+    def change_weights(self, recompute):
+        self.version += 1
+        if recompute:
+            self.scheduler.recompute_all()
+            assert self.scheduler.num_running == 0
+        else:
+            self.scheduler.reset_prefix_cache()
+            sequences = [s for r in self.scheduler.requests.values() for s in r.sequences]
+            self.stale.update(s.seq_id for s in sequences if s.status is SequenceStatus.RUNNING)
+        self.check()
+
+    def drain(self):
+        for _ in range(3000):
+            if not self.scheduler.has_unfinished():
+                break
+            assert self.step(), "unfinished requests, but nothing to run"
+        assert not self.scheduler.has_unfinished(), "it does not come to an end"
+        assert self.scheduler.stats()["blocks_in_use"] == [0] * len(self.windows)
+        for request in self.requests:
+            assert len(request.sequences) == request.n
+            for seq in request.sequences:
+                if seq.seq_id not in self.ended_by_us:
+                    assert (seq.output_ids, seq.finish_reason, seq.stop_reason) == expected_output(request, seq.index)
+
+    # -- the fake model
+
+    def content(self, seq, position):
+        return self.version, seq.request.cache_salt, tuple(seq.token_ids[: position + 1])
+
+    def rows(self):
+        plan = self.plan
+        for row, (seq_id, new, context) in enumerate(zip(plan.seq_ids, plan.num_new, plan.num_context)):
+            yield row, self.members[seq_id], context, context + new
+
+    def owner(self, packed_row):
+        """The sequence whose logits are in a packed row."""
+        for seq_id, new in zip(self.plan.seq_ids, self.plan.num_new):
+            packed_row -= new
+            if packed_row < 0:
+                return seq_id
+        raise AssertionError("a row beyond the plan")
+
+    def slot(self, group, row, position):
+        return self.plan.block_tables[group][row][position // self.block_size], position % self.block_size
+
+    def copy(self):
+        for group, copies in enumerate(self.plan.copies):
+            sources, destinations = {s for s, _ in copies}, [d for _, d in copies]
+            assert len(set(destinations)) == len(destinations) and not sources & set(destinations)
+            for source, destination in copies:
+                for offset in range(self.block_size):
+                    self.memory[group][destination, offset] = self.memory[group].get((source, offset))
+
+    def poison(self):
+        self.copy()
+        for group in range(len(self.windows)):
+            for row, _, begin, end in self.rows():
+                for position in range(begin, end):
+                    self.memory[group][self.slot(group, row, position)] = POISON
+
+    def execute(self):
+        self.copy()
+        for group in range(len(self.windows)):
+            written = set()
+            for row, seq, begin, end in self.rows():
+                for position in range(begin, end):
+                    slot = self.slot(group, row, position)
+                    assert 0 <= slot[0] < self.plan.num_blocks[group], "a block beyond the tensors"
+                    assert slot not in written, "two sequences write one slot"
+                    written.add(slot)
+                    self.memory[group][slot] = self.content(seq, position)
+        for group, window in enumerate(self.windows):
+            for row, seq, begin, end in self.rows():
+                for position in range(0 if window is None else max(0, begin - window + 1), end):
+                    block, offset = self.slot(group, row, position)
+                    assert block >= 0, "a block was given back too early"
+                    found, wanted = self.memory[group].get((block, offset)), self.content(seq, position)
+                    if seq.seq_id in self.stale:
+                        found, wanted = found[1:], wanted[1:]
+                    assert found == wanted, f"{seq} sees other tokens at {position} in group {group}"
+
+    # -- checks
+
+    def check(self):
+        self.scheduler.check_integrity()
+        sequences = {s.seq_id: s for r in self.scheduler.requests.values() for s in r.sequences}
+        self.stale = {i for i in self.stale if i in sequences and sequences[i].status is SequenceStatus.RUNNING}
+
+    def check_plan(self, only):
+        plan, scheduler = self.plan, self.scheduler
+        assert 0 < plan.num_tokens == sum(plan.num_new) <= scheduler.max_batch_tokens
+        assert len(set(plan.seq_ids)) == len(plan.seq_ids)
+        assert scheduler.num_running <= scheduler.max_num_seqs
+        assert only is None or set(plan.seq_ids) <= only
+        assert plan.num_new == [n for n in plan.num_new if n == 1] + [n for n in plan.num_new if n > 1]
+        packed = []
+        for row, seq, begin, end in self.rows():
+            packed += seq.token_ids[begin:end]
+            assert (seq.seq_id in {i for _, i in plan.samples}) == (end == len(seq.token_ids))
+            for tables in plan.block_tables:
+                assert len(tables[row]) == -(-end // self.block_size)
+        assert packed == plan.token_ids
+        for row, seq_id in plan.samples:
+            assert self.members[self.owner(row)].request is self.members[seq_id].request
+            assert plan.token_ids[row] == self.members[seq_id].token_ids[-1]
+
+
+SPECS = st.tuples(
+    st.integers(0, 1),  # which base
+    st.integers(0, 30),  # tokens shared with others of that base
+    st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    st.sampled_from([1, 1, 1, 2, 3, 4]),  # n
+    st.integers(1, 14),  # max_tokens
+    st.sampled_from([0, 0, 6]),  # min_tokens
+    st.sampled_from([None, None, None, "salt", b"salt"]),
+    st.integers(0, 2),  # priority
+    st.sampled_from([True, True, True, False]),  # read_prefix_cache
+)
+PICK = st.integers(0, 9)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("add"), SPECS),
+    st.tuples(st.just("add"), SPECS),
+    st.tuples(st.just("steps"), st.integers(1, 6)),
+    st.tuples(st.just("steps"), st.integers(1, 3)),
+    st.tuples(st.just("fail"), PICK),
+    st.tuples(st.just("abort"), PICK),
+    st.tuples(st.just("abort_in_step"), PICK),
+    st.tuples(st.just("abort_in_failing_step"), PICK),
+    st.tuples(st.just("lose_sample"), PICK),
+    st.tuples(st.just("finish"), PICK),
+    st.tuples(st.just("change_weights"), st.booleans()),
+    st.tuples(st.just("interrupt"), PICK),
+)
+CONFIGS = st.fixed_dictionaries(
+    dict(
+        windows=st.sampled_from([[None], [None], [None, 3], [5], [None, 4, 9], [1]]),
+        block_size=st.sampled_from([1, 2, 4]),
+        max_blocks=st.integers(4, 40),
+        max_batch_tokens=st.sampled_from([1, 2, 5, 8, 16, 64]),
+        max_num_seqs=st.integers(1, 6),
+        prefix_cache=st.sampled_from([True, True, True, False]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+    )
+)
+
+
+def make_world(windows, block_size, max_blocks, **limits) -> World:
+    # smaller pools for sliding groups, so that each kind runs short now and then
+    most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
+    scheduler = Scheduler(
+        groups=[GroupSpec(window) for window in windows],
+        block_size=block_size,
+        num_blocks=[min(2, count) for count in most],
+        max_blocks=most,
+        max_model_len=MAX_MODEL_LEN,
+        **limits,
+    )
+    return World(windows, block_size, scheduler)
+
+
+def apply(world: World, operation: str, argument) -> None:
+    if operation == "add":
+        world.add(argument)
+    elif operation == "steps":
+        for _ in range(argument):
+            world.step()
+    elif operation == "fail":  # then each half by itself, as an engine looks for the culprit
+        if world.step(fail=True):
+            ids = world.plan.seq_ids
+            half = set(ids[: (len(ids) + 1) // 2])
+            world.step(only=half, fail=argument % 2 == 0)
+            world.step(only=set(ids) - half)
+    elif operation == "abort_in_step":
+        world.step(abort=argument)
+    elif operation == "abort_in_failing_step":
+        world.step(abort=argument, fail=True)
+    elif operation == "lose_sample":
+        world.step(lose_sample=True)
+    elif operation == "interrupt":  # planned, never run: the next schedule() takes it back
+        world.schedule(None)
+    else:
+        getattr(world, operation)(argument)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(CONFIGS, st.lists(OPERATIONS, min_size=4, max_size=25))
+def test_every_query_sees_its_own_history_and_everything_drains(config, operations):
+    world = make_world(**config)
+    for operation, argument in operations:
+        apply(world, operation, argument)
+    world.drain()
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(CONFIGS, st.lists(SPECS, min_size=4, max_size=12))
+def test_requests_that_arrive_together_finish_under_pressure(config, specs):
+    world = make_world(**config)
+    for spec in specs:
+        world.add(spec)
+    world.drain()

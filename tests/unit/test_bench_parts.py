@@ -1,0 +1,71 @@
+"""The benchmarks' own arithmetic: quantiles, CSV rows, slices of a workload, padded batches."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from hf_paged.benchmarks import schema
+from hf_paged.benchmarks.engine import workload
+
+MACHINE = schema.Machine(
+    date="d", commit="c", device="cpu", cpu="x", threads=1, python="3", torch="2", transformers="5", hf_paged="0"
+)
+
+
+class Tokenizer:
+    def __call__(self, text, **options):
+        return type("Encoding", (), {"input_ids": [len(word) for word in text.split()]})
+
+
+def measure(**changes):
+    base = {"benchmark": "b", "workload": "w", "system": "s", "metric": "m", "unit": "u", "samples": [3.0, 1.0, 2.0]}
+    return schema.Measure(**(base | changes))
+
+
+def test_quantile_interpolates():
+    assert schema.quantile([4, 1, 2, 3], 0.5) == 2.5
+    assert schema.quantile([7], 0.8) == 7
+    assert schema.quantile([0, 10], 0.2) == 2
+
+
+def test_rows_append_below_one_header(tmp_path):
+    path = tmp_path / "results" / "engine.csv"
+    schema.append_rows(path, [measure(detail={"seed": 1})], MACHINE)
+    schema.append_rows(path, [measure(baseline="stock")], MACHINE)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == schema.COLUMNS
+    assert [row["p50"] for row in rows] == ["2", "2"]
+    assert rows[0]["detail"] == '{"seed": 1}' and rows[1]["baseline"] == "stock"
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "engine.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        schema.append_rows(path, [measure()], MACHINE)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_workloads_have_the_lengths_they_promise():
+    mixed, shared = workload.mixed(Tokenizer()), workload.shared(Tokenizer())
+    assert len(mixed.requests) == 64 and len(shared.requests) == 32
+    assert all(16 <= len(r.prompt) <= 512 and 16 <= r.max_new_tokens <= 128 for r in mixed.requests)
+    assert len({r.prompt[:384] for r in shared.requests}) == 1
+    assert all(16 <= len(r.prompt) - 384 <= 48 and r.max_new_tokens == 32 for r in shared.requests)
+    assert mixed.fingerprint() == workload.mixed(Tokenizer()).fingerprint()
+    assert mixed.fingerprint() != workload.mixed(Tokenizer(), seed=1).fingerprint()
+
+
+@pytest.mark.parametrize(("parts", "size"), [(4, 16), (1, 64), (2, 8), (3, 5)])
+def test_slices_never_repeat_and_mix_lengths(parts, size):
+    mixed = workload.mixed(Tokenizer())
+    dealt = workload.slices(mixed, parts, size)
+    chosen = [index for part in dealt for index in part]
+    assert [len(part) for part in dealt] == [size] * parts
+    assert len(set(chosen)) == len(chosen)
+    if size >= 8:
+        means = [sum(mixed.requests[i].max_new_tokens for i in part) / size for part in dealt]
+        assert max(means) < 1.5 * min(means)
