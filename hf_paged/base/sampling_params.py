@@ -107,9 +107,7 @@ class SamplingParams:
         self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
         self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf))
         if not 1e-6 <= self.repetition_penalty <= 1e6:
-            raise InvalidArgument(
-                f"repetition_penalty must lie between 1e-6 and 1e6, got {self.repetition_penalty!r}"
-            )
+            raise InvalidArgument(f"repetition_penalty must lie between 1e-6 and 1e6, got {self.repetition_penalty!r}")
         self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
         self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
         self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, None))

@@ -15,25 +15,17 @@
 // over ascending keys; a masked key adds exact zeros; splits start at multiples of kSplit. Tile shapes, threads and
 // block ids change none of it.
 
-#include "common.h"
+#include "attention_tiles.h"
 
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <vector>
 
 namespace hf_paged {
 namespace {
 
-constexpr int64_t kChunk = 16;                       // keys addressed together; block sizes are multiples of it
-constexpr int64_t kSplit = 256;                      // keys of one partial softmax
-constexpr int64_t kChunks = kSplit / kChunk;
-constexpr int64_t kScoreStride = kSplit + kChunk;    // not a multiple of 4096 bytes for any small row count
-constexpr int64_t kTileRows = 48;                    // rows of a prefill tile: its scores (51 KB) stay in L2
-constexpr int kRows = 6;                             // most rows of a register tile
-constexpr int kVecs = kLanes == 8 ? 2 : 4;           // its vectors: 6 x 4 of 32 registers, or 6 x 2 of 16
-constexpr int64_t kMaxPartialFloats = 16 << 20;      // bound on the memory for splits merged at the end
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr int64_t kTileRows = 48;                // rows of a prefill tile
+constexpr int64_t kMaxPartialFloats = 16 << 20;  // bound on the memory for splits merged at the end
+constexpr double kSmallWork = 1 << 18;           // multiply-adds (some 5 us) not worth waking other threads for
 
 // The C interface; `attention.py` packs the same fields in the same order.
 struct Args {
@@ -76,168 +68,6 @@ void store_tokens(const Args& a, int64_t head, int64_t begin, int64_t end) {
   if (a.new_dtype == kFloat32) return store_tokens<Cache, float>(a, head, begin, end);
   if (a.new_dtype == kBFloat16) return store_tokens<Cache, c10::BFloat16>(a, head, begin, end);
   return store_tokens<Cache, c10::Half>(a, head, begin, end);
-}
-
-// ---- register tiles ----------------------------------------------------------------------------------------------
-
-// scores[r][i] = q[r] . keys[i] for M rows and N vectors of keys, each vector at its own address.
-template <int M, int N, class T>
-inline void score_tile(const float* q, int64_t q_stride, const T* const* keys, int64_t dim_stride, int64_t dims,
-                       float* scores) {
-  Vec sum[M][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = Vec(0.0f);
-  const T* k[N];
-  for (int n = 0; n < N; ++n) k[n] = keys[n];
-  for (int64_t d = 0; d < dims; ++d) {
-    Vec key[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      key[n] = load(k[n]);
-      k[n] += dim_stride;
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) {
-      const Vec qd(q[r * q_stride + d]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[r][n] = fma(qd, key[n], sum[r][n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n].store(scores + r * kScoreStride + n * kLanes);
-}
-
-// acc[r][:] += sum over tokens [begin, end) of weights[r][t] * v[t][:], for M rows and N vectors of dims; `count` is
-// the number of lanes of the vector when N is 1. chunks[c] holds the tokens from 16 c on; a missing one is skipped.
-template <int M, int N, bool Tail, class T>
-inline void value_tile(const float* weights, const T* const* chunks, int64_t dim, int64_t dims, int64_t begin,
-                       int64_t end, float* acc, int64_t acc_stride, int64_t count) {
-  Vec sum[M][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = load(acc + r * acc_stride + n * kLanes);
-  for (int64_t t = begin; t < end;) {
-    const int64_t chunk = t / kChunk;
-    const int64_t stop = std::min(end, (chunk + 1) * kChunk);
-    if (!chunks[chunk]) {
-      t = stop;
-      continue;
-    }
-    const T* v = chunks[chunk] + (t % kChunk) * dims + dim;
-    for (; t < stop; ++t, v += dims) {
-      Vec value[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) value[n] = Tail ? load(v, count) : load(v + n * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) {
-        const Vec w(weights[r * kScoreStride + t]);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[r][n] = fma(w, value[n], sum[r][n]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n].store(acc + r * acc_stride + n * kLanes);
-}
-
-// All chunks [begin, end) of a split: kVecs vectors at a time while they last, then chunk by chunk.
-template <int M, class T>
-void score_rows(const float* q, int64_t q_stride, const T* const* chunks, int64_t begin, int64_t end,
-                int64_t dim_stride, int64_t dims, float* scores) {
-  constexpr int kPerChunk = kChunk / kLanes;                         // vectors of a chunk
-  constexpr int kStep = kVecs > kPerChunk ? kVecs / kPerChunk : 1;   // chunks of a register tile
-  constexpr int kSmall = kPerChunk < kVecs ? kPerChunk : kVecs;
-  const T* keys[kVecs];
-  int64_t c = begin;
-  for (; c + kStep <= end; c += kStep) {
-    bool all = true;
-    for (int i = 0; i < kStep; ++i) all &= chunks[c + i] != nullptr;
-    if (!all) break;
-    for (int n = 0; n < kVecs; ++n) keys[n] = chunks[c + n / kPerChunk] + n % kPerChunk * kLanes;
-    score_tile<M, kVecs>(q, q_stride, keys, dim_stride, dims, scores + c * kChunk);
-  }
-  for (; c < end; ++c) {
-    if (!chunks[c]) continue;
-    for (int n = 0; n < kSmall; ++n) keys[n] = chunks[c] + n * kLanes;
-    score_tile<M, kSmall>(q, q_stride, keys, dim_stride, dims, scores + c * kChunk);
-  }
-}
-
-template <int M, class T>
-void value_rows(const float* weights, const T* const* chunks, int64_t dims, int64_t begin, int64_t end, float* acc,
-                int64_t acc_stride) {
-  int64_t d = 0;
-  for (; d + kVecs * kLanes <= dims; d += kVecs * kLanes)
-    value_tile<M, kVecs, false>(weights, chunks, d, dims, begin, end, acc + d, acc_stride, 0);
-  for (; d + kLanes <= dims; d += kLanes)
-    value_tile<M, 1, false>(weights, chunks, d, dims, begin, end, acc + d, acc_stride, 0);
-  if (d < dims) value_tile<M, 1, true>(weights, chunks, d, dims, begin, end, acc + d, acc_stride, dims - d);
-}
-
-// ---- softmax -----------------------------------------------------------------------------------------------------
-
-struct Range {
-  int64_t begin, end;
-};
-
-struct RowRule {  // what turns a dot product into a score
-  float scale, softcap, slope;
-  int64_t position;  // of the row, relative to the split's first key
-};
-
-inline Vec finish_score(Vec s, const RowRule& rule, int64_t first_key) {
-  s = s * Vec(rule.scale);
-  if (rule.softcap != 0.0f) s = Vec(rule.softcap) * (s / Vec(rule.softcap)).tanh();
-  if (rule.slope != 0.0f)
-    s = fma(Vec(rule.slope), Vec::arange(static_cast<float>(first_key - rule.position), 1.0f), s);
-  return s;
-}
-
-// Turns the scores of chunks [chunks.begin, chunks.end) into weights exp(s - m); returns m, and l in *sum. Keys
-// outside `visible` and of missing chunks get weight 0. m is -inf if nothing is visible.
-template <class T>
-float softmax_row(float* scores, const T* const* blocks, Range chunks, Range visible, const RowRule& rule,
-                  float* sum) {
-  const int64_t begin = chunks.begin * kChunk, end = chunks.end * kChunk;
-  Vec highest(kMinusInf);
-  for (int64_t j = begin; j < end; j += kLanes) {
-    Vec s;
-    if (!blocks[j / kChunk] || j >= visible.end || j + kLanes <= visible.begin) {
-      s = Vec(kMinusInf);
-    } else {
-      s = finish_score(load(scores + j), rule, j);
-      if (j < visible.begin || j + kLanes > visible.end) {
-        alignas(64) float lanes[kLanes];
-        s.store(lanes);
-        for (int i = 0; i < kLanes; ++i)
-          if (j + i < visible.begin || j + i >= visible.end) lanes[i] = kMinusInf;
-        s = Vec::loadu(lanes);
-      }
-    }
-    s.store(scores + j);
-    highest = at::vec::maximum(highest, s);
-  }
-  const float m = max_lanes(highest);
-  Vec total(0.0f);
-  if (m == kMinusInf) {
-    for (int64_t j = begin; j < end; j += kLanes) total.store(scores + j);
-    *sum = 0.0f;
-    return m;
-  }
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const Vec w = exp(load(scores + j) - Vec(m));
-    w.store(scores + j);
-    total = total + w;
-  }
-  *sum = sum_lanes(total);
-  return m;
 }
 
 // ---- a tile ------------------------------------------------------------------------------------------------------
@@ -293,6 +123,7 @@ class Kernel {
   std::vector<Item> items;
   std::vector<int64_t> split_tiles;
   Scratch partials;
+  double work = 0;  // multiply-adds of the call, about
 };
 
 template <class T>
@@ -303,6 +134,7 @@ Error Kernel<T>::plan(int64_t num_threads) {
     for (int64_t t = 0; t < a.num_tokens; ++t)
       if (a.slot_mapping[t] >= num_slots) return bad_index = t, kBadSlot;
   }
+  work = a.key ? static_cast<double>(a.num_tokens * a.num_kv_heads * (a.k_dim + a.v_dim)) : 0;
   double total_cost = 0;
   for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
     const int64_t begin = a.cu_seqlens_q[seq], end = a.cu_seqlens_q[seq + 1], length = a.seq_lens[seq];
@@ -321,6 +153,8 @@ Error Kernel<T>::plan(int64_t num_threads) {
         tile.split_begin = lowest_key(tile.position) / kSplit;
         tile.split_end = (tile.position + tile.num_tokens - 1) / kSplit + 1;
         total_cost += tile.num_tokens * (tile.split_end - tile.split_begin);
+        work += static_cast<double>(tile.num_tokens * group * (a.k_dim + a.v_dim)) *
+                (tile.position + tile.num_tokens - lowest_key(tile.position));
         tiles.push_back(tile);
       }
   }
@@ -504,7 +338,7 @@ template <class T>
 void Kernel<T>::run() {
   const int64_t scratch_floats = max_rows * q_stride + kRows * kScoreStride + 2 * state_floats(max_rows);
   std::atomic<size_t> next_item{0}, next_merge{0};
-#pragma omp parallel if (!at::in_parallel_region() && at::get_num_threads() > 1)
+#pragma omp parallel if (work > kSmallWork && !at::in_parallel_region() && at::get_num_threads() > 1)
   {
 #ifdef _OPENMP
     const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();

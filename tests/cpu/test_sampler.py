@@ -144,6 +144,26 @@ def test_candidates_keep_what_the_whole_vocabulary_keeps():
     assert certain[True] > 150 and certain[False] > 20
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_p": 0.6, "top_k": 20}, {"min_p": 0.25}, {"min_p": 0.5, "top_k": 20}]
+)
+def test_a_cut_too_close_to_tell_is_left_to_the_whole_vocabulary(options):
+    """Probabilities 0.4, 0.3, 0.2, 0.1: these cuts fall on a token to the last bit, where only stock's rounding decides."""
+    logits = torch.linspace(-60, -50, 3000)[None].clone()
+    logits[0, 1000:1004] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    row = make_row(capture=True, **options)
+    params = row.params
+    warp = WarpParams(
+        torch.tensor([params.top_k]),
+        torch.tensor([params.top_p], dtype=torch.float64),
+        torch.tensor([params.min_p], dtype=torch.float64),
+    )
+    assert not narrow(logits, warp, 64).certain_R.any()
+    nearby = WarpParams(warp.top_k, warp.top_p - 1e-4 * (warp.top_p < 1), warp.min_p * (1 - 1e-4))
+    assert narrow(logits, nearby, 64).certain_R.all()
+    assert torch.equal(SAMPLER.sample(logits, [row]).processed_logits[0], stock_scores(row, logits[0]))
+
+
 @pytest.mark.parametrize("kind", ["normal", "ties", "peaked"])
 def test_draws_do_not_depend_on_the_path(kind, monkeypatch):
     logits = random_logits(kind, 64, 20_011)
@@ -226,7 +246,14 @@ def _chi_square(counts, probabilities, draws):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.7}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 1.4, "top_k": 30, "top_p": 0.9}],
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 20},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"temperature": 1.4, "top_k": 30, "top_p": 0.9},
+    ],
 )
 @pytest.mark.parametrize("over", ["seeds", "positions"])
 def test_draws_follow_the_distribution(options, over):
@@ -321,7 +348,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 50}, {"use_torch_rng": True}, {"top_p": 0.9, "logprobs": 2}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"top_k": 50}, {"use_torch_rng": True}, {"top_p": 0.9, "logprobs": 2}]
+)
 def test_a_broken_processor_ends_its_own_row(name, options):
     processor, error = BROKEN[name]
     logits, before = random_logits("normal", 6, 3000), random_logits("normal", 6, 3000)
@@ -358,7 +387,9 @@ def test_infinite_logits():
     assert result.tokens == [9, -1] and isinstance(result.errors[1], FloatingPointError)
 
 
-@pytest.mark.parametrize("options", [{"logit_bias": {500: 1.0}}, {"allowed_token_ids": [500]}, {"bad_words_ids": [[500]]}])
+@pytest.mark.parametrize(
+    "options", [{"logit_bias": {500: 1.0}}, {"allowed_token_ids": [500]}, {"bad_words_ids": [[500]]}]
+)
 def test_ids_outside_the_vocabulary_end_their_own_row(options):
     result = SAMPLER.sample(random_logits("normal", 2, 500), [make_row(**options), make_row(temperature=0)])
     assert isinstance(result.errors[0], InvalidArgument) and "500" in str(result.errors[0])

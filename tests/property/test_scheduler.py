@@ -6,6 +6,7 @@ fake sampler's token depends on the sequence's history only, so the outputs must
 """
 
 import zlib
+from random import Random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -315,8 +316,8 @@ def apply(world: World, operation: str, argument) -> None:
         getattr(world, operation)(argument)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(CONFIGS, st.lists(OPERATIONS, min_size=4, max_size=25))
+@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(CONFIGS, st.lists(OPERATIONS, min_size=10, max_size=30))
 def test_every_query_sees_its_own_history_and_everything_drains(config, operations):
     world = make_world(**config)
     for operation, argument in operations:
@@ -324,10 +325,40 @@ def test_every_query_sees_its_own_history_and_everything_drains(config, operatio
     world.drain()
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(CONFIGS, st.lists(SPECS, min_size=4, max_size=12))
-def test_requests_that_arrive_together_finish_under_pressure(config, specs):
-    world = make_world(**config)
-    for spec in specs:
-        world.add(spec)
+@settings(max_examples=250, derandomize=True, deadline=None)
+@given(st.integers(0, 2**32))
+def test_heavy_traffic_on_scarce_blocks(seed):
+    """Longer runs than hypothesis builds from lists: many forks, preemptions and failures at once."""
+    random = Random(seed)
+    block_size = random.choice([1, 2, 4])
+    world = make_world(
+        windows=random.choice([[None], [None, 3], [5], [None, 4, 9], [1]]),
+        block_size=block_size,
+        max_blocks=random.choice([24, 40, 60, 90]) // block_size,
+        max_batch_tokens=random.choice([1, 4, 8, 16, 64]),
+        max_num_seqs=random.randint(2, 7),
+        prefix_cache=random.random() < 0.85,
+        policy=random.choice(["fcfs", "priority"]),
+    )
+    names = ["steps", "fail", "abort", "abort_in_step", "abort_in_failing_step", "lose_sample", "finish"]
+    names += ["change_weights", "interrupt"]
+    for _ in range(40):
+        if random.random() < 0.5:
+            world.add(random_spec(random))
+        name = random.choices(names, weights=[20] + [1] * 8)[0]
+        apply(world, name, random.random() < 0.5 if name == "change_weights" else random.randint(1, 5))
     world.drain()
+
+
+def random_spec(random: Random) -> tuple:
+    return (
+        random.randint(0, 1),
+        random.choice([0, 3, 8, 12, 16]),
+        [random.randint(0, 4) for _ in range(random.randint(1, 2))],
+        random.choice([1, 1, 2, 3, 4]),
+        random.randint(1, 14),
+        random.choice([0, 6]),
+        random.choice([None] * 6 + ["salt", b"salt"]),
+        random.randint(0, 2),
+        random.random() < 0.85,
+    )

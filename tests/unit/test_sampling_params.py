@@ -59,7 +59,9 @@ def test_defaults_are_those_of_vllm():
 
 
 def test_normal_forms():
-    params = SamplingParams(stop="x", stop_token_ids=[2, 3], top_k=-1, temperature=0, bad_words=["a"], logit_bias={5: 1})
+    params = SamplingParams(
+        stop="x", stop_token_ids=[2, 3], top_k=-1, temperature=0, bad_words=["a"], logit_bias={5: 1}
+    )
     assert params.stop == ("x",) and params.stop_token_ids == (2, 3) and params.bad_words == ("a",)
     assert params.top_k == 0 and params.greedy and isinstance(params.temperature, float)
     assert params.logit_bias == {5: 1.0}

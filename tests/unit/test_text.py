@@ -20,7 +20,9 @@ def _byte_level() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", clean_up_tokenization_spaces=False
+    )
     tokenizer.add_tokens([AddedToken("<tool>", special=False)])
     return tokenizer
 
@@ -40,7 +42,9 @@ def _metaspace() -> PreTrainedTokenizerFast:
 
 BYTE_LEVEL, METASPACE, SLOW = _byte_level(), _metaspace(), ByT5Tokenizer(extra_ids=0)
 IDS = st.lists(st.integers(0, len(BYTE_LEVEL) - 1), max_size=40)
-HIGH = [BYTE_LEVEL.convert_tokens_to_ids(piece) for piece in ("Ã", "©", "æ", "Ŀ", "ð", "Ł", "eÃ", "ï", "¿", "½", "<|end|>")]
+HIGH = [
+    BYTE_LEVEL.convert_tokens_to_ids(piece) for piece in ("Ã", "©", "æ", "Ŀ", "ð", "Ł", "eÃ", "ï", "¿", "½", "<|end|>")
+]
 
 
 def stream(tokenizer, prompt, output, **options):
@@ -97,7 +101,8 @@ def test_space_after_the_prompt_is_kept():
     assert stream(METASPACE, [a], [b, a]) == [" b", " a", ""]
     assert stream(METASPACE, [], [b, a]) == ["b", " a", ""]
     end = METASPACE.eos_token_id  # special tokens are no context
-    assert stream(METASPACE, [a, end, end], [b, end, a]) == [" b", "", " a", ""]
+    assert stream(METASPACE, [a, *[end] * 9], [b, end, a]) == [" b", "", " a", ""]
+    assert "".join(stream(METASPACE, [a], [b, *[end] * 40, a])) == " b a"
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,156 @@
+"""The command line: `hf-paged`, also `python -m hf_paged`. Commands import torch and models only when they run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, Dtype, Model, Threads, guard
+
+app = typer.Typer(
+    name="hf-paged",
+    help="Hugging Face models through a paged KV cache and continuous batching.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a request failed or tokens differ, 2 bad input, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with guard(debug="--debug" in arguments):
+        app(args=arguments, prog_name="hf-paged")
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"hf-paged {installed('hf_paged')}")
+        raise typer.Exit()
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help='Prompts: .jsonl with {"prompt": ...} or {"messages": [...]} and sampling parameters, '
+            "else text with one prompt a line; - is standard input.",
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens of a request.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of each request's own sampling.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object per request.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Generate from many prompts at once; answers are printed in the prompts' order."""
+    from .generate import run_generate
+
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
+    raise typer.Exit(run_generate(prompt or [], file, chat, sampling, json_lines, loading))
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and exit.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.2,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.9,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Chat in the terminal. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."""
+    from .chat import run_chat
+
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
+    run_chat(prompt, system, sampling, loading)
+
+
+@app.command()
+def explain(model: Model = None, dtype: Dtype = None, device: Device = None) -> None:
+    """Show what the engine would run for each layer of a model, and the reason for any slower path."""
+    import hf_paged
+
+    from .common import open_engine
+
+    with open_engine(model=model, dtype=dtype, device=device, threads=None, progress=False) as (patched, _, _):
+        typer.echo(str(hf_paged.explain(patched)))
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    requests: Annotated[int, typer.Option(help="How many requests to compare.", min=1)] = 32,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Chat with a real model, then run the same requests through stock transformers and through hf_paged."""
+    from .demo import run_demo
+
+    raise typer.Exit(0 if run_demo(model, requests, device, threads) else 1)
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    workload: Annotated[list[str] | None, typer.Option(help="mixed, shared; repeatable. Default both.")] = None,
+    system: Annotated[list[str] | None, typer.Option(help="paged, one, batch; repeatable. Default all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; each gives one ratio.")] = 4,
+    stock_sample: Annotated[
+        int | None, typer.Option(help="How many requests stock runs in all (it is slow). Default all.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences hf_paged runs at once.")] = 64,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Seed of the workloads.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for engine.csv and engine.png.")] = None,
+) -> None:
+    """Measure hf_paged against stock `generate`, interleaved in one run (about 20 minutes on 2 cores)."""
+    from .common import dtype_name, quiet_libraries
+
+    quiet_libraries()
+    from hf_paged.benchmarks.engine.bench import SYSTEMS, WORKLOADS, Options, run_bench
+
+    where = {} if out is None else {"out": out}
+    run_bench(
+        Options(
+            model=model,
+            workloads=workload or tuple(WORKLOADS),
+            systems=system or tuple(SYSTEMS),
+            rounds=rounds,
+            stock_sample=stock_sample,
+            max_num_seqs=max_num_seqs,
+            threads=threads,
+            dtype=dtype_name(dtype),
+            device=device,
+            seed=seed,
+            **where,
+        )
+    )
