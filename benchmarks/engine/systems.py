@@ -12,7 +12,7 @@ import hf_paged
 
 from .workload import Request
 
-STOCK_ONE, STOCK_BATCH, PAGED = "stock, one at a time", "stock, padded batches of 8", "hf_paged"
+STOCK_ONE, STOCK_BATCH, PAGED = "stock, one at a time", "stock, batches of 8", "hf_paged"
 BATCH = 8
 Progress = Callable[[int], None]
 

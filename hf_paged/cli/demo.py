@@ -53,7 +53,7 @@ def run_demo(name: str | None, count: int, device: str | None, threads: int | No
     console.print(_table(runs, requests))
     static = systems.static_batch_bytes(systems.kv_bytes_per_token(model), requests, count)
     console.print(
-        f"KV cache at its peak, with 1, {min(BATCH, count)} and {count} requests at once; one padded batch of "
+        f"KV cache at its peak, with 1, {min(BATCH, count)} and {count} requests at once; one padded stock batch of "
         f"all {count} would hold {static / MIB:.0f} MiB."
     )
     compared = sum(map(len, runs[STOCK_ONE].tokens))

@@ -42,28 +42,43 @@ struct Problem {
   int64_t x_stride, weight_stride, out_stride;
 };
 
+#if defined(CPU_CAPABILITY_AVX512)
+// Of four vectors, one whose every 128-bit lane holds the four sums of that lane: (0 + 2) + (1 + 3).
+inline __m512 quad_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_mask_blend_ps(0xCCCC, a, b), _mm512_shuffle_ps(a, b, 0x4E));
+  const __m512 cd = _mm512_add_ps(_mm512_mask_blend_ps(0xCCCC, c, d), _mm512_shuffle_ps(c, d, 0x4E));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
+}
+// Lanes (0 + 2, 1 + 3) of a, then of b.
+inline __m512 fold_lanes(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xFF00, a, b), _mm512_shuffle_f32x4(a, b, 0x4E));
+}
+#endif
+
 // sums[i] = the sum of the lanes of acc[i], each by the same tree.
 template <int COUNT>
 inline void horizontal_sums(const Vec* acc, float* sums) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  constexpr int kGroups = (COUNT + 3) / 4;
-#pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) {
-    __m256 quad[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if (4 * g + i < COUNT) {
 #if defined(CPU_CAPABILITY_AVX512)
-        const __m512 v = acc[4 * g + i];
-        quad[i] = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-#else
-        quad[i] = acc[4 * g + i];
-#endif
-      } else {
-        quad[i] = _mm256_setzero_ps();
-      }
-    }
-    const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(quad[0], quad[1]), _mm256_hadd_ps(quad[2], quad[3]));
+  const __m512 zero = _mm512_setzero_ps();
+  __m512 quads[8];
+#pragma GCC unroll 8
+  for (int g = 0; g < (COUNT + 7) / 8 * 2; ++g) {
+    const auto at = [&](int i) __attribute__((always_inline)) { return i < COUNT ? __m512(acc[i]) : zero; };
+    quads[g] = 4 * g < COUNT ? quad_sums(at(4 * g), at(4 * g + 1), at(4 * g + 2), at(4 * g + 3)) : zero;
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < (COUNT + 7) / 8; ++g) {
+    const __m512 v = fold_lanes(quads[2 * g], quads[2 * g + 1]);
+    const __m512 total = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+    _mm256_storeu_ps(sums + 8 * g, _mm512_castps512_ps256(_mm512_shuffle_f32x4(total, total, 0x88)));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+#pragma GCC unroll 8
+  for (int g = 0; g < (COUNT + 3) / 4; ++g) {
+    const __m256 zero = _mm256_setzero_ps();
+    const auto at = [&](int i) __attribute__((always_inline)) { return i < COUNT ? __m256(acc[i]) : zero; };
+    const __m256 t = _mm256_hadd_ps(
+        _mm256_hadd_ps(at(4 * g), at(4 * g + 1)), _mm256_hadd_ps(at(4 * g + 2), at(4 * g + 3)));
     _mm_storeu_ps(sums + 4 * g, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
   }
 #else
@@ -77,8 +92,29 @@ inline void horizontal_sums(const Vec* acc, float* sums) {
 #endif
 }
 
-// One tile over one block of k. `prefetch`, if any, is the same place in the weight rows that come next.
-template <int MR, int NR, bool PREFETCH>
+// Where the accumulator of row m and column n stands: columns in groups of 4, 2 and 1, each group for all rows. So no
+// group of sums straddles what one instruction stored, and a row is written in few instructions.
+template <int MR, int NR>
+constexpr int position(int m, int n) {
+  constexpr int kFours = NR / 4 * 4, kTwos = NR / 2 * 2;
+  return n < kFours ? n / 4 * 4 * MR + m * 4 + n % 4
+      : n < kTwos   ? kFours * MR + m * 2 + n % 2
+                    : kTwos * MR + m;
+}
+
+// out[i] = (out[i] unless this is the first block of k) + sums[i] + (bias[i] if given)
+template <int COUNT>
+inline void finish(const float* sums, bool first, const float* bias, float* out) {
+  typedef float Floats __attribute__((vector_size(COUNT * 4), aligned(4), may_alias));
+  Floats value = *reinterpret_cast<const Floats*>(sums);
+  if (!first) value += *reinterpret_cast<const Floats*>(out);
+  if (bias) value += *reinterpret_cast<const Floats*>(bias);
+  *reinterpret_cast<Floats*>(out) = value;
+}
+
+// One tile over one block of k. `prefetch` is where PREFETCH of the weight rows that come next begin: a tile fetches
+// them while it computes, so that a small M, bound by memory, never waits for them.
+template <int MR, int NR, int PREFETCH>
 inline void tile(
     const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t length, const float* prefetch,
     bool first, const float* bias, float* out, int64_t out_stride) {
@@ -91,11 +127,12 @@ inline void tile(
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) a[m] = Vec::loadu(x + m * x_stride + k);
 #pragma GCC unroll 8
+    for (int n = 0; n < PREFETCH; ++n) __builtin_prefetch(prefetch + n * w_stride + k, 0, 2);
+#pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) {
       const Vec b = Vec::loadu(w + n * w_stride + k);
-      if constexpr (PREFETCH) __builtin_prefetch(prefetch + n * w_stride + k, 0, 3);
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[m * NR + n] = at::vec::fmadd(a[m], b, acc[m * NR + n]);
+      for (int m = 0; m < MR; ++m) acc[position<MR, NR>(m, n)] = at::vec::fmadd(a[m], b, acc[position<MR, NR>(m, n)]);
     }
   }
   if (k < length) {
@@ -106,55 +143,62 @@ inline void tile(
     for (int n = 0; n < NR; ++n) {
       const Vec b = Vec::loadu(w + n * w_stride + k, length - k);
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[m * NR + n] = at::vec::fmadd(a[m], b, acc[m * NR + n]);
+      for (int m = 0; m < MR; ++m) acc[position<MR, NR>(m, n)] = at::vec::fmadd(a[m], b, acc[position<MR, NR>(m, n)]);
     }
   }
-  alignas(64) float sums[(MR * NR + 3) / 4 * 4];
+  alignas(64) float sums[(MR * NR + 7) / 8 * 8];
   horizontal_sums<MR * NR>(acc, sums);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    float* row = out + m * out_stride;
-#pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) {
-      float value = sums[m * NR + n];
-      if (!first) value += row[n];
-      if (bias) value += bias[n];
-      row[n] = value;
-    }
+    const auto columns = [&]<int COUNT>(std::integral_constant<int, COUNT>, int n) __attribute__((always_inline)) {
+      finish<COUNT>(sums + position<MR, NR>(m, n), first, bias ? bias + n : nullptr, out + m * out_stride + n);
+    };
+    if constexpr (NR >= 4) columns(std::integral_constant<int, 4>{}, 0);
+    if constexpr (NR % 4 >= 2) columns(std::integral_constant<int, 2>{}, NR / 4 * 4);
+    if constexpr (NR % 2 == 1) columns(std::integral_constant<int, 1>{}, NR - 1);
   }
 }
 
 using TileFunction = void (*)(
     const float*, int64_t, const float*, int64_t, int64_t, const float*, bool, const float*, float*, int64_t);
 
-// kTiles[prefetch][MR - 1][NR - 1]
-template <bool PREFETCH, int... I>
-constexpr auto tile_row(std::integer_sequence<int, I...>) {
-  return std::array<TileFunction, sizeof...(I)>{&tile<I / kTileN + 1, I % kTileN + 1, PREFETCH>...};
+// kTiles[(MR - 1) * kTileN + NR - 1]
+template <int... I>
+constexpr auto all_tiles(std::integer_sequence<int, I...>) {
+  return std::array<TileFunction, sizeof...(I)>{&tile<I / kTileN + 1, I % kTileN + 1, 0>...};
 }
-using AllTiles = std::make_integer_sequence<int, kTileM * kTileN>;
-constexpr auto kTiles = tile_row<false>(AllTiles{});
-constexpr auto kPrefetchingTiles = tile_row<true>(AllTiles{});
+constexpr auto kTiles = all_tiles(std::make_integer_sequence<int, kTileM * kTileN>{});
 
-// Rows m0 to m1 of x times rows n0 to n1 of the weight, one block of k after the other.
+// kFetchingTiles[(MR - 1) * kTileN + PREFETCH - 1], all of kTileN columns
+template <int... I>
+constexpr auto fetching_tiles(std::integer_sequence<int, I...>) {
+  return std::array<TileFunction, sizeof...(I)>{&tile<I / kTileN + 1, kTileN, I % kTileN + 1>...};
+}
+constexpr auto kFetchingTiles = fetching_tiles(std::make_integer_sequence<int, kTileM * kTileN>{});
+
+// Rows m0 to m1 of x times rows n0 to n1 of the weight.
 void block(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const int64_t num_blocks_k = std::max<int64_t>(1, (p.K + kBlockK - 1) / kBlockK);
   const int64_t block_k = ((p.K + num_blocks_k - 1) / num_blocks_k + kLanes - 1) / kLanes * kLanes;
+  const int64_t tiles_m = (m1 - m0 + kTileM - 1) / kTileM;
+  const int64_t fetch = (kTileN + tiles_m - 1) / tiles_m;  // rows each tile along m fetches
   for (int64_t n = n0; n < n1; n += kTileN) {
     const int64_t nr = std::min<int64_t>(kTileN, n1 - n);
-    const bool more = n + 2 * kTileN <= n1;
-    for (int64_t k = 0; k < std::max<int64_t>(p.K, 1); k += block_k) {
+    for (int64_t k = 0; k < p.K; k += block_k) {
       const int64_t length = std::min(block_k, p.K - k);
       const bool last = k + block_k >= p.K;
       const float* w = p.weight + n * p.weight_stride + k;
       const float* bias = last && p.bias ? p.bias + n : nullptr;
+      const float* next = last ? w - k + kTileN * p.weight_stride : w + block_k;
+      int64_t fetched = nr < kTileN || (last && n + 2 * kTileN > n1) ? kTileN : 0;
       for (int64_t m = m0; m < m1; m += kTileM) {
         const int64_t mr = std::min<int64_t>(kTileM, m1 - m);
-        const bool prefetch = more && m == m0;
-        const auto& tiles = prefetch ? kPrefetchingTiles : kTiles;
-        tiles[(mr - 1) * kTileN + nr - 1](
-            p.x + m * p.x_stride + k, p.x_stride, w, p.weight_stride, length,
-            w + kTileN * p.weight_stride, k == 0, bias, p.out + m * p.out_stride + n, p.out_stride);
+        const bool fetches = fetched + fetch <= kTileN;
+        const TileFunction run =
+            fetches ? kFetchingTiles[(mr - 1) * kTileN + fetch - 1] : kTiles[(mr - 1) * kTileN + nr - 1];
+        run(p.x + m * p.x_stride + k, p.x_stride, w, p.weight_stride, length, next + fetched * p.weight_stride, k == 0,
+            bias, p.out + m * p.out_stride + n, p.out_stride);
+        fetched += fetch;
       }
     }
   }

@@ -1,0 +1,108 @@
+"""The linear kernel against float64 and torch, and the promise that a row's bits are its own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_paged_kernels.cpu import build
+from hf_paged_kernels.cpu.linear import linear, supports_linear
+from hf_paged_kernels.ref import linear as reference
+
+pytestmark = pytest.mark.skipif(not build.available(), reason=str(build.why_unavailable()))
+
+SHAPES = [(1, 1), (5, 7), (6, 33), (13, 16), (65, 100), (96, 576), (31, 1536), (7, 1537), (50, 4096)]  # N, K
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(x, weight, bias=None):
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_against_float64(N, K):
+    weight, bias = randn(N, K, seed=1), randn(N, seed=2)
+    for M in (1, 2, 3, 4, 5, 7, 8, 12, 33, 70):
+        x = randn(M, K, seed=M)
+        for b in (None, bias):
+            error = (linear(x, weight, b).double() - exact(x, weight, b)).abs().max()
+            assert error < 2e-6 * K**0.5 + 1e-6
+
+
+def test_no_less_accurate_than_torch():
+    x, weight = randn(64, 1536), randn(200, 1536, seed=1)
+    ours, torchs = ((f(x, weight).double() - exact(x, weight)).pow(2).mean().sqrt() for f in (linear, F.linear))
+    assert ours <= 1.1 * torchs
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_a_row_has_the_same_bits_in_every_batch(N, K):
+    weight, bias = randn(N, K, seed=1), randn(N, seed=2)
+    x = randn(70, K)
+    alone = torch.cat([linear(x[i : i + 1], weight, bias) for i in range(70)])
+    for M in (2, 3, 4, 5, 6, 7, 9, 16, 31, 64, 70):
+        assert torch.equal(linear(x[:M], weight, bias), alone[:M])
+        assert torch.equal(linear(x[70 - M :], weight, bias), alone[70 - M :])
+
+
+def test_many_rows_have_the_bits_of_few():
+    weight, x = randn(40, 576), randn(600, 576, seed=1)  # more rows than stay in L2 together
+    assert torch.equal(linear(x, weight), torch.cat([linear(part, weight) for part in x.split(7)]))
+
+
+def test_a_column_has_the_same_bits_wherever_it_stands():
+    weight, x = randn(100, 576), randn(9, 576, seed=1)
+    whole = linear(x, weight)
+    for begin, end in ((0, 1), (3, 50), (1, 100), (97, 100)):
+        assert torch.equal(linear(x, weight[begin:end]), whole[:, begin:end])
+
+
+def test_threads_do_not_change_bits():
+    weight, x = randn(960, 576), randn(37, 576, seed=1)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(linear(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_views_by_their_strides_and_live_weights():
+    merged = randn(90, 40)
+    weight = merged[20:61, 3:36]
+    x = randn(11, 50, seed=1)[:, 5:38]
+    assert torch.equal(linear(x, weight), linear(x.contiguous(), weight.contiguous()))
+    merged.mul_(2)  # an optimizer step: the next call sees it
+    assert torch.equal(linear(x, weight), linear(x.contiguous(), weight.contiguous()))
+
+
+def test_leading_dimensions_and_out():
+    weight, bias, x = randn(13, 33), randn(13, seed=1), randn(2, 5, 33, seed=2)
+    expected = linear(x.view(10, 33), weight, bias)
+    assert torch.equal(linear(x, weight, bias), expected.view(2, 5, 13))
+    assert torch.equal(linear(x[0, 0], weight, bias), expected[0])
+    room = torch.full((10, 20), 7.0)
+    assert torch.equal(linear(x.view(10, 33), weight, bias, room[:, 2:15]), expected)
+    assert torch.equal(room[:, 2:15], expected)
+    assert (room[:, :2] == 7).all() and (room[:, 15:] == 7).all()
+    assert linear(x[:0], weight).shape == (0, 5, 13)
+    torch.testing.assert_close(reference.linear(x, weight, bias), linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_refusals():
+    weight, x = randn(8, 16), randn(3, 16)
+    assert supports_linear(x, weight)
+    for bad_x, bad_weight in ((x.bfloat16(), weight.bfloat16()), (x.double(), weight), (x[:, :9], weight),
+                              (x, randn(16, 8).T)):  # fmt: skip
+        assert not supports_linear(bad_x, bad_weight)
+        with pytest.raises(ValueError, match="linear takes float32"):
+            linear(bad_x, bad_weight)
+    with pytest.raises(ValueError, match="bias"):
+        linear(x, weight, randn(7))
+    with pytest.raises(ValueError, match="out"):
+        linear(x, weight, None, torch.empty(3, 9))
