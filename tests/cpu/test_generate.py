@@ -62,6 +62,7 @@ def test_rows_that_end_at_eos_are_padded_as_stock_pads(model, batch):
     assert (stock[:, WIDTH:] == eos).any()
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # stock's own
 def test_single_row_without_mask_and_default_length(model):
     stock, paged = both(model, torch.tensor([[5, 9, 11]]), do_sample=False)
     assert torch.equal(stock, paged)
