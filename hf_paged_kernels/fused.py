@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +30,17 @@ def why_unavailable(parameter: Tensor) -> str | None:
 
 def supports_linear(weight: Tensor) -> bool:
     """Whether `linear` has a kernel for this weight, so that it does better than torch."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and build.available()
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and _compiled()
+
+
+@cache
+def _compiled() -> bool:
+    return build.available()  # asked several times a layer: remembered here
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ weight [N, K].T + bias [N] -> [..., N]."""
-    if x.dtype == torch.float32 and supports_linear(weight) and _linear.supports_linear(x, weight):
+    if supports_linear(weight) and _linear.supports_linear(x, weight):
         return _linear.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -94,7 +94,7 @@ class MergedLinear(Swapped):
         kept = context.projections
         if kept.get("input") is not input or kept.get("merged") is not merged:
             kept["input"], kept["merged"] = input, merged
-            kept["parts"] = merged.project(input).split(merged.sizes, dim=-1)
+            kept["parts"] = torch.split_with_sizes(merged.project(input), merged.sizes, dim=-1)
         return kept["parts"][index]
 
 
