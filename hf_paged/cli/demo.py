@@ -53,7 +53,7 @@ def run_demo(name: str | None, count: int, device: str | None, threads: int | No
     console.print(_table(runs, requests))
     static = systems.static_batch_bytes(systems.kv_bytes_per_token(model), requests, count)
     console.print(
-        f"KV cache at its peak, with 1, {min(BATCH, count)} and {count} requests at once; one padded stock batch of "
+        f"KV peak: with 1, {min(BATCH, count)} and {count} requests at once; one padded stock batch of "
         f"all {count} would hold {static / MIB:.0f} MiB."
     )
     compared = sum(map(len, runs[STOCK_ONE].tokens))
@@ -192,7 +192,7 @@ def _differences(model, requests: list[Request], runs: dict[str, Run]) -> list[s
 def _table(runs: dict[str, Run], requests: list[Request]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="greedy, the same prompts and limits for all", title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("seconds", "tokens/s", "speed-up", "same tokens", "KV cache"):
+    for name in ("seconds", "tokens/s", "speed-up", "same tokens", "KV peak"):
         table.add_column(name, justify="right", no_wrap=True)
     truth = runs[STOCK_ONE]
     for system, run in runs.items():

@@ -7,11 +7,13 @@ import contextlib
 import copy
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 
 from ..base.errors import EngineClosed
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from .engine import BatchEngine, Prompt
+from .request_state import new_request_id
 
 
 class AsyncEngine:
@@ -49,6 +51,8 @@ class AsyncEngine:
                 self.engine.step()
             except EngineClosed:
                 return
+            except Exception as error:  # not one request's fault: tell every waiter, and go on with what comes
+                self.engine.fail_all(error)
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
@@ -64,12 +68,12 @@ class AsyncEngine:
         """
         loop = asyncio.get_running_loop()
         latest = _Latest(loop)
-        # add may wait for the running step, so it must not block the event loop
-        name = await asyncio.to_thread(
-            self.engine.add, prompt, params, request_id=request_id, on_output=latest.put, **options
-        )
-        self._work.set()
+        name = new_request_id() if request_id is None else request_id
+        add = partial(self.engine.add, prompt, params, request_id=name, on_output=latest.put, **options)
+        added = loop.run_in_executor(None, add)  # it may wait for the running step; the event loop may not
         try:
+            await asyncio.shield(added)
+            self._work.set()
             while True:
                 output = await latest.get()
                 if output.error is not None:
@@ -79,7 +83,12 @@ class AsyncEngine:
                     return
         finally:
             if not latest.finished:
-                threading.Thread(target=self._abort, args=(name,), daemon=True).start()
+                added.add_done_callback(partial(self._abort_added, name))
+
+    def _abort_added(self, request_id: str, added: asyncio.Future) -> None:
+        """Nobody reads this request any more. It may have been cancelled while it was still being added."""
+        if not added.cancelled() and added.exception() is None:
+            threading.Thread(target=self.engine.abort, args=(request_id,), daemon=True).start()
 
     async def complete(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestOutput:
         """The request's last output."""
@@ -87,9 +96,6 @@ class AsyncEngine:
             async for output in outputs:
                 last = output
         return last
-
-    def _abort(self, request_id: str) -> None:
-        self.engine.abort(request_id)
 
     async def abort(self, request_id: str) -> bool:
         """End a request by its id; its iterator yields a last output with finish reason "abort"."""

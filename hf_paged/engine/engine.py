@@ -247,6 +247,7 @@ class BatchEngine:
         while plan is None and self._isolation.suspects() is not None:
             self._isolation.cleared()  # the suspects are gone
             plan = self._scheduler.schedule(only=self._isolation.suspects())
+        assert plan is not None or not self._scheduler.has_unfinished(), "requests are left but none can run"
         return plan
 
     def _run(self, plan: StepPlan) -> None:
@@ -394,6 +395,15 @@ class BatchEngine:
             self._end(state, "abort")
             self._publish()
             return True
+
+    def fail_all(self, error: Exception) -> None:
+        """End every unfinished request with `error`: the engine itself could not go on."""
+        with self._lock:
+            for state in list(self._states.values()):
+                failure = RequestFailed(state.request.request_id, f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._end(state, "error", failure)
+            self._publish()
 
     def release(self, state: RequestState) -> None:
         """Abort a submitted request if it still runs; for callers of `submit`."""

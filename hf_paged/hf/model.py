@@ -38,7 +38,7 @@ class TransformersModel:
         return frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
 
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), evaluating(self.module), paged_attention(self._configs), activate(context):
+        with evaluating(self.module), paged_attention(self._configs), activate(context):
             output = self.module(
                 input_ids=context.input_ids,
                 position_ids=context.position_ids,
@@ -52,7 +52,7 @@ class TransformersModel:
         """In-place writes, swapped parameters and moved storage since the last look. About 50 us for 300 tensors."""
         for parameters, name, parameter, version, pointer in self._watched:
             current = parameters.get(name)
-            if current is not parameter or parameter._version != version or parameter.data_ptr() != pointer:
+            if current is not parameter or _version(parameter) != version or parameter.data_ptr() != pointer:
                 self._snapshot()
                 return True
         return False
@@ -66,7 +66,7 @@ class TransformersModel:
     def _snapshot(self) -> None:
         self.fusions.rejoin()
         self._watched = [
-            (module._parameters, name, parameter, parameter._version, parameter.data_ptr())
+            (module._parameters, name, parameter, _version(parameter), parameter.data_ptr())
             for module in self.module.modules()
             for name, parameter in module._parameters.items()
             if parameter is not None
@@ -77,6 +77,10 @@ class TransformersModel:
             raise UnsupportedModel(
                 f"model moved from {self.device} to {device} while patched; unpatch it, move it, patch it again"
             )
+
+
+def _version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version  # inference tensors count no versions
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import activate
@@ -36,10 +37,12 @@ REASONS = {
 
 def check_supported(model: torch.nn.Module) -> None:
     """Raises UnsupportedModel, with the reason, unless hf_paged can promise this model's own tokens."""
-    config = getattr(model, "config", None)
     name = type(model).__name__
-    if config is None or not hasattr(model, "generate"):
+    if hasattr(model, "get_base_model"):
+        raise UnsupportedModel(f"model: {name} wraps another model; patch model.get_base_model() instead")
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise UnsupportedModel(f"model: {name} is not a transformers model with generate()")
+    config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model: {name} is an encoder-decoder; only decoder-only models have a paged KV cache")
     model_type = getattr(config, "model_type", "")

@@ -47,10 +47,12 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan, rows: list[int]) -> torch.Tensor:
         """Run the plan and return logits [len(rows), V] of those packed rows."""
-        self.cache.ensure(plan.num_blocks)
-        self.cache.copy_blocks(plan.copies)
-        context = StepContext(plan, self.cache, self.backend)
-        return self.model.forward(context, torch.tensor(rows, dtype=torch.int64, device=self.cache.device))
+        # The cache outlives this call, so none of it may be an inference tensor, whatever mode the caller is in.
+        with torch.inference_mode(False), torch.no_grad():
+            self.cache.ensure(plan.num_blocks)
+            self.cache.copy_blocks(plan.copies)
+            context = StepContext(plan, self.cache, self.backend)
+            return self.model.forward(context, torch.tensor(rows, dtype=torch.int64, device=self.cache.device))
 
     def close(self) -> None:
         self.cache.close()
