@@ -39,6 +39,8 @@ def paged_attention_forward(
         )
     if not hasattr(module, "layer_idx"):
         raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
+    if softcap is not None and drops_softcap(_original.get(id(module.config))):
+        softcap = None  # the same tokens as this model gives unpatched
     output = context.attend(
         module.layer_idx,
         query[0].transpose(0, 1),
@@ -49,6 +51,11 @@ def paged_attention_forward(
         sinks=s_aux,
     )
     return output[None], None
+
+
+def drops_softcap(implementation: str | None) -> bool:
+    """Whether transformers' own attention of that name ignores a softcap: "sdpa" does in the releases that let it."""
+    return implementation == "sdpa"
 
 
 def _paged_mask(*args, config=None, **kwargs):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from hf_paged_kernels import ops
 
 from ..base.errors import KernelUnavailable
+from .attention import drops_softcap
+from .spec import text_config
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ def explain_patch(model, patch) -> Explanation:
     limits = [f"at most {adapter.max_model_len} tokens a sequence"]
     if adapter.length_note:
         limits.append(adapter.length_note)
+    implementation = model.config._attn_implementation
+    if getattr(text_config(model), "attn_logit_softcapping", None) and drops_softcap(implementation):
+        limits.append(f"softcap is ignored, as this transformers' {implementation!r} attention does; load with 'eager'")
     return Explanation(
         model=type(model).__name__,
         dtype=str(adapter.dtype).removeprefix("torch."),
