@@ -239,7 +239,7 @@ def _profile(engine, stock, mixed: workload.Workload) -> Profile:
     preemptions = engine.stats()["preemptions"]
     stats, seconds = _steady_decode(engine, requests)
     total = stats["time_total"]
-    parts = ("schedule", "sample", "detokenize")
+    parts = ("schedule", "build", "sample", "detokenize")
     shares = {"model": stats["time_model"] / total} | {name: stats[f"time_{name}"] / total for name in parts}
     shares["other"] = 1 - sum(shares.values())
     return Profile(

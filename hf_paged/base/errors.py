@@ -46,7 +46,12 @@ class EngineClosed(HfPagedError, RuntimeError):
 
 
 class RequestFailed(HfPagedError, RuntimeError):
-    """One request failed. `request_id` tells which; `__cause__` holds the original exception."""
+    """One request failed. `request_id` tells which; `__cause__` holds the original exception.
+
+    Raised by `Engine.generate`, it also carries `outputs`: what became of every prompt of the call, in order.
+    """
+
+    outputs: list | None = None
 
     def __init__(self, request_id: str, message: str):
         super().__init__(f"request {request_id}: {message}")

@@ -44,15 +44,19 @@ class AsyncEngine:
                 return
             if not self.engine.has_unfinished():
                 self._work.clear()
-                if not self.engine.has_unfinished():  # else a request came between the two looks
+                if not self.engine.has_unfinished() and not self._closing:  # else something came between the two looks
                     continue
                 self._work.set()
+                continue
             try:
                 self.engine.step()
             except EngineClosed:
                 return
             except Exception as error:  # not one request's fault: tell every waiter, and go on with what comes
                 self.engine.fail_all(error)
+            except BaseException as error:  # a user's callable asked the thread to exit
+                self.engine.fail_all(error)
+                return
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
@@ -66,6 +70,8 @@ class AsyncEngine:
             InvalidArgument, RequestTooLarge, QueueFull: at the first iteration, as `Engine.add`.
             RequestFailed, DeadlineExceeded, EngineClosed: the request's own end.
         """
+        if not self._thread.is_alive():
+            raise EngineClosed("the engine's thread has ended")
         loop = asyncio.get_running_loop()
         latest = _Latest(loop)
         name = new_request_id() if request_id is None else request_id

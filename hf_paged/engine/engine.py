@@ -14,25 +14,29 @@ import torch
 from tqdm.auto import tqdm
 
 from ..base.config import EngineConfig
-from ..base.errors import DeadlineExceeded, EngineClosed, InvalidArgument, RequestFailed, RequestTooLarge
+from ..base.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    InvalidArgument,
+    QueueFull,
+    RequestFailed,
+    RequestTooLarge,
+)
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
-from ..core.scheduler import GroupSpec, Scheduler
-from ..runtime.kv_cache import KVCache
-from ..runtime.layout import blocks_for_budget, group_layers
-from ..runtime.memory import default_fraction, free_memory
 from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import Sampler, derive_seed
+from .build import build
 from .isolation import Isolation
 from .lock import FairLock
+from .metrics import StepClock
 from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
 from .text import encode_bad_words
 
 Prompt = str | list[int] | list[dict]
-INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
 
 
 class BatchEngine:
@@ -57,40 +61,11 @@ class BatchEngine:
         self._isolation = Isolation()
         self._sampler = Sampler()
         self._count = 0
+        self._stepping = False
         self.closed = False
-        self._build(model, config)
-        self.reset_stats()
-
-    def _build(self, model: PagedModel, config: EngineConfig) -> None:
-        cuda = model.device.type == "cuda"
-        block_size = config.block_size or (64 if cuda else 16)
-        max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
-        dtype = getattr(torch, config.kv_dtype) if config.kv_dtype else model.dtype
-        groups = group_layers(model.layers)
-        fraction = config.memory_fraction or default_fraction(model.device)
-        budget = config.kv_cache_memory or int(free_memory(model.device) * fraction)
-        most = blocks_for_budget(
-            groups,
-            budget=budget,
-            block_size=block_size,
-            itemsize=dtype.itemsize,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=config.max_num_seqs,
-        )
-        self._cache = KVCache(groups, block_size=block_size, dtype=dtype, device=model.device)
+        self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
-        self._scheduler = Scheduler(
-            groups=[GroupSpec(window=group.window) for group in groups],
-            block_size=block_size,
-            num_blocks=most if cuda else [min(count, INITIAL_CPU_BLOCKS) for count in most],
-            max_blocks=most,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            prefix_cache=config.prefix_cache,
-            policy=config.policy,
-            max_queue=config.max_queue,
-        )
+        self.reset_stats()
 
     # Requests in
 
@@ -158,7 +133,7 @@ class BatchEngine:
         if not isinstance(params, SamplingParams):
             raise InvalidArgument(f"params must be SamplingParams, got {type(params).__name__}")
         text, ids = prompt_tokens(prompt, self.tokenizer, self.model.vocab_size)
-        bad_words = self._check_params(params, deadline, priority)
+        bad_words = self._check_params(params, deadline, priority, cache_salt)
         now = time.monotonic()
         with self._lock:
             self._check_open()
@@ -198,6 +173,14 @@ class BatchEngine:
             self._states[request_id] = state
         return state
 
+    def submit_when_possible(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
+        """`submit`, stepping while the queue is full: for callers with more rows than `max_queue`."""
+        while True:
+            try:
+                return self.submit(prompt, params, **options)
+            except QueueFull:
+                self.step()
+
     def _max_tokens(self, params: SamplingParams, prompt_length: int) -> int:
         room = self.max_model_len - prompt_length
         if room < 1:
@@ -207,7 +190,7 @@ class BatchEngine:
             )
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
-    def _check_params(self, params: SamplingParams, deadline, priority) -> list[list[int]]:
+    def _check_params(self, params: SamplingParams, deadline, priority, cache_salt) -> list[list[int]]:
         """Checks that need the model or the tokenizer. Returns the tokens of `bad_words`."""
         vocab_size = self.model.vocab_size
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
@@ -216,12 +199,14 @@ class BatchEngine:
                     raise InvalidArgument(f"{name} has {token}, outside the vocabulary of {vocab_size} tokens")
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidArgument(f"{'stop' if params.stop else 'bad_words'} needs an engine with a tokenizer")
-        if params.stop and not params.detokenize:
-            raise InvalidArgument("stop needs detokenize=True")
         if deadline is not None and (not isinstance(deadline, (int, float)) or not deadline > 0):
             raise InvalidArgument(f"deadline must be a positive number of seconds, got {deadline!r}")
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise InvalidArgument(f"priority must be an integer, got {priority!r}")
+        if priority and self.config.policy != "priority":
+            raise InvalidArgument("priority has no effect under policy 'fcfs'; use EngineConfig(policy='priority')")
+        if cache_salt is not None and not isinstance(cache_salt, (str, bytes)):
+            raise InvalidArgument(f"cache_salt must be a string or bytes, got {type(cache_salt).__name__}")
         return encode_bad_words(self.tokenizer, params.bad_words) if params.bad_words else []
 
     # One step
@@ -230,17 +215,26 @@ class BatchEngine:
         """Run one step and return the outputs it changed. They are live objects: later steps update them in place."""
         with self._lock:
             self._check_open()
-            started = time.perf_counter()
-            self._expire()
-            if self.model.weights_changed():
-                self._scheduler.reset_prefix_cache()
-            plan = self._schedule()
-            self._times["schedule"] += time.perf_counter() - started
-            if plan is not None:
-                self._run(plan)
-            outputs = self._publish()
-            self._times["total"] += time.perf_counter() - started
-            return outputs
+            if self._stepping:
+                raise InvalidArgument("step was called from inside a step (by a processor, criterion or hook)")
+            self._stepping = True
+            try:
+                return self._step()
+            finally:
+                self._stepping = False
+
+    def _step(self) -> list[RequestOutput]:
+        started = time.perf_counter()
+        self._expire()
+        if self.model.weights_changed():
+            self._scheduler.reset_prefix_cache()
+        plan = self._schedule()
+        self._clock.lap("schedule", started)
+        if plan is not None:
+            self._run(plan)
+        outputs = self._publish()
+        self._clock.lap("total", started)
+        return outputs
 
     def _schedule(self) -> StepPlan | None:
         plan = self._scheduler.schedule(only=self._isolation.suspects())
@@ -272,10 +266,12 @@ class BatchEngine:
         sampled = list(dict.fromkeys(row for row, _ in plan.samples))
         prompt_rows = self._prompt_rows(plan)
         rows = sampled + [row for span, _ in prompt_rows for row in span]
-        logits = self._runner.execute(plan, rows)
+        context = self._runner.prepare(plan)
+        mark = self._clock.lap("build", mark)
+        logits = self._runner.forward(context, rows)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
-        mark = self._lap("model", mark)
+        mark = self._clock.lap("model", mark)
         place = {row: index for index, row in enumerate(sampled)}
         selected = logits[: len(sampled)]
         if len(plan.samples) != len(sampled):  # n completions start from one row
@@ -286,7 +282,7 @@ class BatchEngine:
         for span, state in prompt_rows:
             self._record_prompt(state, logits[offset : offset + len(span)])
             offset += len(span)
-        self._lap("sample", mark)
+        self._clock.lap("sample", mark)
         return sequences, result
 
     def _prompt_rows(self, plan: StepPlan) -> list[tuple[range, RequestState]]:
@@ -323,16 +319,22 @@ class BatchEngine:
             if error is not None:
                 failures.append((sequence, error))
         committed = self._scheduler.commit(plan, tokens)
-        self._counters["steps"] += 1
-        self._counters["tokens"] += plan.num_tokens
-        self._counters["output_tokens"] += len(tokens)
-        mark = self._lap("schedule", mark)
+        self._clock.count(steps=1, tokens=plan.num_tokens, output_tokens=len(tokens))
+        mark = self._clock.lap("schedule", mark)
         for sequence, error in failures:
             self._fail(sequence.seq_id, error)
         entries = {sequence.seq_id: result.logprobs[index] for index, sequence in enumerate(sequences)}
-        for sequence in committed:
-            self._advance(sequence, tokens[sequence.seq_id], entries[sequence.seq_id])
-        self._lap("detokenize", mark)
+        waiting = committed[::-1]
+        try:
+            while waiting:
+                sequence = waiting.pop()
+                self._advance(sequence, tokens[sequence.seq_id], entries[sequence.seq_id])
+        except BaseException as error:  # an interrupt: nobody may go on with a token that was not recorded
+            for unrecorded in [sequence, *waiting]:
+                self._fail(unrecorded.seq_id, error)
+            self._publish()
+            raise
+        self._clock.lap("detokenize", mark)
 
     def _chosen(self, sequence: Sequence, result, index: int) -> int:
         state: RequestState = sequence.request.state
@@ -350,7 +352,7 @@ class BatchEngine:
             stop_string = state.record_token(sequence, token, logprobs)
             if state.hooks.on_token is not None:
                 state.hooks.on_token(token)
-            stopped = any([criterion(sequence.token_ids) for criterion in state.hooks.criteria])
+            stopped = any([criterion(list(sequence.token_ids)) for criterion in state.hooks.criteria])
         except Exception as error:
             return self._fail(sequence.seq_id, error)
         if sequence.finish_reason is None and (stop_string is not None or stopped):
@@ -360,7 +362,7 @@ class BatchEngine:
 
     # Ends
 
-    def _fail(self, seq_id: int, error: Exception) -> None:
+    def _fail(self, seq_id: int, error: BaseException) -> None:
         """End the whole request of a sequence with an error of its own."""
         state: RequestState = self._scheduler.sequence(seq_id).request.state
         request_id = state.request.request_id
@@ -396,7 +398,7 @@ class BatchEngine:
             self._publish()
             return True
 
-    def fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: BaseException) -> None:
         """End every unfinished request with `error`: the engine itself could not go on."""
         with self._lock:
             for state in list(self._states.values()):
@@ -437,7 +439,8 @@ class BatchEngine:
             progress: show a tqdm bar.
 
         Raises:
-            RequestFailed: a prompt's own error; the other prompts are run to their end first and are in its `outputs`.
+            RequestFailed: a prompt's own error. The other prompts are run to their end first; the exception's `outputs`
+                lists all of them in order.
         """
         single = isinstance(prompts, str) or (
             isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))
@@ -451,14 +454,17 @@ class BatchEngine:
         states: list[RequestState] = []
         try:
             for prompt, one in zip(prompts, params):
-                states.append(self.submit(prompt, one))
+                states.append(self.submit_when_possible(prompt, one))
             self._finish_all(states, progress)
         finally:
             for state in states:
                 self.release(state)
-        for state in states:
-            state.raise_error()
-        return [state.output for state in states]
+        outputs = [state.output for state in states]
+        failed = next((output.error for output in outputs if output.error is not None), None)
+        if failed is not None:
+            failed.outputs = outputs
+            raise failed
+        return outputs
 
     def _finish_all(self, states: list[RequestState], progress: bool) -> None:
         with tqdm(total=len(states), disable=not progress, unit="request", dynamic_ncols=True) as bar:
@@ -483,7 +489,8 @@ class BatchEngine:
         """Counts since the last `reset_stats`, and memory in bytes now.
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
-        cache takes from the machine. Times are in seconds; `time_model` is the forward, the rest is the engine's own.
+        cache takes from the machine. Times are in seconds; `time_model` is the forward, the rest is the engine's own
+        (`time_build` packs the batch, and grows the cache when it must).
         """
         with self._lock:
             scheduler = self._scheduler.stats()
@@ -491,8 +498,7 @@ class BatchEngine:
             in_use, peak = scheduler.pop("blocks_in_use"), scheduler.pop("blocks_peak")
             return {
                 **scheduler,
-                **self._counters,
-                **{f"time_{name}": value for name, value in self._times.items()},
+                **self._clock.stats(),
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
@@ -500,14 +506,8 @@ class BatchEngine:
 
     def reset_stats(self) -> None:
         with self._lock:
-            self._counters = dict.fromkeys(("steps", "tokens", "output_tokens"), 0)
-            self._times = dict.fromkeys(("total", "schedule", "model", "sample", "detokenize"), 0.0)
+            self._clock = StepClock()
             self._scheduler.reset_stats()
-
-    def _lap(self, name: str, since: float) -> float:
-        now = time.perf_counter()
-        self._times[name] += now - since
-        return now
 
     def check_integrity(self) -> None:
         """Assert that every block is accounted for."""

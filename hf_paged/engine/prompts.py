@@ -15,9 +15,7 @@ def prompt_tokens(prompt, tokenizer, vocab_size: int) -> tuple[str | None, list[
             raise InvalidArgument("prompt is text, but the engine has no tokenizer; give token ids or a tokenizer")
         text = prompt if isinstance(prompt, str) else _render_chat(prompt, tokenizer)
         ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-        if not ids:
-            raise InvalidArgument("prompt is empty")
-        return text, list(ids)
+        return text, _checked_ids(ids, vocab_size)
     return None, _checked_ids(prompt, vocab_size)
 
 

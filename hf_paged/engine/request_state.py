@@ -144,18 +144,23 @@ class RequestState:
         piece = ""
         if not ended_by_token or self.params.include_stop_str_in_output:
             piece = state.detokenizer.append(token)
-        if sequence.finish_reason is not None:
-            piece += state.detokenizer.flush()
-        matcher = state.stop_matcher
-        if matcher is None:
+        return self._show(state, piece)
+
+    def _show(self, state: SequenceState, piece: str) -> str | None:
+        """Add decoded text to the completion's, up to a stop string. Returns the stop string once there is one."""
+        if state.stop_matcher is None:
             state.output.text += piece
             return None
-        early = sequence.num_output <= self.params.min_tokens
-        text, matched = matcher.feed(piece, search=not early)
-        if matched is None and sequence.finish_reason is not None:
-            text = matcher.flush()
-        state.output.text = text
+        early = len(state.output.token_ids) <= self.params.min_tokens
+        state.output.text, matched = state.stop_matcher.feed(piece, search=not early)
         return matched
+
+    def _close_text(self, state: SequenceState) -> None:
+        """However a completion ends, what was held back (half a character, half a stop string) is text now."""
+        if state.detokenizer is None:
+            return
+        if self._show(state, state.detokenizer.flush()) is None and state.stop_matcher is not None:
+            state.output.text = state.stop_matcher.flush()
 
     def record_prompt_logprobs(self, entries: list[dict[int, Logprob]]) -> None:
         for entry in entries:
@@ -171,6 +176,7 @@ class RequestState:
     def finish_sequence(self, sequence: Sequence) -> None:
         """Copy the scheduler's verdict on a finished sequence into its completion."""
         state = self.sequence_state(sequence)
+        self._close_text(state)
         state.output.finish_reason = sequence.finish_reason
         state.output.stop_reason = sequence.stop_reason
 
@@ -179,8 +185,8 @@ class RequestState:
         if not self.output.outputs:  # it never got as far as a sequence of its own
             self.output.outputs.append(CompletionOutput(index=0))
         for state in self.sequences.values():
-            if state.detokenizer is not None and not state.output.finished:
-                state.output.text += state.detokenizer.flush()
+            if not state.output.finished:
+                self._close_text(state)
         for output in self.output.outputs:
             if output.finish_reason is None:
                 output.finish_reason = reason

@@ -8,6 +8,8 @@ had before.
 from __future__ import annotations
 
 import sys
+import threading
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +22,8 @@ from ..runtime.batch import active_context
 
 NAME = "hf_paged"
 _original: dict[int, str] = {}  # id(config) -> the implementation it had, while a step runs
+_users: Counter = Counter()  # id(config) -> steps that run on it now
+_guard = threading.Lock()
 
 
 def paged_attention_forward(
@@ -37,6 +41,8 @@ def paged_attention_forward(
         raise UnsupportedModel(
             f"{type(module).__name__} builds its own attention mask; hf_paged cannot tell what it hides"
         )
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedModel(f"{type(module).__name__} attends in both directions; only causal attention has a cache")
     if not hasattr(module, "layer_idx"):
         raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
     if softcap is not None and drops_softcap(_original.get(id(module.config))):
@@ -77,17 +83,25 @@ AttentionMaskInterface.register(NAME, _paged_mask)
 
 @contextmanager
 def paged_attention(configs: list):
-    """While inside, every config in `configs` names our function as its attention implementation."""
-    saved = [config._attn_implementation_internal for config in configs]
-    for config, name in zip(configs, saved):
-        _original[id(config)] = name
-        config._attn_implementation_internal = NAME
+    """While inside, every config in `configs` names our function as its attention implementation.
+
+    Models may share a config object and step in several threads: the last one out restores it.
+    """
+    with _guard:
+        for config in configs:
+            if not _users[id(config)]:
+                _original[id(config)] = config._attn_implementation_internal
+                config._attn_implementation_internal = NAME
+            _users[id(config)] += 1
     try:
         yield
     finally:
-        for config, name in zip(configs, saved):
-            config._attn_implementation_internal = name
-            _original.pop(id(config), None)
+        with _guard:
+            for config in configs:
+                _users[id(config)] -= 1
+                if not _users[id(config)]:
+                    config._attn_implementation_internal = _original.pop(id(config))
+                    del _users[id(config)]
 
 
 def attention_configs(model: torch.nn.Module) -> list:

@@ -7,6 +7,7 @@ import torch
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
 from ..engine.engine import BatchEngine
+from .explain import explain_patch
 from .patch import Patch, is_patched, patch, patch_of, unpatch
 
 
@@ -32,6 +33,8 @@ class Engine(BatchEngine):
             patch(model, config, tokenizer=tokenizer)
             self._patched_here = model
         undo = patch_of(model)
+        if config is not None and config.fuse != undo.config.fuse:
+            raise InvalidArgument("fuse is decided when the model is patched; pass it to hf_paged.patch")
         try:
             undo.adopt(self)
             self._open(undo, tokenizer, config or undo.config)
@@ -52,6 +55,8 @@ class Engine(BatchEngine):
         tokenizer = undo.tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None and not callable(tokenizer):
             raise InvalidArgument(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        if config.strict:
+            explain_patch(undo.adapter.module, undo, config).raise_on_fallback()
         super().__init__(undo.adapter, tokenizer, config)
 
     def close(self) -> None:

@@ -68,8 +68,9 @@ def _runs(layers: list[LayerExplanation]):
             start = index + 1
 
 
-def explain_patch(model, patch) -> Explanation:
-    adapter, config = patch.adapter, patch.config
+def explain_patch(model, patch, config) -> Explanation:
+    """What a Patch did to `model` and what an engine of `config` would run."""
+    adapter = patch.adapter
     kernel = ops.resolve_backend(config.attention_backend, adapter.device)
     reason = None
     if kernel == "reference":

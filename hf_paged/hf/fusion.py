@@ -1,8 +1,8 @@
 """Faster forwards for modules of a patched model, active only inside a step of the engine.
 
-Nothing here is chosen by a class's name alone: each replacement runs once beside the module's own forward on random
-inputs and is kept only if the results agree. Outside a step, or when someone hooked a part that the fused form would
-bypass, the module's own forward runs.
+Only plain nn.Linear layers are merged or given another kernel. Everything else is not chosen by a class's name alone:
+it runs once beside the module's own forward on random inputs and is kept only if the results agree. Outside a step, or
+when someone hooked a part that the fused form would bypass, the module's own forward runs.
 
 - Linear: y = x W^T by our kernel, on the live weight.
 - Merged projections (q/k/v, gate/up): one weight holds all of them, the model's own parameters are views of it. The
@@ -102,7 +102,8 @@ class FusedNorm(Swapped):
     """State: keyword arguments of `fused.rms_norm`."""
 
     def forward(self, hidden_states):
-        if active_context() is None:
+        same = hidden_states.dtype == self.weight.dtype and hidden_states.stride(-1) == 1
+        if active_context() is None or not same:
             return super().forward(hidden_states)
         return fused.rms_norm(hidden_states, self.weight, **self._hf_paged)
 

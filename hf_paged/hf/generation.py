@@ -56,6 +56,8 @@ class PagedMixin(Swapped):
         streamer=None,
         **model_kwargs,
     ):
+        if torch.is_autocast_enabled(self.device.type):
+            raise UnsupportedOption("torch.autocast: a patched model runs in its own dtype; load it in the one you want")
         _refuse_unsupported(generation_config, model_kwargs, synced_gpus)
         call = _GenerateCall(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         return call.run(streamer)
@@ -134,6 +136,7 @@ class _GenerateCall:
             option = _REFUSED_PROCESSORS.get(type(processor).__name__)
             if option:
                 raise UnsupportedOption(f"{option} {_HOW}")
+        vocab_size = self.engine.model.vocab_size  # an EOS outside of it, such as -1, never comes: stock's way to say none
         native: dict = {}
         if not (self.scores or self.logits):  # captured scores are stock's own processors' output
             for name, (kind, attribute) in reversed(_WARPERS.items()):
@@ -147,7 +150,7 @@ class _GenerateCall:
             **native,
             max_tokens=self.max_new,
             ignore_eos=True,  # EOS is among the stop tokens below, unless rows go on together
-            stop_token_ids=() if self.together else tuple(sorted(self.eos)),
+            stop_token_ids=() if self.together else tuple(sorted(t for t in self.eos if 0 <= t < vocab_size)),
             detokenize=False,
         )
         return params, processors
@@ -200,13 +203,24 @@ class _GenerateCall:
             capture=self.scores or self.logits,
             torch_rng=bool(self.config.do_sample) and self.batch == 1,
         )
-        return self.engine.submit(self.input_ids[row, self.padding[row] :].tolist(), params, hooks=hooks)
+        ids = self.input_ids[row, self.padding[row] :].tolist()
+        return self.engine.submit_when_possible(ids, params, hooks=hooks)
 
     def _row_processor(self, row: int) -> tuple:
         if not self.row_processors:
             return ()
         chain = stock.LogitsProcessorList(self._for_row(processor, row) for processor in self.row_processors)
-        return (lambda token_ids, logits: chain(self._padded(row, token_ids), logits[None])[0],)
+
+        def process(token_ids, logits):
+            scores = chain(self._padded(row, token_ids), logits[None])
+            if scores.shape != (1, *logits.shape):
+                raise InvalidArgument(
+                    f"logits_processor: one of {', '.join(type(p).__name__ for p in chain)} returned shape "
+                    f"{list(scores.shape)} for one row; on a patched model processors see one row at a time"
+                )
+            return scores[0]
+
+        return (process,)
 
     def _for_row(self, processor, row: int):
         """The processor as it acts on this row alone, where stock's form counts rows."""
@@ -245,7 +259,16 @@ class _GenerateCall:
             return False
         ids = self._padded(row, token_ids)
         scores = tuple(pair[1][None] for pair in self.rows[row].captured()) if self.scores else None
-        return any([bool(torch.as_tensor(criterion(ids, scores)).all()) for criterion in self.row_criteria])
+        met = False
+        for criterion in self.row_criteria:
+            answer = torch.as_tensor(criterion(ids, scores))
+            if answer.numel() != 1:
+                raise InvalidArgument(
+                    f"stopping_criteria: {type(criterion).__name__} answered for {answer.numel()} rows, not one; on a "
+                    "patched model criteria see one row at a time"
+                )
+            met |= bool(answer)
+        return met
 
     def _padding_rule(self, row: int):
         if not (self.together and self.eos):
@@ -260,7 +283,7 @@ class _GenerateCall:
     def _complete(self) -> bool:
         if self.together and None not in self.ended_at and min(map(len, self.tokens)) >= max(self.ended_at):
             return True
-        return all(row.finished for row in self.rows)
+        return all(row.finished for row in self.rows) or any(row.output.error for row in self.rows)
 
     def _columns(self) -> int:
         """Generated columns that are final: every row has its token there, and stock would still have been running."""

@@ -23,13 +23,16 @@ class TransformersModel:
         self.module = model
         self.fusions = fusions
         self.layers = probe_layers(model)
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)
         self._snapshot()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.module.get_input_embeddings().weight.shape[0]
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -49,34 +52,51 @@ class TransformersModel:
         return logits if self._keeps_logits else logits[rows]
 
     def weights_changed(self) -> bool:
-        """In-place writes, swapped parameters and moved storage since the last look. About 50 us for 300 tensors."""
-        for parameters, name, parameter, version, pointer in self._watched:
+        """In-place writes, swapped parameters, moved storage, hooks that came or went. About 50 us for 300 tensors."""
+        for parameters, name, parameter, version, pointer in self._watched:  # buffers too
             current = parameters.get(name)
             if current is not parameter or _version(parameter) != version or parameter.data_ptr() != pointer:
                 self._snapshot()
                 return True
+        if self._hooks != self._hook_ids():
+            self._snapshot()
+            return True
         return False
 
     def weights_replaced(self) -> bool:
         """Also writes through `.data` and modules that were swapped in: compares a few values of every parameter."""
-        before = self._fingerprint
+        changed = self.weights_changed()
+        before, adapters = self._fingerprint, self._adapters
         self._snapshot()
-        return not torch.equal(before, self._fingerprint)
+        return changed or adapters != self._adapters or not torch.equal(before, self._fingerprint)
+
+    def _hook_ids(self) -> tuple[int, ...]:
+        return tuple(hook for hooks in self._hook_dicts if hooks for hook in hooks)
 
     def _snapshot(self) -> None:
         self.fusions.rejoin()
+        modules = list(self.module.modules())
         self._watched = [
-            (module._parameters, name, parameter, _version(parameter), parameter.data_ptr())
-            for module in self.module.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
+            (tensors, name, tensor, _version(tensor), tensor.data_ptr())
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
         ]
+        self._hook_dicts = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks = self._hook_ids()
+        self._adapters = [_adapter_state(module) for module in modules if hasattr(module, "active_adapters")]
         self._fingerprint = torch.stack([_sample(entry[2]) for entry in self._watched])
         device = self._watched[0][2].device
         if getattr(self, "device", device) != device:
             raise UnsupportedModel(
                 f"model moved from {self.device} to {device} while patched; unpatch it, move it, patch it again"
             )
+
+
+def _adapter_state(module) -> tuple:
+    """What a PEFT layer currently adds to its base layer."""
+    return tuple(map(str, (module.active_adapters, getattr(module, "disable_adapters", None))))
 
 
 def _version(parameter: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
+from ..engine.build import check_backend
 from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse
 from .generation import PagedMixin
@@ -29,6 +30,7 @@ class Patch:
 
     def bind(self, model: torch.nn.Module) -> None:
         self.adapter = TransformersModel(model, self.fusions)
+        check_backend(self.config.attention_backend, self.adapter.device)
 
     @property
     def live_engine(self):
@@ -125,5 +127,6 @@ def engine_of(model):
 
 def explain(model) -> Explanation:
     """Per layer, which kernels run and why any slower path is taken. `str()` of the result is a table."""
-    return explain_patch(model, patch_of(model))
+    undo = patch_of(model)
+    return explain_patch(model, undo, undo.config if undo.live_engine is None else undo.live_engine.config)
 

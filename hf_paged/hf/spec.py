@@ -58,6 +58,10 @@ def check_supported(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"model: {name} has weights on the meta device; load them first")
 
 
+WINDOW_BY_LAYER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss"})
+WINDOW_EVERYWHERE = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe"})
+
+
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
@@ -109,7 +113,12 @@ def _windows(config) -> list[int | None]:
     layer_types = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
-    if layer_types is None:
+    if config.model_type not in WINDOW_BY_LAYER_TYPE:
+        if window is not None and config.model_type not in WINDOW_EVERYWHERE:
+            raise UnsupportedModel(
+                f"model: config.sliding_window is {window}, which {config.model_type!r} layers do not read but stock's "
+                "cache does, so prefill and decode disagree; set it to None"
+            )
         return [window] * config.num_hidden_layers
     known = {"full_attention": None, "sliding_attention": window}
     unknown = sorted(set(layer_types) - set(known))
@@ -132,7 +141,9 @@ def model_lengths(model: torch.nn.Module) -> tuple[int, int, str | None]:
     config = text_config(model)
     length = getattr(config, "max_position_embeddings", None) or NO_LIMIT
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("dynamic", "longrope"):
+    by_layer_type = [entry for entry in rope.values() if isinstance(entry, dict)]
+    rope = next((entry for entry in by_layer_type or [rope] if entry.get("rope_type") in ("dynamic", "longrope")), None)
+    if rope is None:
         return length, NO_LIMIT, None
     original = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", length

@@ -78,3 +78,5 @@ class KVCache:
         for layer in self.layers.values():
             layer.k_cache = layer.v_cache = None
         self.num_blocks = [0] * len(self.groups)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # back to the device, not only to torch

@@ -45,14 +45,19 @@ class ModelRunner:
         self.cache = cache
         self.backend = backend
 
-    def execute(self, plan: StepPlan, rows: list[int]) -> torch.Tensor:
-        """Run the plan and return logits [len(rows), V] of those packed rows."""
+    def prepare(self, plan: StepPlan) -> StepContext:
+        """Grow the cache, copy blocks, pack the batch."""
         # The cache outlives this call, so none of it may be an inference tensor, whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.ensure(plan.num_blocks)
             self.cache.copy_blocks(plan.copies)
-            context = StepContext(plan, self.cache, self.backend)
-            return self.model.forward(context, torch.tensor(rows, dtype=torch.int64, device=self.cache.device))
+            return StepContext(plan, self.cache, self.backend)
+
+    def forward(self, context: StepContext, rows: list[int]) -> torch.Tensor:
+        """Run a prepared batch and return logits [len(rows), V] of those packed rows."""
+        device = self.cache.device
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return self.model.forward(context, torch.tensor(rows, dtype=torch.int64, device=device))
 
     def close(self) -> None:
         self.cache.close()

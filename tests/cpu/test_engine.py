@@ -330,6 +330,8 @@ BAD_REQUESTS = [
     (dict(prompt=[5], deadline=-1), "deadline"),
     (dict(prompt=[5], priority="high"), "priority"),
     (dict(prompt=[5], request_id=3), "request_id"),
+    (dict(prompt=[5], priority=2), "priority"),
+    (dict(prompt=[5], cache_salt=10**10), "cache_salt"),
 ]
 
 
@@ -337,6 +339,67 @@ BAD_REQUESTS = [
 def test_bad_requests_name_what_is_wrong(engine, request_, name):
     with pytest.raises(InvalidArgument, match=name):
         engine.add(**request_)
+
+
+def test_text_held_back_appears_when_a_criterion_ends_the_completion(engine, tokenizer):
+    letter = tokenizer.convert_tokens_to_ids("b")
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logit_bias={letter: 1000.0}, stop=["bbbbb"])
+    results = {}
+    name = engine.add(
+        prompts(1)[0],
+        params,
+        stopping_criteria=[lambda ids: len(ids) >= 23],
+        on_output=lambda output: results.__setitem__(output.request_id, output),
+    )
+    drain(engine)
+    assert results[name].outputs[0].text == "bbb" and results[name].outputs[0].finish_reason == "stop"
+
+
+def test_one_failed_prompt_keeps_the_others_results(engine, model):
+    def refuse(module, args):
+        if (args[0] == 311).any():
+            raise RuntimeError("poisoned")
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(refuse)
+    try:
+        with pytest.raises(RequestFailed, match="poisoned") as caught:
+            engine.generate([[5, 6], [311], [7, 8]], GREEDY)
+    finally:
+        handle.remove()
+    assert [output.error is None for output in caught.value.outputs] == [True, False, True]
+    assert caught.value.outputs[2].outputs[0].token_ids == alone(engine, [7, 8])
+
+
+def test_a_step_within_a_step_fails_its_own_request(engine):
+    state = engine.submit(prompts(1)[0], GREEDY)
+    engine.add(prompts(1)[0], GREEDY, stopping_criteria=[lambda ids: engine.step()])
+    drain(engine)
+    assert state.output.error is None and len(state.output.outputs[0].token_ids) == 12
+
+
+def test_an_interrupt_leaves_no_request_with_a_missing_token(engine):
+    jobs = prompts(3)
+    expected = [alone(engine, job) for job in jobs]
+    fired = []
+
+    def interrupt(ids):
+        if len(ids) == 24 and not fired:
+            fired.append(True)
+            raise KeyboardInterrupt
+
+    engine.add(jobs[0], GREEDY, stopping_criteria=[interrupt])
+    others = [engine.submit(job, GREEDY) for job in jobs[1:]]
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine)
+    drain(engine)
+    for state, tokens in zip(others, expected[1:]):
+        assert state.output.error is not None or state.output.outputs[0].token_ids == tokens
+
+
+def test_more_prompts_than_the_queue_holds(model):
+    with Engine(model, config=EngineConfig(max_queue=2, max_num_seqs=2)) as engine:
+        assert len(engine.generate(prompts(7), GREEDY)) == 7
+        assert model.generate(torch.tensor(prompts(7)), max_new_tokens=3, do_sample=False).shape == (7, 23)
 
 
 def test_requests_that_can_never_fit_are_refused(model):

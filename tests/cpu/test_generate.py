@@ -240,6 +240,33 @@ def test_num_return_sequences_and_greedy_copies(model, batch):
     assert torch.equal(stock, paged)
 
 
+class CountsRows(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + torch.arange(4.0)[:, None]
+
+
+class EndsTogether(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(4, dtype=torch.bool)
+
+
+def test_callables_that_count_rows_are_refused_by_name(model, batch):
+    hf_paged.patch(model)
+    try:
+        with pytest.raises(hf_paged.RequestFailed, match="CountsRows"):
+            model.generate(**batch, max_new_tokens=5, do_sample=False, logits_processor=[CountsRows()])
+        with pytest.raises(hf_paged.RequestFailed, match="EndsTogether"):
+            model.generate(**batch, max_new_tokens=5, do_sample=False, stopping_criteria=[EndsTogether()])
+    finally:
+        hf_paged.unpatch(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # stock logs about the id
+def test_an_eos_that_never_comes(model, batch):
+    stock, paged = both(model, **batch, max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert torch.equal(stock, paged)
+
+
 class Raises(LogitsProcessor):
     def __call__(self, input_ids, scores):
         raise KeyError("mine")

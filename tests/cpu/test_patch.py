@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -156,7 +157,27 @@ def test_a_hook_that_changes_activations_changes_tokens_as_in_stock(model):
     hf_paged.patch(model)
     assert torch.equal(greedy(model), expected)
     handle.remove()
-    assert not torch.equal(greedy(model), expected)
+    plain = greedy(copy.deepcopy(model))
+    assert torch.equal(greedy(model), plain) and not torch.equal(plain, expected)
+
+
+def test_a_write_to_a_single_row_while_idle_reaches_the_next_token(model):
+    hf_paged.patch(model)
+    before = greedy(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[7] += 3.0
+    after = greedy(model)
+    assert torch.equal(after, greedy(copy.deepcopy(model))) and not torch.equal(after, before)
+
+
+def test_inference_mode_and_autocast(model):
+    expected = greedy(model, new=40)
+    hf_paged.patch(model, block_size=16, kv_cache_memory="1MiB")
+    with torch.inference_mode():
+        assert torch.equal(greedy(model, new=40), expected)
+    assert torch.equal(greedy(model, new=40), expected)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(hf_paged.UnsupportedOption, match="autocast"):
+        greedy(model)
 
 
 def test_unpatch_frees_the_engine_and_the_merged_storage(model):
@@ -210,6 +231,45 @@ def test_a_model_that_changes_dtype_is_patched_anew(model):
     expected = greedy(copy.deepcopy(model))
     assert torch.equal(greedy(model)[:, : PROMPT.shape[1] + 1], expected[:, : PROMPT.shape[1] + 1])
     assert hf_paged.engine_of(model)._cache.dtype == torch.bfloat16
+
+
+def test_models_that_share_a_config_step_in_several_threads(model):
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    expected = greedy(model, new=20)
+    implementation = model.config._attn_implementation
+    hf_paged.patch(model)
+    hf_paged.patch(twin)
+    wrong = []
+
+    def work(one):
+        for _ in range(6):
+            hf_paged.engine_of(one).reset_prefix_cache()
+            if not torch.equal(greedy(one, new=20), expected):
+                wrong.append(one)
+
+    threads = [threading.Thread(target=work, args=(one,)) for one in (model, twin)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    hf_paged.unpatch(twin)
+    assert not wrong and model.config._attn_implementation == implementation
+
+
+def test_a_window_that_the_model_s_layers_do_not_read_is_refused():
+    model = tiny_model("llama", sliding_window=5)
+    with pytest.raises(UnsupportedModel, match="sliding_window"):
+        hf_paged.patch(model)
+    assert is_plain(model)
+
+
+def test_bidirectional_attention_is_refused():
+    model = tiny_model("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedModel, match="both directions"):
+        hf_paged.patch(model)
+    assert is_plain(model)
 
 
 def test_explain_tells_what_runs(model):

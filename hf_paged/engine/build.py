@@ -1,0 +1,67 @@
+"""From a model and a configuration to a KV cache and the scheduler that manages its blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_paged_kernels import ops
+
+from ..base.config import EngineConfig
+from ..base.errors import KernelUnavailable
+from ..core.scheduler import GroupSpec, Scheduler
+from ..runtime.kv_cache import KVCache
+from ..runtime.layout import blocks_for_budget, group_layers
+from ..runtime.memory import default_fraction, free_memory
+from ..runtime.runner import PagedModel
+
+INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raise KernelUnavailable if the attention backend asked for cannot run on `device`."""
+    try:
+        ops.resolve_backend(name, device)
+    except ValueError as error:
+        raise KernelUnavailable(f"attention_backend: {error}") from error
+
+
+def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[KVCache, Scheduler]:
+    """A cache within the configured memory, or a share of what is free, and its scheduler.
+
+    Raises KernelUnavailable for an attention backend that cannot run here.
+    """
+    check_backend(config.attention_backend, model.device)
+    cuda = model.device.type == "cuda"
+    block_size = config.block_size or (64 if cuda else 16)
+    max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
+    dtype = getattr(torch, config.kv_dtype) if config.kv_dtype else model.dtype
+    groups = group_layers(model.layers)
+    fraction = config.memory_fraction or default_fraction(model.device)
+    most = blocks_for_budget(
+        groups,
+        budget=config.kv_cache_memory or int(free_memory(model.device) * fraction),
+        block_size=block_size,
+        itemsize=dtype.itemsize,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+    )
+    cache = KVCache(groups, block_size=block_size, dtype=dtype, device=model.device)
+    initial = [min(count, INITIAL_CPU_BLOCKS) for count in most]
+    if cuda:
+        # Beyond this there is nothing to keep but old prefixes. Taken at once, so that a lack of memory shows here and
+        # not in somebody's request.
+        most = initial = [min(count, config.max_num_seqs * -(-max_model_len // block_size)) for count in most]
+        cache.ensure(most)
+    scheduler = Scheduler(
+        groups=[GroupSpec(window=group.window) for group in groups],
+        block_size=block_size,
+        num_blocks=initial,
+        max_blocks=most,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        prefix_cache=config.prefix_cache,
+        policy=config.policy,
+        max_queue=config.max_queue,
+    )
+    return cache, scheduler

@@ -1,0 +1,29 @@
+"""Where the time of a step goes, and how much came of it."""
+
+from __future__ import annotations
+
+import time
+
+PHASES = ("total", "schedule", "build", "model", "sample", "detokenize")
+COUNTERS = ("steps", "tokens", "output_tokens")
+
+
+class StepClock:
+    """Seconds per phase of a step and counts of steps and tokens, since it was made."""
+
+    def __init__(self):
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._counts = dict.fromkeys(COUNTERS, 0)
+
+    def lap(self, phase: str, since: float) -> float:
+        """Add the time since `since` (a `time.perf_counter()`) to a phase; returns the time now."""
+        now = time.perf_counter()
+        self._seconds[phase] += now - since
+        return now
+
+    def count(self, **amounts: int) -> None:
+        for name, amount in amounts.items():
+            self._counts[name] += amount
+
+    def stats(self) -> dict:
+        return {**self._counts, **{f"time_{phase}": seconds for phase, seconds in self._seconds.items()}}
