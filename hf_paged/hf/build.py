@@ -105,10 +105,11 @@ def _build(work: Path, progress: bool) -> Path:
     """Download, check, dequantize and save below `work`; returns the finished model folder."""
     from tqdm import tqdm
 
-    if find_spec("gguf") is None:
-        raise ModelNotAvailable(
-            f"the embedded model {DEFAULT_NAME} needs the package gguf: pip install 'hf_paged[demo]'"
-        )
+    for package in ("gguf", "accelerate"):  # transformers reads GGUF files with both
+        if find_spec(package) is None:
+            raise ModelNotAvailable(
+                f"the embedded model {DEFAULT_NAME} needs the package {package}: pip install 'hf_paged[demo]'"
+            )
     steps = (("downloading", _download), ("unpacking", _unpack), ("dequantizing", _convert))
     result = work
     with tqdm(total=len(steps), disable=not progress, bar_format="{desc} {bar} {n}/{total} [{elapsed}]") as bar:
