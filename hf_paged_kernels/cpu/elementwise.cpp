@@ -110,21 +110,6 @@ void rms_norm(const T* x, int64_t stride_a, int64_t stride_b, int64_t A, int64_t
   });
 }
 
-// sum = x + residual; out = norm(sum)
-template <class T>
-void add_rms_norm(
-    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, int64_t rows, const Norm<T>& p, T* out,
-    T* sum) {
-  at::parallel_for(0, rows, grain_rows(p.H), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T *a = x + row * x_stride, *b = residual + row * residual_stride;
-      T* s = sum + row * p.H;
-      for_vectors(p.H, [&](int64_t i, int64_t count) { write(s + i, load(a + i, count) + load(b + i, count), count); });
-      norm_row(p, s, out + row * p.H);
-    }
-  });
-}
-
 // ---------------------------------------------------------------------------------------------- activations
 
 enum Activation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
@@ -219,18 +204,6 @@ HF_PAGED_EXPORT void hf_paged_rms_norm(
     using T = decltype(zero);
     const Norm<T> norm{static_cast<const T*>(weight), H, eps, offset, round_first != 0};
     rms_norm(static_cast<const T*>(x), stride_a, stride_b, A, B, norm, static_cast<T*>(out));
-  });
-}
-
-HF_PAGED_EXPORT void hf_paged_add_rms_norm(
-    int64_t dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, int64_t rows,
-    int64_t H, const void* weight, float eps, float offset, int64_t round_first, void* out, void* sum) {
-  for_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Norm<T> norm{static_cast<const T*>(weight), H, eps, offset, round_first != 0};
-    add_rms_norm(
-        static_cast<const T*>(x), x_stride, static_cast<const T*>(residual), residual_stride, rows, norm,
-        static_cast<T*>(out), static_cast<T*>(sum));
   });
 }
 

@@ -49,31 +49,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.
     return out
 
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    cast: str = "weight_after",
-) -> tuple[Tensor, Tensor]:
-    """`(rms_norm(x + residual), x + residual)`, the sum rounded to the dtype first; shapes as in rms_norm."""
-    H = x.shape[-1]
-    _check_norm(x, weight, H)
-    if residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(-1) != 1:
-        raise ValueError(f"residual must be like x {_describe(x)}, got {_describe(residual)}")
-    x_TH, residual_TH = x.reshape(-1, H), residual.reshape(-1, H)
-    out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    if out.numel():
-        _library().hf_paged_add_rms_norm(
-            _DTYPES[x.dtype], x_TH.data_ptr(), x_TH.stride(0), residual_TH.data_ptr(), residual_TH.stride(0),
-            x_TH.shape[0], H, _pointer(weight), eps, offset, _choice("cast", cast, _CASTS), out.data_ptr(),
-            total.data_ptr(),
-        )  # fmt: skip
-    return out, total
-
-
 def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
     """gate_up [..., 2 I] -> activation(gate_up[..., :I]) * gate_up[..., I:], contiguous.
 
@@ -130,10 +105,9 @@ def _library() -> ctypes.CDLL:
     library = build.load()
     i, p, f = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     library.hf_paged_rms_norm.argtypes = [i, p, i, i, i, i, i, p, f, f, i, p]
-    library.hf_paged_add_rms_norm.argtypes = [i, p, i, p, i, i, i, p, f, f, i, p, p]
     library.hf_paged_act_and_mul.argtypes = [i, i, p, i, i, i, p]
     library.hf_paged_rotary.argtypes = [i, p, i, i, i, p, p, i, i, i, p, p, i, p, i, i, i, i]
-    for name in ("rms_norm", "add_rms_norm", "act_and_mul", "rotary"):
+    for name in ("rms_norm", "act_and_mul", "rotary"):
         getattr(library, f"hf_paged_{name}").restype = None
     return library
 

@@ -30,20 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.
     return (normed * (offset + weight.float())).to(x.dtype)
 
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    cast: str = "weight_after",
-) -> tuple[Tensor, Tensor]:
-    """`(rms_norm(x + residual), x + residual)`."""
-    total = x + residual
-    return rms_norm(total, weight, eps, offset=offset, cast=cast), total
-
-
 def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
     """gate_up [..., 2 I] -> activation(gate_up[..., :I]) * gate_up[..., I:]."""
     if activation not in _ACTIVATIONS:

@@ -89,16 +89,6 @@ def test_rms_norm_reads_views_by_their_strides():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_add_rms_norm(dtype):
-    for H in SIZES:
-        x, residual = randn(6, H + 2, dtype=dtype)[:, :H], randn(6, H, dtype=dtype, seed=3)
-        weight = randn(H, dtype=dtype, seed=1)
-        normed, total = elementwise.add_rms_norm(x, residual, weight, 1e-6)
-        assert torch.equal(total, x + residual)
-        assert torch.equal(normed, elementwise.rms_norm(total, weight, 1e-6))
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_act_and_mul(activation, dtype):
     for width in SIZES:
@@ -171,7 +161,6 @@ def test_rows_do_not_depend_on_their_neighbours_or_on_threads(dtype):
     def everything(rows):
         return [
             elementwise.rms_norm(x[rows], weight, 1e-6),
-            elementwise.add_rms_norm(x[rows], x[rows], weight, 1e-6)[0],
             elementwise.act_and_mul(x[rows], "gelu_tanh"),
             elementwise.act_and_mul(x[rows], "silu"),
             *elementwise.rotary(heads[rows], heads[rows], cos[rows], sin[rows]),
@@ -207,8 +196,6 @@ def test_refusals_name_the_argument():
         elementwise.rms_norm(x.double(), weight, 1e-6)
     with pytest.raises(ValueError, match="contiguous last"):
         elementwise.rms_norm(randn(8, 3).T, weight, 1e-6)
-    with pytest.raises(ValueError, match="residual"):
-        elementwise.add_rms_norm(x, randn(2, 8), weight, 1e-6)
     with pytest.raises(ValueError, match="activation.*gelu_tanh"):
         elementwise.act_and_mul(x, "relu")
     with pytest.raises(ValueError, match="even"):
