@@ -364,12 +364,15 @@ class BatchEngine:
 
     def _fail(self, seq_id: int, error: BaseException) -> None:
         """End the whole request of a sequence with an error of its own."""
-        state: RequestState = self._scheduler.sequence(seq_id).request.state
+        self._end_with(self._scheduler.sequence(seq_id).request.state, error)
+
+    def _end_with(self, state: RequestState, error: BaseException) -> None:
+        """End a request with an error, as a RequestFailed whose cause it is."""
         request_id = state.request.request_id
-        if not isinstance(error, RequestFailed):
-            failure = RequestFailed(request_id, f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
-            error = failure
+        if not (isinstance(error, RequestFailed) and error.request_id == request_id):
+            cause = error
+            error = RequestFailed(request_id, f"{type(cause).__name__}: {cause}")
+            error.__cause__ = cause
         self._end(state, "error", error)
 
     def _end(self, state: RequestState, reason: str, error: Exception | None = None) -> None:
@@ -402,9 +405,7 @@ class BatchEngine:
         """End every unfinished request with `error`: the engine itself could not go on."""
         with self._lock:
             for state in list(self._states.values()):
-                failure = RequestFailed(state.request.request_id, f"{type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._end(state, "error", failure)
+                self._end_with(state, error)
             self._publish()
 
     def release(self, state: RequestState) -> None:
