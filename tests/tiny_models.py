@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+# What this transformers calls the cache that is handed to `forward` and `generate`, and that they return.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 COMMON = dict(
     vocab_size=199,

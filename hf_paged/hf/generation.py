@@ -32,6 +32,7 @@ _REFUSED_PROCESSORS = {  # they look at more than one row's ids and scores
     "WatermarkLogitsProcessor": "watermarking_config",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
 }
+CACHE_NAMES = ("cache", "past_key_values")  # what `generate` calls its Cache: from transformers 5.24 on, and before
 _HOW = "is not supported on a patched model; call hf_paged.unpatch(model) first"
 
 
@@ -84,7 +85,7 @@ class PagedMixin(Swapped):
 
 def _refuse_unsupported(config, model_kwargs, synced_gpus) -> None:
     """Raise UnsupportedOption, by name, for every option whose effect the engine would not reproduce."""
-    cache = model_kwargs.get("past_key_values")
+    cache = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
     returns = config.return_dict_in_generate
     refused = {
         "synced_gpus": synced_gpus,
@@ -98,7 +99,7 @@ def _refuse_unsupported(config, model_kwargs, synced_gpus) -> None:
         "past_key_values": cache is not None
         and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)),
     }
-    known = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "inputs_embeds"}
+    known = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "inputs_embeds", *CACHE_NAMES}
     refused |= {name: True for name, value in model_kwargs.items() if name not in known and value is not None}
     for name, used in refused.items():
         if used:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import CACHE, tiny_model
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 import hf_paged
@@ -330,9 +330,9 @@ def test_inputs_that_cannot_be_rows_are_refused(model, batch):
             model.generate(torch.tensor([[4, 5000]]), max_new_tokens=2)
         with pytest.raises(RequestTooLarge, match="max_new_tokens"):
             model.generate(**batch, max_new_tokens=600)
-        past = model(torch.tensor([[3, 4]]), use_cache=True).past_key_values
+        past = model(torch.tensor([[3, 4]]), use_cache=True)[CACHE]
         with pytest.raises(UnsupportedOption, match="past_key_values"):
-            model.generate(torch.tensor([[3, 4, 5]]), past_key_values=past, max_new_tokens=2)
+            model.generate(torch.tensor([[3, 4, 5]]), **{CACHE: past}, max_new_tokens=2)
         assert not hf_paged.engine_of(model).has_unfinished()
     finally:
         hf_paged.unpatch(model)
