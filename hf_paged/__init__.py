@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncEngine": "engine.async_engine",
+    "CacheFull": "base.errors",
     "CompletionOutput": "base.types",
     "DeadlineExceeded": "base.errors",
     "Engine": "hf.engine",

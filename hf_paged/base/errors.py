@@ -7,6 +7,7 @@
     ├── UnsupportedModel (ValueError)       `patch` cannot promise this model's own tokens, and says why
     ├── KernelUnavailable (RuntimeError)    a kernel that was asked for by name cannot run here
     ├── QueueFull (RuntimeError)            the waiting queue is at its bound
+    ├── CacheFull (RuntimeError)            the KV cache has no blocks left for rows that must go on together
     ├── EngineClosed (RuntimeError)         the engine was closed
     └── RequestFailed (RuntimeError)        one request ended with an error; its cause is `__cause__`
         └── DeadlineExceeded (TimeoutError) the request's deadline passed
@@ -39,6 +40,10 @@ class KernelUnavailable(HfPagedError, RuntimeError):
 
 class QueueFull(HfPagedError, RuntimeError):
     """The engine's waiting queue is full; try again later."""
+
+
+class CacheFull(HfPagedError, RuntimeError):
+    """The KV cache has no blocks left for rows that must go on together, such as beams."""
 
 
 class EngineClosed(HfPagedError, RuntimeError):

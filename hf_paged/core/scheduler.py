@@ -16,6 +16,7 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import InvalidArgument, QueueFull, RequestTooLarge
+from .held import HeldSequences
 from .plan import StepPlan
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus, check_finished
@@ -42,6 +43,7 @@ class Scheduler:
 
     Attributes:
         requests: unfinished requests by id.
+        held: sequences that somebody else drives on the same blocks.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class Scheduler:
         self._by_priority = policy == "priority"
         self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache)
         self._queues = Queues()
+        self.held = HeldSequences(
+            self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._preempt_last
+        )
         self._sequences: dict[int, Sequence] = {}
         self._ended: dict[int, Sequence] = {}  # of requests dropped since the last `schedule`
         self._deadlines: list[tuple[float, int, Request]] = []  # heap; ended requests leave it lazily
@@ -91,14 +96,22 @@ class Scheduler:
         self._check(request)
         if self.max_queue is not None and self.num_waiting >= self.max_queue:
             raise QueueFull(f"{self.num_waiting} sequences are waiting already (max_queue is {self.max_queue})")
-        seq_id = self._next_seq_id
-        self._next_seq_id += request.n
+        seq_id = self._take_id(request.n)
         leader = self._new_sequence(request, 0, seq_id)
         leader.pending_forks = request.n - 1
         self.requests[request.request_id] = request
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, seq_id, request))
         self._queues.wait(leader)
+
+    def _take_id(self, count: int = 1) -> int:
+        """The first of `count` consecutive ids that nobody has."""
+        self._next_seq_id += count
+        return self._next_seq_id - count
+
+    def _take_step(self) -> int:
+        self._num_steps += 1
+        return self._num_steps
 
     def _check(self, request: Request) -> None:
         """Refuse what is wrong or could never run."""
@@ -148,7 +161,7 @@ class Scheduler:
         draft.changes.release_sources()
         plan = draft.pack(self._num_steps + 1, self._tables)
         if plan is not None:
-            self._num_steps += 1
+            self._take_step()
             self._in_flight = (plan, draft)
         return plan
 
@@ -213,7 +226,7 @@ class Scheduler:
             victim = self._victim(draft, seq, admitting=False)
             if victim is None:
                 return  # it keeps what it has and waits for blocks
-            self._preempt(draft, victim)
+            self._preempt_in(draft, victim)
         self._tables.extend(seq, count, draft.changes)
         if count < remaining:
             draft.add(seq, count, [])
@@ -252,7 +265,7 @@ class Scheduler:
                 tables.release(seq)
                 self._blocked = (seq.seq_id, tables.num_releases)
                 return False
-            self._preempt(draft, victim)
+            self._preempt_in(draft, victim)
         self._queues.seat(seq)
         seq.publishable = True
         self._note_admission(seq)
@@ -269,7 +282,7 @@ class Scheduler:
         if sum(victim.seats for victim in victims) < lacking:
             return False
         while self._queues.seats_used + seq.seats > self.max_num_seqs:
-            self._preempt(draft, victims.pop())
+            self._preempt_in(draft, victims.pop())
         return True
 
     def _fits(self, draft: StepDraft, seq: Sequence) -> bool:
@@ -277,7 +290,7 @@ class Scheduler:
 
         Admitting more would only preempt somebody a few steps later. What runs alone always fits: `add` saw to that.
         """
-        if not self._queues.running:
+        if not self._queues.running and not self.held:
             return True
         chunk = min(draft.spare_budget, seq.num_remaining)
         return self._tables.fits(seq, chunk, headroom=self._queues.seats_used + seq.pending_forks)
@@ -306,6 +319,13 @@ class Scheduler:
         else:
             candidates = self._queues.running[-1:]  # if the last does not yield, nobody does
         return next((other for other in reversed(candidates) if self._yields(draft, other, seq, admitting)), None)
+
+    def _preempt_last(self) -> bool:
+        """Preempt the running sequence that is last in order, for a held one. False if none runs."""
+        if not self._queues.running:
+            return False
+        self._preempt(self._queues.running[-1])
+        return True
 
     def _yields(self, draft: StepDraft, other: Sequence, seq: Sequence, admitting: bool) -> bool:
         """Whether the running `other` may be preempted for `seq`: never if it is part of this step already."""
@@ -396,9 +416,12 @@ class Scheduler:
         self._queues.send_back(seq)
         self._tables.release(seq)
 
-    def _preempt(self, draft: StepDraft, victim: Sequence) -> None:
+    def _preempt_in(self, draft: StepDraft, victim: Sequence) -> None:
         draft.decodes.discard(victim.seq_id)
         draft.preempted.add(victim.seq_id)
+        self._preempt(victim)
+
+    def _preempt(self, victim: Sequence) -> None:
         victim.num_preemptions += 1
         self._num_preemptions += 1
         self._send_back(victim)
@@ -412,6 +435,7 @@ class Scheduler:
         `recompute_all` makes them start over too.
         """
         self._tables.clear_cache()
+        self.held.stop_publishing()
         for seq in self._queues.running:
             seq.publishable = False
 
@@ -476,6 +500,7 @@ class Scheduler:
         assert not any(request.finished for request in self.requests.values()), "a finished request was kept"
         self._queues.check_integrity([seq for seq in live if seq.status is not SequenceStatus.FINISHED])
         assert self._queues.seats_used <= self.max_num_seqs, "too many sequences run"
+        live += self.held
         num_tokens = {seq.seq_id: seq.num_computed for seq in live}
         if self._in_flight is not None:
             plan, draft = self._in_flight

@@ -31,14 +31,16 @@ class TableChanges:
         copies: [group] -> (source, destination) blocks to copy before the step.
         sources: (pool, block) of the copies' sources: held until the whole step is planned, so that no source
             becomes the destination of another copy and copies may run in any order.
+        leaving: (group, block) -> its copies: the last sharer of a block writes into the block itself.
         published: (pool, block, key) of the blocks this step fills.
     """
 
-    __slots__ = ("copies", "published", "sources")
+    __slots__ = ("copies", "leaving", "published", "sources")
 
     def __init__(self, num_groups: int):
         self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_groups)]
         self.sources: list[tuple[BlockPool, int]] = []
+        self.leaving: Counter[tuple[int, int]] = Counter()
         self.published: list[tuple[BlockPool, int, bytes]] = []
 
     def release_sources(self) -> None:
@@ -127,10 +129,11 @@ class BlockTables:
         block_size, begin = self.block_size, seq.num_computed
         end = begin + count
         for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
-            if begin % block_size and pool.refs[table[-1]] > 1:
+            if begin % block_size and pool.refs[table[-1]] > 1 + changes.leaving[group, table[-1]]:
                 source, table[-1] = table[-1], pool.allocate()
                 changes.copies[group].append((source, table[-1]))
                 changes.sources.append((pool, source))
+                changes.leaving[group, source] += 1
             while len(table) * block_size < end:
                 table.append(pool.allocate())
         if self.prefix_cache and seq.publishable and begin // block_size < end // block_size:
@@ -148,6 +151,24 @@ class BlockTables:
                     pool.incref(block)
 
     # -- giving blocks back
+
+    def truncate(self, seq: Sequence, num_tokens: int) -> None:
+        """Give back the blocks of `seq` beyond its first `num_tokens` tokens.
+
+        A block that is now full only in part will be written again, so it leaves the prefix cache unless others hold it:
+        then `extend` copies it first.
+        """
+        keep = _ceil_div(num_tokens, self.block_size)
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
+            for block in reversed(table[keep:]):
+                if block != RELEASED:
+                    pool.release(block)
+            del table[keep:]
+            if num_tokens % self.block_size and pool.refs[table[-1]] == 1:
+                pool.unpublish(table[-1])
+        del seq.block_keys[num_tokens // self.block_size :]
+        seq.num_computed = num_tokens
+        self.num_releases += 1
 
     def release_unseen(self, seq: Sequence) -> None:
         """Give back the blocks of sliding groups that no further query of `seq` can see."""

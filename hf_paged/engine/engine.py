@@ -8,6 +8,7 @@ its own error; the others never notice.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
@@ -26,9 +27,11 @@ from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
+from ..runtime.batch import StepContext
 from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import Sampler, derive_seed
 from .build import build
+from .held import HeldRows
 from .isolation import Isolation
 from .lock import FairLock
 from .metrics import StepClock
@@ -36,6 +39,7 @@ from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
 from .text import encode_bad_words
 
+HELD_WAIT = 0.001  # seconds
 Prompt = str | list[int] | list[dict]
 
 
@@ -62,6 +66,7 @@ class BatchEngine:
         self._sampler = Sampler()
         self._count = 0
         self._stepping = False
+        self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
@@ -225,6 +230,7 @@ class BatchEngine:
 
     def _step(self) -> list[RequestOutput]:
         started = time.perf_counter()
+        self._release_dropped()
         self._expire()
         if self.model.weights_changed():
             self._scheduler.reset_prefix_cache()
@@ -241,7 +247,9 @@ class BatchEngine:
         while plan is None and self._isolation.suspects() is not None:
             self._isolation.cleared()  # the suspects are gone
             plan = self._scheduler.schedule(only=self._isolation.suspects())
-        assert plan is not None or not self._scheduler.has_unfinished(), "requests are left but none can run"
+        if plan is None and self._scheduler.has_unfinished():
+            assert self._scheduler.held, "requests are left but none can run"
+            time.sleep(HELD_WAIT)  # held rows have the blocks: let their owner get on
         return plan
 
     def _run(self, plan: StepPlan) -> None:
@@ -359,6 +367,41 @@ class BatchEngine:
             self._scheduler.finish(sequence.seq_id, "stop", stop_string)
         if sequence.finish_reason is not None:
             state.finish_sequence(sequence)
+
+    # Rows driven from outside
+
+    def hold(self, num_rows: int, **options) -> HeldRows:
+        """Rows on this engine's pages whose tokens somebody else decides; see `engine.held.HeldRows`."""
+        return HeldRows(self, num_rows, **options)
+
+    def _begin_held(self) -> None:
+        """Before a held batch is planned: what `step` does before it schedules."""
+        self._check_open()
+        if self._stepping:
+            raise InvalidArgument("a model call came from inside a step (from a processor, criterion or hook)")
+        self._release_dropped()
+        if self.model.weights_changed():
+            self._scheduler.reset_prefix_cache()
+
+    def _execute_held(self, plan: StepPlan, execute: Callable[[StepContext], object]):
+        """Build the batch of a held plan and run `execute` on it as this engine's step."""
+        started = time.perf_counter()
+        self._stepping = True
+        try:
+            context = self._runner.prepare(plan)
+            mark = self._clock.lap("build", started)
+            result = self._runner.run(context, execute)
+            self._clock.lap("model", mark)
+        finally:
+            self._stepping = False
+        self._clock.count(steps=1, tokens=plan.num_tokens)
+        self._clock.lap("total", started)
+        return result
+
+    def _release_dropped(self) -> None:
+        while self._dropped:
+            for sequence in self._dropped.popleft():
+                self._scheduler.held.release(sequence)
 
     # Ends
 
@@ -524,6 +567,8 @@ class BatchEngine:
             for state in list(self._states.values()):
                 self._end(state, "error", EngineClosed(f"the engine was closed before {state.request.request_id} ended"))
             self._publish()
+            for sequence in list(self._scheduler.held):
+                self._scheduler.held.release(sequence)
             self._runner.close()
 
     def _check_open(self) -> None:

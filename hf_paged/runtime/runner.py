@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -10,6 +11,9 @@ from ..core.plan import StepPlan
 from .batch import StepContext
 from .kv_cache import KVCache
 from .layout import LayerSpec
+
+
+T = TypeVar("T")
 
 
 class PagedModel(Protocol):
@@ -55,9 +59,14 @@ class ModelRunner:
 
     def forward(self, context: StepContext, rows: list[int]) -> torch.Tensor:
         """Run a prepared batch and return logits [len(rows), V] of those packed rows."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.cache.device)
+        return self.run(context, lambda context: self.model.forward(context, index))
+
+    def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:
+        """Call `execute` on a prepared batch the way a forward of a step runs: without autograd or autocast."""
         device = self.cache.device
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self.model.forward(context, torch.tensor(rows, dtype=torch.int64, device=device))
+            return execute(context)
 
     def close(self) -> None:
         self.cache.close()

@@ -1,0 +1,154 @@
+"""Sequences driven from outside the scheduler: their owner says which tokens come next, and when they end.
+
+Beam search, assisted decoding and draft models decide by rules of their own what every row computes, forks and takes
+back. They hold sequences here: the same pools and block tables as the scheduler's, but no queue and no seat. A held
+sequence is never preempted; one that lacks blocks takes them from the scheduler's running sequences, last in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as AbstractSequence
+
+from ..base.errors import CacheFull
+from .plan import StepPlan
+from .request import Request, Sequence, SequenceStatus
+from .step import StepDraft
+from .tables import BlockTables
+
+_ORDER = (0, 0)  # held sequences stand in no queue, so nothing sorts them
+
+
+class HeldSequences:
+    """The held sequences of one scheduler.
+
+    Args:
+        tables: the scheduler's block tables.
+        new_id: gives the next sequence id, of the scheduler's own numbering.
+        new_step: counts one more plan and gives its number.
+        make_room: takes the blocks of a running sequence; False if there is none left to take from.
+    """
+
+    def __init__(
+        self,
+        tables: BlockTables,
+        *,
+        new_id: Callable[[], int],
+        new_step: Callable[[], int],
+        make_room: Callable[[], bool],
+    ):
+        self._tables = tables
+        self._new_id = new_id
+        self._new_step = new_step
+        self._make_room = make_room
+        self._sequences: dict[int, Sequence] = {}
+
+    def __iter__(self):
+        return iter(self._sequences.values())
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    # -- life of a sequence
+
+    def new(self, name: str, *, cache_salt: str | bytes | None = None, publish: bool = True) -> Sequence:
+        """An empty sequence. `publish`: its blocks may enter the prefix cache."""
+        request = Request(request_id=name, prompt_token_ids=[], max_tokens=1, cache_salt=cache_salt)
+        sequence = self._enter(request, 0)
+        sequence.publishable = publish
+        return sequence
+
+    def fork(self, source: Sequence) -> Sequence:
+        """A sequence with the tokens of `source`, sharing all its blocks."""
+        sequence = self._enter(source.request, source.index)
+        sequence.token_ids = list(source.token_ids)
+        self._tables.fork(source, sequence)
+        return sequence
+
+    def release_unseen(self, sequence: Sequence) -> None:
+        """Give back what sliding groups keep and no later token sees. It cannot be truncated then."""
+        self._tables.release_unseen(sequence)
+
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens. No sliding group may have given back what they still see."""
+        assert 0 <= num_tokens <= sequence.num_computed
+        del sequence.token_ids[num_tokens:]
+        self._tables.truncate(sequence, num_tokens)
+
+    def release(self, sequence: Sequence) -> None:
+        """End a sequence and give its blocks back. Ending it twice is fine."""
+        if self._sequences.pop(sequence.seq_id, None) is None:
+            return
+        sequence.status = SequenceStatus.FINISHED
+        self._tables.release(sequence)
+
+    def stop_publishing(self) -> None:
+        for sequence in self._sequences.values():
+            sequence.publishable = False
+
+    # -- one step
+
+    def take_hit(self, sequence: Sequence, token_ids: list[int]) -> int:
+        """Start the empty `sequence` with what the prefix cache holds of `token_ids`; returns how many tokens that is."""
+        if not (self._tables.prefix_cache and sequence.publishable):
+            return 0
+        sequence.token_ids = list(token_ids)
+        self._tables.take_hit(sequence, self._tables.longest_hit(sequence))
+        del sequence.token_ids[sequence.num_computed :]
+        return sequence.num_computed
+
+    def plan(
+        self, work: AbstractSequence[tuple[Sequence, list[int]]], *, release_unseen: bool
+    ) -> tuple[StepPlan, StepDraft]:
+        """Give every sequence the blocks for its new tokens and pack them.
+
+        Args:
+            work: (sequence, its next tokens), at least one token each; a sequence comes once.
+            release_unseen: let sliding groups give back what no later query sees. It cannot be truncated then.
+
+        Raises CacheFull if the cache cannot hold them; the sequences are to be released.
+        """
+        draft = StepDraft(sum(len(tokens) for _, tokens in work), None, len(self._tables.pools))
+        try:
+            for sequence, tokens in work:
+                sequence.token_ids += tokens
+                self._extend(sequence, len(tokens), draft, release_unseen)
+        except CacheFull:
+            self.rollback([sequence for sequence, _ in work], draft)
+            raise
+        finally:
+            draft.changes.release_sources()
+        return draft.pack(self._new_step(), self._tables), draft
+
+    def _extend(self, sequence: Sequence, count: int, draft: StepDraft, release_unseen: bool) -> None:
+        if release_unseen:
+            self._tables.release_unseen(sequence)
+        while self._tables.room(sequence, count) < count:
+            if not self._make_room():
+                raise CacheFull(
+                    f"{sequence.request.request_id}: the KV cache has no blocks left for {count} more tokens beside "
+                    f"{sequence.num_computed}; raise kv_cache_memory, or use fewer or shorter rows"
+                )
+        self._tables.extend(sequence, count, draft.changes)
+        draft.add(sequence, count, [])
+
+    def commit(self, plan: StepPlan) -> None:
+        """The plan was computed."""
+        for seq_id, count in zip(plan.seq_ids, plan.num_new, strict=True):
+            sequence = self._sequences.get(seq_id)
+            if sequence is not None:
+                sequence.num_computed += count
+
+    def rollback(self, sequences: Iterable[Sequence], draft: StepDraft) -> None:
+        """The plan failed: nobody may find the blocks it was to fill, and its sequences are good for `release` only."""
+        draft.changes.unpublish()
+        for sequence in sequences:
+            self.truncate(sequence, sequence.num_computed)
+
+    # -- private
+
+    def _enter(self, request: Request, index: int) -> Sequence:
+        sequence = Sequence(self._new_id(), request, index, _ORDER, len(self._tables.pools))
+        sequence.status = SequenceStatus.RUNNING
+        self._sequences[sequence.seq_id] = sequence
+        return sequence

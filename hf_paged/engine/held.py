@@ -1,0 +1,204 @@
+"""Rows on the engine's pages that somebody else drives: beams, candidates to verify, a draft model's guesses.
+
+A `HeldRows` is a batch whose owner decides, step by step, which tokens each row computes next, which rows fork and what
+is taken back. It runs on the engine's model and blocks, between the engine's own steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..base.errors import InvalidArgument, RequestTooLarge
+from ..core.request import Sequence
+from ..runtime.batch import StepContext
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a row in one packed batch.
+
+    Attributes:
+        row: index of the row.
+        start: of its tokens of this call, the first that this batch computes.
+        count: how many it computes.
+        offset: its first packed row.
+    """
+
+    row: int
+    start: int
+    count: int
+    offset: int
+
+    @property
+    def packed(self) -> range:
+        return range(self.offset, self.offset + self.count)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One packed batch of a call: which parts of which rows it held, and what `execute` returned for it."""
+
+    spans: list[Span]
+    result: Any
+
+
+class HeldRows:
+    """A batch of rows driven from outside; see `BatchEngine.hold`.
+
+    Not for several threads at once, but other threads may use the engine meanwhile. `close` gives the blocks back; so
+    does, at the engine's next step, the end of the object's life.
+
+    Attributes:
+        keep_past: rows may be truncated, so sliding layers keep what they no longer see until `forget_past`.
+    """
+
+    def __init__(self, engine, num_rows: int, *, name: str = "held", cache_salt: str | bytes | None = None,
+                 publish: bool = True):  # fmt: skip
+        self._engine = engine
+        self._held = engine._scheduler.held
+        self._name = f"{name}-{next(_numbers)}"
+        self.keep_past = False
+        with engine._lock:
+            engine._check_open()
+            engine._release_dropped()
+            self._sequences = [
+                self._held.new(f"{self._name} row {row}", cache_salt=cache_salt, publish=publish)
+                for row in range(num_rows)
+            ]
+        self._drop = weakref.finalize(self, engine._dropped.append, self._sequences)
+        self._drop.atexit = False
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row whose keys and values are in the cache."""
+        return [sequence.num_computed for sequence in self._sequences]
+
+    def token_ids(self, row: int) -> list[int]:
+        return self._sequences[row].token_ids
+
+    def sequence(self, row: int) -> Sequence:
+        return self._sequences[row]
+
+    def take_hit(self, row: int, token_ids: list[int]) -> int:
+        """Start an empty row from the prefix cache; returns how many of `token_ids` that saves. One is always left."""
+        with self._engine._lock:
+            return self._held.take_hit(self._sequences[row], token_ids)
+
+    def forward(
+        self, new_tokens: list[list[int]], execute: Callable[[StepContext, list[Span]], Any] | None = None
+    ) -> list[Chunk]:
+        """Append tokens to rows and compute them, in packed batches of at most `max_batch_tokens`.
+
+        Args:
+            new_tokens: per row its next tokens; an empty list leaves the row alone.
+            execute: called as `execute(context, spans)` to run the model on one packed batch; its results are returned.
+                By default the model's logits [count of spans, V] of every span's last token.
+
+        Raises:
+            CacheFull: there are not enough blocks.
+            RequestTooLarge: a row would exceed the engine's `max_model_len`.
+            InvalidArgument: a token id outside the vocabulary (ids below 0 stand for rows given as embeddings).
+        """
+        self._check(new_tokens)
+        execute = execute or self._last_logits
+        chunks = []
+        for work in self._chunks(new_tokens):
+            with self._engine._lock:
+                chunks.append(self._run(work, execute))
+        return chunks
+
+    def _check(self, new_tokens: list[list[int]]) -> None:
+        if len(new_tokens) != len(self._sequences):
+            raise InvalidArgument(f"new_tokens has {len(new_tokens)} rows, not {len(self._sequences)}")
+        vocab_size, most = self._engine.model.vocab_size, self._engine.max_model_len
+        for row, (sequence, tokens) in enumerate(zip(self._sequences, new_tokens)):
+            if tokens and max(tokens) >= vocab_size:
+                raise InvalidArgument(
+                    f"input_ids has token id {max(tokens)} in row {row}, outside the vocabulary of {vocab_size}"
+                )
+            if sequence.num_computed + len(tokens) > most:
+                raise RequestTooLarge(
+                    f"row {row} would have {sequence.num_computed + len(tokens)} tokens, more than the {most} of this "
+                    "engine's max_model_len"
+                )
+
+    def _chunks(self, new_tokens: list[list[int]]):
+        """(row, start, tokens) lists of at most `max_batch_tokens` together."""
+        budget = self._engine._scheduler.max_batch_tokens
+        work, room = [], budget
+        for row, tokens in enumerate(new_tokens):
+            start = 0
+            while start < len(tokens):
+                part = tokens[start : start + room]
+                work.append((row, start, part))
+                start, room = start + len(part), room - len(part)
+                if not room:
+                    yield work
+                    work, room = [], budget
+        if work:
+            yield work
+
+    def _run(self, work: list[tuple[int, int, list[int]]], execute) -> Chunk:
+        engine = self._engine
+        engine._begin_held()
+        plan, draft = self._held.plan(
+            [(self._sequences[row], part) for row, _, part in work], release_unseen=not self.keep_past
+        )
+        starts = {self._sequences[row].seq_id: (row, start) for row, start, _ in work}
+        spans, offset = [], 0
+        for seq_id, count in zip(plan.seq_ids, plan.num_new, strict=True):
+            spans.append(Span(*starts[seq_id], count, offset))
+            offset += count
+        try:
+            result = engine._execute_held(plan, lambda context: execute(context, spans))
+        except BaseException:
+            self._held.rollback([self._sequences[row] for row, _, _ in work], draft)
+            raise
+        self._held.commit(plan)
+        return Chunk(spans, result)
+
+    def _last_logits(self, context: StepContext, spans: list[Span]) -> torch.Tensor:
+        last = torch.tensor([span.offset + span.count - 1 for span in spans], device=context.input_ids.device)
+        return self._engine.model.forward(context, last)
+
+    def truncate(self, row: int, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` tokens of a row."""
+        with self._engine._lock:
+            self._held.truncate(self._sequences[row], num_tokens)
+
+    def forget_past(self) -> None:
+        """Let sliding layers give back what no later query sees: nothing computed so far will be truncated."""
+        with self._engine._lock:
+            for sequence in self._sequences:
+                self._held.release_unseen(sequence)
+
+    def reorder(self, sources: list[int]) -> None:
+        """Row i continues what row `sources[i]` was: shared by reference, nothing is copied. The number may change."""
+        with self._engine._lock:
+            old, taken = list(self._sequences), set()
+            rows = []
+            for source in sources:
+                rows.append(self._held.fork(old[source]) if source in taken else old[source])
+                taken.add(source)
+            self._sequences[:] = rows
+            for row, sequence in enumerate(old):
+                if row not in taken:
+                    self._held.release(sequence)
+
+    def close(self) -> None:
+        """Give all blocks back. Closing twice is fine."""
+        with self._engine._lock:
+            for sequence in self._sequences:
+                self._held.release(sequence)
+            self._sequences.clear()
