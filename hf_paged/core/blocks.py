@@ -1,4 +1,4 @@
-"""One pool of KV blocks: reference counts, the free lists and the prefix-cache index."""
+"""One pool of KV blocks, or of state slots: reference counts, the free lists and the prefix-cache index."""
 
 from __future__ import annotations
 
@@ -15,17 +15,33 @@ class BlockPool:
     until it is evicted, least recently used first. Blocks without a key are handed out before the pool grows, and it
     grows before anything is evicted.
 
+    Args:
+        num_blocks: blocks to begin with.
+        max_blocks: blocks it may grow to.
+        min_growth: fewest blocks it grows by.
+
     Attributes:
         refs: reference count of every block.
         num_in_use: blocks with a count above 0.
         peak_in_use: highest `num_in_use` since the start or `reset_peak`.
     """
 
-    __slots__ = ("_block_of", "_blank", "_cached", "_key_of", "max_blocks", "num_in_use", "peak_in_use", "refs")
+    __slots__ = (
+        "_block_of",
+        "_blank",
+        "_cached",
+        "_key_of",
+        "_min_growth",
+        "max_blocks",
+        "num_in_use",
+        "peak_in_use",
+        "refs",
+    )
 
-    def __init__(self, num_blocks: int, max_blocks: int):
+    def __init__(self, num_blocks: int, max_blocks: int, min_growth: int = MIN_GROWTH_BLOCKS):
         assert 0 <= num_blocks <= max_blocks, (num_blocks, max_blocks)
         self.max_blocks = max_blocks
+        self._min_growth = min_growth
         self.refs = [0] * num_blocks
         self.num_in_use = 0
         self.peak_in_use = 0
@@ -138,7 +154,7 @@ class BlockPool:
     def _grow(self) -> None:
         """Add half as many blocks again: few reallocations of the tensors, little waste."""
         old = self.num_blocks
-        new = min(self.max_blocks, old + max(old // 2, MIN_GROWTH_BLOCKS))
+        new = min(self.max_blocks, old + max(old // 2, self._min_growth))
         self.refs.extend([0] * (new - old))
         self._blank.extend(range(new - 1, old - 1, -1))
 

@@ -59,7 +59,7 @@ class HeldSequences:
         return sequence
 
     def fork(self, source: Sequence) -> Sequence:
-        """A sequence with the tokens of `source`, sharing all its blocks."""
+        """A sequence with the tokens of `source`, sharing all its blocks and its state."""
         sequence = self._enter(source.request, source.index)
         sequence.token_ids = list(source.token_ids)
         self._tables.fork(source, sequence)
@@ -70,7 +70,10 @@ class HeldSequences:
         self._tables.release_unseen(sequence)
 
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens. No sliding group may have given back what they still see."""
+        """Forget all but the first `num_tokens` tokens. No sliding group may have given back what they still see.
+
+        Not for models that keep a state (`Scheduler.has_state`), which cannot be taken back.
+        """
         assert 0 <= num_tokens <= sequence.num_computed
         del sequence.token_ids[num_tokens:]
         self._tables.truncate(sequence, num_tokens)

@@ -11,7 +11,8 @@ class StepPlan:
 
     Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: block copies
     (all of them before the first layer), then all new keys and values are written, then attention runs: sequences
-    may read blocks that another sequence of the same plan fills.
+    may read blocks that another sequence of the same plan fills. A layer that keeps a state reads the states of all
+    sequences before it writes any of them.
 
     The block tables are the scheduler's own lists: read only, valid until the plan is committed or rolled back.
 
@@ -25,6 +26,9 @@ class StepPlan:
             gave the block back (no query of this step sees it).
         copies: [group] -> (source, destination) blocks to copy first. No destination is also a source.
         num_blocks: [group] -> blocks the cache tensors must have for this step. It only grows.
+        states: (slot its state is read from, slot it is written to) of each sequence; -1 to read: it begins with an empty
+            state. Empty if the model keeps no state.
+        num_slots: slots the state tensors must have for this step. It only grows.
         samples: (packed row of the logits, seq_id) for every token to sample. A prompt with n > 1 has n on one row.
     """
 
@@ -36,6 +40,8 @@ class StepPlan:
     block_tables: list[list[list[int]]]
     copies: list[list[tuple[int, int]]]
     num_blocks: list[int]
+    states: list[tuple[int, int]]
+    num_slots: int
     samples: list[tuple[int, int]]
 
     @property

@@ -72,6 +72,7 @@ class Sequence:
         num_prompt: tokens of the prompt.
         num_computed: tokens whose keys and values are in the cache. It counts a step's tokens once it is committed.
         block_tables: per group, the block of every `block_size` tokens; -1 where a sliding group gave it back.
+        state_slot: where its recurrent state is, for models that keep one. Like a block it may be shared after a fork.
         block_keys: prefix-cache keys of the full blocks, as far as they were needed.
         publishable: whether its blocks may enter the prefix cache (not when older weights computed part of them).
         pending_forks: siblings still to be forked off when the prompt is computed; each has a seat reserved.
@@ -93,6 +94,7 @@ class Sequence:
         "publishable",
         "request",
         "seq_id",
+        "state_slot",
         "status",
         "stop_reason",
         "token_ids",
@@ -107,6 +109,7 @@ class Sequence:
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
         self.block_tables: list[list[int]] = [[] for _ in range(num_groups)]
+        self.state_slot: int | None = None
         self.block_keys: list[bytes] = []
         self.publishable = True
         self.pending_forks = 0

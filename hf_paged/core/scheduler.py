@@ -37,7 +37,8 @@ class Scheduler:
         max_batch_tokens: token budget of a step.
         max_num_seqs: most running sequences.
         max_model_len: most tokens of a sequence, prompt and output.
-        prefix_cache: share blocks of equal prefixes.
+        max_slots: most states of sequences at a time; 0 if the model keeps no state.
+        prefix_cache: share blocks of equal prefixes; not for models that keep a state.
         policy: "fcfs", or "priority": lower numbers first, and waiting sequences preempt running ones of a higher one.
         max_queue: most sequences waiting; `add` raises QueueFull beyond. None: unbounded.
 
@@ -56,6 +57,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
+        max_slots: int = 0,
         prefix_cache: bool = True,
         policy: str = "fcfs",
         max_queue: int | None = None,
@@ -69,7 +71,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.requests: dict[str, Request] = {}
         self._by_priority = policy == "priority"
-        self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache)
+        self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache, max_slots)
         self._queues = Queues()
         self.held = HeldSequences(
             self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._preempt_last
@@ -128,6 +130,11 @@ class Scheduler:
             raise RequestTooLarge(
                 f"prompt has {num_prompt} tokens, but with max_model_len {most} it can have at most {most - 1}; "
                 "shorten it or raise max_model_len"
+            )
+        if self.has_state and n > self._tables.slots.max_blocks:
+            raise RequestTooLarge(
+                f"n {n} takes {n} state slots, but the cache holds at most {self._tables.slots.max_blocks}; "
+                "raise kv_cache_memory, or lower n"
             )
         needs = self._tables.most_blocks(request, most)
         for group, (need, pool) in enumerate(zip(needs, self._tables.pools, strict=True)):
@@ -453,6 +460,11 @@ class Scheduler:
     # -- looking in
 
     @property
+    def has_state(self) -> bool:
+        """Whether sequences keep a recurrent state: it follows every fork, but cannot be taken back by some tokens."""
+        return self._tables.has_state
+
+    @property
     def num_waiting(self) -> int:
         """Sequences waiting; a request that has not forked yet counts once."""
         return len(self._queues.waiting)
@@ -475,13 +487,16 @@ class Scheduler:
 
     def stats(self) -> dict:
         """Counts since `reset_stats`, and the state now. Lists have one entry per group, in blocks."""
-        pools = self._tables.pools
+        pools, slots = self._tables.pools, self._tables.slots
         return {
             "waiting": len(self._queues.waiting),
             "running": len(self._queues.running),
             "blocks_in_use": [pool.num_in_use for pool in pools],
             "blocks_total": [pool.max_blocks for pool in pools],
             "blocks_peak": [pool.peak_in_use for pool in pools],
+            "slots_in_use": slots.num_in_use,
+            "slots_total": slots.max_blocks,
+            "slots_peak": slots.peak_in_use,
             "prefix_hit_tokens": self._num_hit,
             "prefix_queried_tokens": self._num_queried,
             "preemptions": self._num_preemptions,
@@ -490,11 +505,11 @@ class Scheduler:
     def reset_stats(self) -> None:
         """Start the counters and the peak anew."""
         self._num_hit = self._num_queried = self._num_preemptions = 0
-        for pool in self._tables.pools:
+        for pool in [*self._tables.pools, self._tables.slots]:
             pool.reset_peak()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless queues, seats, tables, reference counts and published keys agree."""
+        """Raise AssertionError unless queues, seats, tables, state slots, reference counts and published keys agree."""
         live = [seq for request in self.requests.values() for seq in request.sequences]
         assert {id(seq) for seq in live} == {id(seq) for seq in self._sequences.values()}, "sequences got lost"
         assert not any(request.finished for request in self.requests.values()), "a finished request was kept"

@@ -93,5 +93,7 @@ class StepDraft:
             block_tables=[[seq.block_tables[group] for seq, _, _ in entries] for group in range(len(tables.pools))],
             copies=self.changes.copies,
             num_blocks=[pool.num_blocks for pool in tables.pools],
+            states=[self.changes.states[seq.seq_id] for seq, _, _ in entries] if tables.has_state else [],
+            num_slots=tables.slots.num_blocks,
             samples=samples,
         )

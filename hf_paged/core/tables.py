@@ -1,9 +1,13 @@
-"""Block tables of sequences over all block groups: what a step takes, shares, copies, publishes and gives back."""
+"""Block tables of sequences over all block groups: what a step takes, shares, copies, publishes and gives back.
+
+Models with state-space, linear-attention or convolution layers also keep a state per sequence, of one size whatever the
+sequence's length. It lives in a slot, which is taken, shared by forks and given back together with the blocks. Nobody
+copies slots: a sequence whose slot is shared reads it and writes another.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -33,15 +37,17 @@ class TableChanges:
             becomes the destination of another copy and copies may run in any order.
         leaving: (group, block) -> its copies: the last sharer of a block writes into the block itself.
         published: (pool, block, key) of the blocks this step fills.
+        states: by seq_id, (slot its state is read from, slot it is written to); -1 to read: an empty state.
     """
 
-    __slots__ = ("copies", "leaving", "published", "sources")
+    __slots__ = ("copies", "leaving", "published", "sources", "states")
 
     def __init__(self, num_groups: int):
         self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_groups)]
         self.sources: list[tuple[BlockPool, int]] = []
         self.leaving: Counter[tuple[int, int]] = Counter()
         self.published: list[tuple[BlockPool, int, bytes]] = []
+        self.states: dict[int, tuple[int, int]] = {}
 
     def release_sources(self) -> None:
         for pool, block in self.sources:
@@ -61,6 +67,7 @@ class BlockTables:
 
     Attributes:
         pools: one per group.
+        slots: the pool of state slots; it has none if the model keeps no state.
         num_releases: counts releases; while it stands still, no block has become free.
     """
 
@@ -71,15 +78,24 @@ class BlockTables:
         num_blocks: AbstractSequence[int],
         max_blocks: AbstractSequence[int],
         prefix_cache: bool,
+        max_slots: int = 0,
     ):
-        assert groups and len(groups) == len(num_blocks) == len(max_blocks), "one pool per group"
+        assert groups or max_slots, "a model keeps keys and values, or a state"
+        assert len(groups) == len(num_blocks) == len(max_blocks), "one pool per group"
+        assert not (prefix_cache and max_slots), "blocks are no prefix to go on from without the state at their end"
         assert all(group.window is None or group.window >= 1 for group in groups), "a window sees at least its query"
         self.block_size = block_size
         self.windows = [group.window for group in groups]
         self.pools = [BlockPool(now, most) for now, most in zip(num_blocks, max_blocks, strict=True)]
+        self.slots = BlockPool(0, max_slots, min_growth=1)  # a slot may be large, so no more of them than needed
         self.prefix_cache = prefix_cache
         self.num_releases = 0
         self._sliding = [index for index, window in enumerate(self.windows) if window is not None]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether sequences keep a recurrent state. It can be forked, but not taken back by some tokens."""
+        return self.slots.max_blocks > 0
 
     # -- prefix cache
 
@@ -113,6 +129,8 @@ class BlockTables:
     def room(self, seq: Sequence, want: int) -> int:
         """How many of the next `want` tokens of `seq` fit into the blocks it has and those that are free."""
         num_computed, block_size = seq.num_computed, self.block_size
+        if self._lacks_slot(seq) and not self.slots.num_free:
+            return 0
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
             spare = len(table) * block_size - num_computed
             free = pool.num_free
@@ -136,11 +154,13 @@ class BlockTables:
                 changes.leaving[group, source] += 1
             while len(table) * block_size < end:
                 table.append(pool.allocate())
+        if self.has_state:
+            self._take_slot(seq, changes)
         if self.prefix_cache and seq.publishable and begin // block_size < end // block_size:
             self._publish(seq, begin // block_size, end // block_size, changes)
 
     def fork(self, seq: Sequence, sibling: Sequence) -> None:
-        """Let the new `sibling` share all blocks of `seq`."""
+        """Let the new `sibling` share all blocks and the state of `seq`."""
         sibling.block_keys = list(seq.block_keys)
         sibling.publishable = seq.publishable
         sibling.num_computed = seq.num_computed
@@ -149,6 +169,9 @@ class BlockTables:
             for block in table:
                 if block != RELEASED:
                     pool.incref(block)
+        if seq.state_slot is not None:
+            sibling.state_slot = seq.state_slot
+            self.slots.incref(seq.state_slot)
 
     # -- giving blocks back
 
@@ -156,8 +179,11 @@ class BlockTables:
         """Give back the blocks of `seq` beyond its first `num_tokens` tokens.
 
         A block that is now full only in part will be written again, so it leaves the prefix cache unless others hold it:
-        then `extend` copies it first.
+        then `extend` copies it first. A state cannot be taken back, except to nothing.
         """
+        assert not self.has_state or num_tokens in (0, seq.num_computed), "a state cannot be taken back"
+        if num_tokens == 0:
+            self._release_slot(seq)
         keep = _ceil_div(num_tokens, self.block_size)
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
             for block in reversed(table[keep:]):
@@ -182,7 +208,7 @@ class BlockTables:
                 self.num_releases += 1
 
     def release(self, seq: Sequence) -> None:
-        """Give back all blocks of `seq`, tails first: they are the least likely to be hit, so evicted first.
+        """Give back all blocks of `seq`, tails first: they are the least likely to be hit, so evicted first; and its state.
 
         The tables are replaced, not emptied: a plan under way still refers to the old lists.
         """
@@ -191,13 +217,19 @@ class BlockTables:
                 if block != RELEASED:
                     pool.release(block)
         seq.block_tables = [[] for _ in self.pools]
+        self._release_slot(seq)
         seq.num_computed = 0
         self.num_releases += 1
 
     # -- sizes
 
     def fits(self, seq: Sequence, chunk: int, headroom: int) -> bool:
-        """Whether all known tokens of `seq`, taken in steps of `chunk`, fit and leave `headroom` blocks a group."""
+        """Whether all known tokens of `seq`, taken in steps of `chunk`, fit and leave `headroom` blocks a group.
+
+        Its state, and those of the siblings it will fork, must find slots too.
+        """
+        if self.has_state and self.slots.num_free < seq.seats:
+            return False
         num_blocks = _ceil_div(len(seq.token_ids), self.block_size)
         for pool, window, table in zip(self.pools, self.windows, seq.block_tables, strict=True):
             held = sum(block != RELEASED for block in table)
@@ -220,7 +252,7 @@ class BlockTables:
             for window in self.windows
         ]
 
-    def check_integrity(self, sequences: Iterable[Sequence], num_tokens: dict[int, int]) -> None:
+    def check_integrity(self, sequences: AbstractSequence[Sequence], num_tokens: dict[int, int]) -> None:
         """Raise AssertionError unless pools and tables agree. `num_tokens`: tokens each table must cover, by seq_id."""
         expected = [Counter() for _ in self.pools]
         for seq in sequences:
@@ -236,8 +268,29 @@ class BlockTables:
                     assert key is None or key == seq.block_keys[index], f"{seq} holds a block of another prefix"
         for pool, refs in zip(self.pools, expected, strict=True):
             pool.check_integrity(refs)
+        slots = {seq.seq_id: seq.state_slot for seq in sequences if seq.state_slot is not None}
+        begun = {seq.seq_id for seq in sequences if num_tokens[seq.seq_id]} if self.has_state else set()
+        assert slots.keys() == begun, f"states of {begun ^ slots.keys()} are missing, or were kept"
+        self.slots.check_integrity(Counter(slots.values()))
 
     # -- private
+
+    def _lacks_slot(self, seq: Sequence) -> bool:
+        """Whether `seq` needs a free slot to write its state to."""
+        return self.has_state and (seq.state_slot is None or self.slots.refs[seq.state_slot] > 1)
+
+    def _take_slot(self, seq: Sequence, changes: TableChanges) -> None:
+        """A slot of its own for `seq` to write to. All states are read first, so others may write where it reads."""
+        read = -1 if seq.state_slot is None else seq.state_slot
+        if self._lacks_slot(seq):
+            self._release_slot(seq)
+            seq.state_slot = self.slots.allocate()
+        changes.states[seq.seq_id] = read, seq.state_slot
+
+    def _release_slot(self, seq: Sequence) -> None:
+        if seq.state_slot is not None:
+            self.slots.release(seq.state_slot)
+            seq.state_slot = None
 
     def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
         extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, seq.request.cache_salt)

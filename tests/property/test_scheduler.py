@@ -1,8 +1,9 @@
 """Random traffic against a fake KV memory: whatever happens, every query sees its own sequence's history.
 
 The memory records for every slot whose keys and values were last written there: the weights' version, the cache salt
-and the tokens up to that position. A plan is executed as a model would: copies, then all writes, then all reads. The
-fake sampler's token depends on the sequence's history only, so the outputs must too.
+and the tokens up to that position; for every state slot likewise, the tokens of the state. A plan is executed as a model
+would: copies, then all writes of keys and values, then all reads; of states first all reads, then all writes. The fake
+sampler's token depends on the sequence's history only, so the outputs must too.
 """
 
 import zlib
@@ -46,6 +47,7 @@ class World:
     def __init__(self, windows, block_size, scheduler: Scheduler):
         self.windows, self.block_size, self.scheduler = windows, block_size, scheduler
         self.memory = [{} for _ in windows]
+        self.states = {}
         self.version = 0  # of the weights
         self.stale = set()  # sequences that were running when the weights last changed
         self.requests: list[Request] = []
@@ -151,6 +153,7 @@ class World:
             assert self.step(), "unfinished requests, but nothing to run"
         assert not self.scheduler.has_unfinished(), "it does not come to an end"
         assert self.scheduler.stats()["blocks_in_use"] == [0] * len(self.windows)
+        assert self.scheduler.stats()["slots_in_use"] == 0
         for request in self.requests:
             assert len(request.sequences) == request.n
             for seq in request.sequences:
@@ -192,6 +195,7 @@ class World:
             for row, _, begin, end in self.rows():
                 for position in range(begin, end):
                     self.memory[group][self.slot(group, row, position)] = POISON
+        self.states.update((write, POISON) for _, write in self.plan.states)
 
     def execute(self, stale):
         self.copy()
@@ -213,6 +217,23 @@ class World:
                     if seq.seq_id in stale:
                         found, wanted = found[1:], wanted[1:]
                     assert found == wanted, f"{seq} sees other tokens at {position} in group {group}"
+        self.execute_states(stale)
+
+    def execute_states(self, stale):
+        plan = self.plan
+        assert len(plan.states) == (len(plan.seq_ids) if self.scheduler.has_state else 0)
+        writes = [write for _, write in plan.states]
+        assert len(set(writes)) == len(writes), "two sequences write one state"
+        assert all(0 <= write < plan.num_slots for write in writes), "a slot beyond the tensors"
+        for (read, _), (_, seq, begin, _) in zip(plan.states, self.rows()):
+            assert (read == -1) == (begin == 0), "only a sequence at its start has an empty state"
+            if begin:
+                found, wanted = self.states.get(read), self.content(seq, begin - 1)
+                if seq.seq_id in stale:
+                    found, wanted = found[1:], wanted[1:]
+                assert found == wanted, f"{seq} goes on from the state of other tokens"
+        for write, (_, seq, _, end) in zip(writes, self.rows()):
+            self.states[write] = self.content(seq, end - 1)
 
     # -- checks
 
@@ -269,6 +290,7 @@ OPERATIONS = st.one_of(
 CONFIGS = st.fixed_dictionaries(
     dict(
         windows=st.sampled_from([[None], [None], [None, 3], [5], [None, 4, 9], [1]]),
+        max_slots=st.sampled_from([0, 0, 0, 3, 9]),
         block_size=st.sampled_from([1, 2, 4]),
         max_blocks=st.integers(4, 40),
         max_batch_tokens=st.sampled_from([1, 2, 5, 8, 16, 64]),
@@ -279,7 +301,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def make_world(windows, block_size, max_blocks, **limits) -> World:
+def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, **limits) -> World:
     # smaller pools for sliding groups, so that each kind runs short now and then
     most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
     scheduler = Scheduler(
@@ -288,6 +310,8 @@ def make_world(windows, block_size, max_blocks, **limits) -> World:
         num_blocks=[min(2, count) for count in most],
         max_blocks=most,
         max_model_len=MAX_MODEL_LEN,
+        max_slots=max_slots,
+        prefix_cache=prefix_cache and not max_slots,
         **limits,
     )
     return World(windows, block_size, scheduler)
@@ -336,11 +360,34 @@ def test_heavy_traffic_on_scarce_blocks(seed):
         windows=random.choice([[None], [None, 3], [5], [None, 4, 9], [1]]),
         block_size=block_size,
         max_blocks=random.choice([16, 24, 32, 48, 80]) // block_size,
+        max_slots=0,
         max_batch_tokens=random.choice([1, 4, 8, 16, 64]),
         max_num_seqs=random.randint(2, 7),
         prefix_cache=random.random() < 0.85,
         policy=random.choice(["fcfs", "priority"]),
     )
+    heavy_traffic(world, random)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.integers(0, 2**32))
+def test_heavy_traffic_on_scarce_state_slots(seed):
+    """Models with a state in every sequence, some without any keys and values."""
+    random = Random(seed)
+    world = make_world(
+        windows=random.choice([[], [], [None], [None, 4]]),
+        block_size=2,
+        max_blocks=random.choice([16, 32, 80]),
+        max_slots=random.choice([4, 5, 8]),
+        max_batch_tokens=random.choice([1, 4, 8, 16, 64]),
+        max_num_seqs=random.randint(2, 7),
+        prefix_cache=False,
+        policy=random.choice(["fcfs", "priority"]),
+    )
+    heavy_traffic(world, random)
+
+
+def heavy_traffic(world: World, random: Random) -> None:
     names = ["steps", "fail", "abort", "abort_in_step", "abort_in_failing_step", "lose_sample", "finish"]
     names += ["change_weights", "interrupt"]
     for _ in range(40):
