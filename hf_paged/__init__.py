@@ -4,12 +4,15 @@
     hf_paged.patch(model)          # model.generate now runs through a paged, continuously batching engine
     hf_paged.unpatch(model)        # and this takes it all back
 
-Names load on first use, so importing hf_paged costs nothing.
+Names load on first use, so importing hf_paged costs nothing. It makes transformers' `pipeline` know `backend="paged"`,
+now or when transformers is imported.
 """
 
 from __future__ import annotations
 
 import importlib
+
+from .base.post_import import when_imported
 
 __version__ = "0.1.0"
 
@@ -52,3 +55,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted(set(globals()) | set(__all__))
+
+
+when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))

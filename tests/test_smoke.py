@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import pipeline
 
 import hf_paged
 from hf_paged import SamplingParams
@@ -45,3 +46,13 @@ def test_chat_answers_are_stock_s_tokens(loaded):
         hf_paged.unpatch(model)
     with torch.no_grad():
         assert torch.equal(model(batch["input_ids"][:1]).logits, before)
+
+
+def test_the_pipeline_answers_as_stock_s(loaded):
+    model, tokenizer = loaded
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]
+    options = dict(max_new_tokens=12, do_sample=False)
+    stock = pipeline("text-generation", model=model, tokenizer=tokenizer)(chats, **options)
+    with pipeline("text-generation", model=model, tokenizer=tokenizer, backend="paged") as pipe:
+        assert pipe(chats, **options) == stock
+        assert "".join(pipe.stream(chats[0], **options)) == stock[0][0]["generated_text"][-1]["content"]

@@ -67,6 +67,7 @@ class BatchEngine:
         self._count = 0
         self._stepping = False
         self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
+        self._abandoned: deque[RequestState] = deque()  # requests nobody waits for
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
@@ -402,6 +403,8 @@ class BatchEngine:
         while self._dropped:
             for sequence in self._dropped.popleft():
                 self._scheduler.held.release(sequence)
+        while self._abandoned:
+            self._end(self._abandoned.popleft(), "abort")
 
     # Ends
 
@@ -454,6 +457,10 @@ class BatchEngine:
     def release(self, state: RequestState) -> None:
         """Abort a submitted request if it still runs; for callers of `submit`."""
         self.abort(state.request.request_id)
+
+    def abandon(self, state: RequestState) -> None:
+        """`release` for finalizers, which may run in the middle of a step: done when the next step begins."""
+        self._abandoned.append(state)
 
     def _touch(self, state: RequestState) -> None:
         self._touched[state.request.request_id] = state

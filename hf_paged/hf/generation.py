@@ -8,7 +8,9 @@ run them beside everything else it has, and puts tokens, scores and logits back 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -40,6 +42,10 @@ class PagedMixin(Swapped):
     """Decoding methods of a patched model. `self._hf_paged` is its Patch."""
 
     def generate(self, *args, **kwargs):
+        with _starting(None):  # a `generate` inside a started one is its own
+            return self._generate(*args, **kwargs)
+
+    def _generate(self, *args, **kwargs):
         for name in ("custom_generate", "cache_config", "compile_config", "continuous_batching_config"):
             if kwargs.get(name) is not None:
                 raise UnsupportedOption(f"{name} {_HOW}")
@@ -60,8 +66,12 @@ class PagedMixin(Swapped):
         if torch.is_autocast_enabled(self.device.type):
             raise UnsupportedOption("torch.autocast: a patched model runs in its own dtype; load it in the one you want")
         _refuse_unsupported(generation_config, model_kwargs, synced_gpus)
-        call = _GenerateCall(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-        return call.run(streamer)
+        call = GenerateCall(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        start = _start.get()
+        if start is None:
+            return call.run(streamer)
+        call.start(alone=start.alone)
+        return call
 
     def _beam_search(self, *args, **kwargs):
         raise UnsupportedOption(f"num_beams {_HOW}")
@@ -99,14 +109,45 @@ def _refuse_unsupported(config, model_kwargs, synced_gpus) -> None:
         "past_key_values": cache is not None
         and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)),
     }
-    known = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "inputs_embeds", *CACHE_NAMES}
+    known = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "inputs_embeds", "tokenizer", *CACHE_NAMES}
     refused |= {name: True for name, value in model_kwargs.items() if name not in known and value is not None}
     for name, used in refused.items():
         if used:
             raise UnsupportedOption(f"{name} {_HOW}")
 
 
-class _GenerateCall:
+@dataclass(frozen=True)
+class _Start:
+    alone: bool
+
+
+_start: ContextVar[_Start | None] = ContextVar("hf_paged_start", default=None)
+
+
+@contextmanager
+def _starting(start: _Start | None):
+    token = _start.set(start)
+    try:
+        yield
+    finally:
+        _start.reset(token)
+
+
+def start_generate(model, *, alone: bool = False, **kwargs):
+    """`model.generate(**kwargs)` of a patched model, up to where its rows are in the engine.
+
+    Returns the GenerateCall, for the caller to step and collect beside others; or the result itself where decoding is
+    not a matter of independent rows (beam search, an assistant model) and has been done.
+
+    Args:
+        alone: a single sampled row draws from torch's generator, as stock does. Otherwise each row draws from a seed of
+            its own, so what it gets does not depend on the calls beside it.
+    """
+    with _starting(_Start(alone)):
+        return model._generate(**kwargs)
+
+
+class GenerateCall:
     """One call of `generate`: rows in, engine, rows out.
 
     Some calls need their rows to go on together until the last one ends, as all do in stock: when scores are returned
@@ -177,24 +218,46 @@ class _GenerateCall:
     def run(self, streamer):
         emitted = 0
         try:
-            for row in range(self.batch):
-                self.rows.append(self._submit(row))
-            while not self._complete():
+            self.start(alone=True)
+            while not self.complete():
                 self.engine.step()
                 emitted = self._stream(streamer, emitted)
-            for row in self.rows:
-                row.raise_error()
         finally:
-            for row in self.rows:
-                self.engine.release(row)
+            self.release()
+        result = self.result()
         if streamer is not None:
             self._stream(streamer, emitted)
             streamer.end()
+        return result
+
+    def start(self, *, alone: bool) -> None:
+        """Submit every row; `alone` as in `start_generate`."""
+        try:
+            for row in range(self.batch):
+                self.rows.append(self._submit(row, alone and self.batch == 1))
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Take out of the engine what still runs."""
+        for row in self.rows:
+            self.engine.release(row)
+
+    def abandon(self) -> None:
+        """`release` for finalizers."""
+        for row in self.rows:
+            self.engine.abandon(row)
+
+    def result(self):
+        """What `generate` returns, once `complete()`. Raises a row's own error."""
+        for row in self.rows:
+            row.raise_error()
         return self._result()
 
-    def _submit(self, row: int):
+    def _submit(self, row: int, alone: bool):
         params = self.params
-        if self.config.do_sample and self.batch > 1:
+        if self.config.do_sample and not alone:
             params = replace(params, seed=int(torch.randint(2**62, ())))
         hooks = RowHooks(
             processors=self._row_processor(row),
@@ -202,7 +265,7 @@ class _GenerateCall:
             replace=self._padding_rule(row),
             on_token=self.tokens[row].append,
             capture=self.scores or self.logits,
-            torch_rng=bool(self.config.do_sample) and self.batch == 1,
+            torch_rng=bool(self.config.do_sample) and alone,
         )
         ids = self.input_ids[row, self.padding[row] :].tolist()
         return self.engine.submit_when_possible(ids, params, hooks=hooks)
@@ -224,7 +287,9 @@ class _GenerateCall:
         return (process,)
 
     def _for_row(self, processor, row: int):
-        """The processor as it acts on this row alone, where stock's form counts rows."""
+        """The processor as it acts on this row alone, where stock's form counts rows. A single row has the very object."""
+        if self.batch == 1:
+            return processor
         if type(processor) is stock.PrefixConstrainedLogitsProcessor:
             allowed = processor._prefix_allowed_tokens_fn
             return stock.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
@@ -248,7 +313,8 @@ class _GenerateCall:
             if self.ended_at[row] is not None:
                 return False
             length = len(token_ids) - (self.width - self.padding[row])
-            over = token_ids[-1] in self.eos or length >= self.max_new or self._criteria_met(row, token_ids)
+            met = self._criteria_met(row, token_ids)  # asked at every token, as in stock
+            over = met or token_ids[-1] in self.eos or length >= self.max_new
             if over and self.together:
                 self.ended_at[row] = length
             return over and not self.together
@@ -281,7 +347,8 @@ class _GenerateCall:
         prefix = self.input_ids[row, : self.padding[row]].tolist()
         return torch.tensor([prefix + list(token_ids)], dtype=torch.int64, device=self.input_ids.device)
 
-    def _complete(self) -> bool:
+    def complete(self) -> bool:
+        """Whether the result is there. Rows that go on together may still run: `release` them."""
         if self.together and None not in self.ended_at and min(map(len, self.tokens)) >= max(self.ended_at):
             return True
         return all(row.finished for row in self.rows) or any(row.output.error for row in self.rows)
