@@ -8,31 +8,9 @@ from transformers import PreTrainedModel
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import activate
 from ..runtime.layout import LayerSpec
+from . import supported
 from .attention import attention_configs, paged_attention
 from .swap import evaluating
-
-# Families compared with stock transformers, token for token, by tests/families. A model outside the list is refused:
-# many architectures hold state (convolutions, state spaces) or hide masks that a packed batch would get silently wrong.
-SUPPORTED = frozenset(
-    """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2 gpt_oss qwen3_moe mixtral""".split()
-)
-
-REASONS = {
-    "mamba": "a state-space model keeps a recurrent state instead of keys and values",
-    "mamba2": "a state-space model keeps a recurrent state instead of keys and values",
-    "falcon_mamba": "a state-space model keeps a recurrent state instead of keys and values",
-    "jamba": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "bamba": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "zamba": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "zamba2": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "nemotron_h": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "granitemoehybrid": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "falcon_h1": "its state-space layers keep a recurrent state that a packed batch would mix up",
-    "rwkv": "a recurrent model keeps a state instead of keys and values",
-    "recurrent_gemma": "its recurrent layers keep a state that a packed batch would mix up",
-    "qwen3_next": "its linear-attention layers keep a state that a packed batch would mix up",
-    "lfm2": "its convolution layers keep a state that a packed batch would mix up",
-}
 
 
 def check_supported(model: torch.nn.Module) -> None:
@@ -46,11 +24,11 @@ def check_supported(model: torch.nn.Module) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model: {name} is an encoder-decoder; only decoder-only models have a paged KV cache")
     model_type = getattr(config, "model_type", "")
-    if model_type not in SUPPORTED:
-        reason = REASONS.get(model_type, "this architecture has not been proven equal to stock transformers")
+    if model_type not in supported.SUPPORTED:
+        reason = supported.REASONS.get(model_type, "this architecture has not been proven equal to stock transformers")
         raise UnsupportedModel(
             f"model: {name} (model type {model_type!r}) is not supported: {reason}. "
-            f"Supported model types: {', '.join(sorted(SUPPORTED))}"
+            f"hf_paged.hf.supported.SUPPORTED names the {len(supported.SUPPORTED)} model types that are"
         )
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         raise UnsupportedModel(f"model: {name} is spread over several devices (device_map); load it on one device")

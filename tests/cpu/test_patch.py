@@ -266,7 +266,7 @@ def test_a_window_that_the_model_s_layers_do_not_read_is_refused():
 
 
 def test_bidirectional_attention_is_refused():
-    model = tiny_model("gemma3", use_bidirectional_attention=True)
+    model = tiny_model("gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(UnsupportedModel, match="both directions"):
         hf_paged.patch(model)
     assert is_plain(model)

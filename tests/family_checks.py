@@ -1,0 +1,106 @@
+"""How a family is compared with stock transformers: ragged prompts, chunked prefill, prefix hits, preemption, generate."""
+
+from __future__ import annotations
+
+import torch
+
+import hf_paged
+from hf_paged import EngineConfig, SamplingParams
+
+NEW = 24  # tokens generated for each prompt
+LONGEST = 70  # tokens of the longest prompt
+TOLERANCE = 1e-4  # of logits, relative to the largest one (at least 1)
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    """Ragged lengths around blocks, chunks and windows; two share a long prefix."""
+    generator = torch.Generator().manual_seed(7)
+    make = lambda length: torch.randint(3, vocab_size, (length,), generator=generator).tolist()  # noqa: E731
+    shared = make(48)
+    return [make(13), make(14), make(15), make(1), make(17), shared + make(5), make(LONGEST), shared + make(12)]
+
+
+def stock_greedy(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """Tokens and logits [NEW, V] of stock's greedy search."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
+
+
+class Comparison:
+    """A model and what stock makes of `prompts`. Each check raises AssertionError where hf_paged makes something else."""
+
+    def __init__(self, model):
+        self.model = model
+        self.jobs = prompts(model.get_input_embeddings().weight.shape[0])
+        self.expected = [stock_greedy(model, prompt) for prompt in self.jobs]
+
+    def check_is_telling(self) -> None:
+        """The model's tokens vary: one that repeats itself would be equal whatever it attends to."""
+        tokens = [tokens for tokens, _ in self.expected]
+        assert len({token for row in tokens for token in row}) >= 8, f"the model hardly varies its tokens: {tokens}"
+
+    def check_chunks_and_prefix_hits(self) -> None:
+        """Prefill in chunks of at most 24 tokens beside decodes; then again, with every prefix cached."""
+        config = EngineConfig(block_size=16, max_batch_tokens=24, max_num_seqs=4)
+        with hf_paged.Engine(self.model, config=config) as engine:
+            self._check_tokens(engine)
+            engine.reset_stats()
+            self._check_tokens(engine)
+            assert engine.stats()["prefix_hit_tokens"] > 0, "no prefix was found again"
+
+    def check_preemption(self) -> None:
+        hf_paged.patch(self.model)
+        layers = hf_paged.hf.patch.patch_of(self.model).adapter.layers
+        hf_paged.unpatch(self.model)
+        memory = 112 * sum(layer.bytes_per_token(4) for layer in layers)  # of about 112 tokens of full attention
+        config = EngineConfig(block_size=16, max_batch_tokens=64, max_num_seqs=6, kv_cache_memory=memory)
+        with hf_paged.Engine(self.model, config=config) as engine:
+            self._check_tokens(engine)
+            if all(layer.window is None for layer in layers):  # with windows the same memory holds more
+                assert engine.stats()["preemptions"] > 0, "nothing was preempted"
+
+    def check_reference_kernels(self) -> None:
+        config = EngineConfig(block_size=16, max_batch_tokens=96, attention_backend="reference", fuse=False)
+        with hf_paged.Engine(self.model, config=config) as engine:
+            self._check_tokens(engine)
+
+    def check_generate(self) -> None:
+        """One padded batch through the patched model's own `generate`: tokens and logits."""
+        width = max(map(len, self.jobs))
+        ids = torch.zeros(len(self.jobs), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(self.jobs):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        hf_paged.patch(self.model, max_batch_tokens=64)
+        try:
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=NEW,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        finally:
+            hf_paged.unpatch(self.model)
+        for row, (tokens, logits) in enumerate(self.expected):
+            assert out.sequences[row, width:].tolist() == tokens, f"generate: row {row} has other tokens"
+            mine = torch.stack([step[row] for step in out.logits])
+            off = (mine - logits).abs().max().item() / max(1.0, logits.abs().max().item())
+            assert off <= TOLERANCE, f"generate: logits of row {row} are off by {off:.1e}"
+
+    def _check_tokens(self, engine) -> None:
+        outputs = engine.generate(self.jobs, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True))
+        for prompt, output, (tokens, _) in zip(self.jobs, outputs, self.expected):
+            mine = output.outputs[0].token_ids
+            if mine != tokens:
+                first = next(i for i, (a, b) in enumerate(zip(mine, tokens)) if a != b)
+                raise AssertionError(f"engine: another token {first} after a prompt of {len(prompt)} tokens")
+        engine.check_integrity()

@@ -1,0 +1,112 @@
+"""Tiny sizes for every causal language model of transformers: pure data for `tiny_models.py`.
+
+GENERIC is used for every configuration class, as far as the class has such a field. FAMILIES adds what a family needs
+beyond it. A key is a name of transformers' MODEL_FOR_CAUSAL_LM_MAPPING, or such a name with a suffix for a variant of
+it that changes masks or layers. A name that is not here is built from GENERIC alone. Nested dicts are the settings of
+sub-configurations, which get GENERIC too.
+
+Windows and chunks are shorter than the prompts of tests/families (70 tokens and 24 new ones), and cut blocks of 16.
+"""
+
+from __future__ import annotations
+
+GENERIC = dict(
+    vocab_size=199,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    is_decoder=True,
+    # layers
+    num_hidden_layers=3,
+    num_layers=3,
+    n_layer=3,
+    n_layers=3,
+    decoder_layers=3,
+    encoder_layers=1,
+    # widths
+    hidden_size=48,
+    n_embd=48,
+    d_model=48,
+    emb_dim=48,
+    embedding_size=48,
+    intermediate_size=64,
+    ffn_hidden_size=64,
+    ffn_dim=64,
+    decoder_ffn_dim=64,
+    encoder_ffn_dim=64,
+    dff=64,
+    # heads
+    num_attention_heads=4,
+    num_heads=4,
+    n_head=4,
+    n_heads=4,
+    attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    # positions
+    max_position_embeddings=512,
+    n_positions=512,
+    max_target_positions=512,
+    # latent attention
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=12,
+    v_head_dim=12,
+    index_head_dim=12,
+    index_n_heads=4,
+    # experts
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    moe_num_experts=4,
+    num_experts_per_tok=2,
+    moe_topk=2,
+    moe_k=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    router_jitter_noise=0.0,
+    input_jitter_noise=0.0,
+    # nothing random
+    dropout=0.0,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+    layerdrop=0.0,
+    decoder_layerdrop=0.0,
+)
+MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama-mha-bias": ("llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
+    "llama-tied-llama3-rope": ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "mistral-window": ("mistral", dict(sliding_window=19)),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=18, max_window_layers=1)),
+    "gemma": ("gemma", dict(num_key_value_heads=1, tie_word_embeddings=False)),
+    "gemma2": ("gemma2", dict(tie_word_embeddings=False, sliding_window=21, query_pre_attn_scalar=12)),
+    "gemma3_text": (
+        "gemma3_text",
+        dict(tie_word_embeddings=False, sliding_window=17, query_pre_attn_scalar=12, num_hidden_layers=7),
+    ),
+    "phi3-window": ("phi3", dict(sliding_window=23)),
+    "gpt_oss": ("gpt_oss", dict(sliding_window=20, num_hidden_layers=4)),
+    "qwen3_moe": ("qwen3_moe", dict(norm_topk_prob=True)),
+    "mixtral-window": ("mixtral", dict(sliding_window=25)),
+}
+
+# Names of which there is no tiny model that generates from text, and why.
+UNBUILT: dict[str, str] = {}
