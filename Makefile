@@ -1,7 +1,8 @@
 # Every target does its own set-up, once, from a bare checkout: a virtual environment in .venv, torch, this project.
 #   make demo       real model: chat, then the same requests through stock transformers and through hf_paged
 #   make test       the tests (minutes)            make test-all   the slow ones too
-#   make bench      the engine benchmark           make clean      remove what was made here, .venv included
+#   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
+#   make clean      remove what was made here, .venv included
 # PYTHON picks the interpreter for a new .venv; TORCH what is installed where torch is missing; ARGS goes to the command.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ MIN    := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup demo test test-all bench clean
+.PHONY: help setup demo test test-all bench models clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +37,9 @@ test-all: $(STAMP)
 
 bench: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m hf_paged bench $(ARGS)
+
+models: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' tests/families/coverage.py --write $(ARGS)
 
 clean:
 	rm -rf '$(VENV)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \

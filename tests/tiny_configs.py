@@ -16,6 +16,7 @@ GENERIC = dict(
     bos_token_id=1,
     eos_token_id=2,
     is_decoder=True,
+    tie_word_embeddings=False,
     # layers
     num_hidden_layers=3,
     num_layers=3,

@@ -156,7 +156,7 @@ def main() -> int:
     if args.write:
         import models_page
 
-        models_page.write(ROOT)
+        models_page.write(ROOT, status_of)
     return 1 if "wrong" in counts else 0
 
 
