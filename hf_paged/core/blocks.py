@@ -61,6 +61,11 @@ class BlockPool:
         return self.max_blocks - self.num_in_use
 
     @property
+    def num_blank(self) -> int:
+        """Blocks that `allocate` can hand out, by growth too, without evicting any."""
+        return len(self._blank) + self.max_blocks - len(self.refs)
+
+    @property
     def num_published(self) -> int:
         """Blocks with a key, in use or free."""
         return len(self._key_of)

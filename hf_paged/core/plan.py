@@ -9,6 +9,9 @@ from dataclasses import dataclass
 class StepPlan:
     """One forward pass over a packed batch, made by `Scheduler.schedule`.
 
+    A sequence may carry draft tokens: guesses of what comes after its last known token, computed and sampled along with
+    it. `Scheduler.commit` keeps those that turn out to be what is sampled.
+
     Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: block copies
     (all of them before the first layer), then all new keys and values are written, then attention runs: sequences
     may read blocks that another sequence of the same plan fills. A layer that keeps a state reads the states of all
@@ -19,7 +22,8 @@ class StepPlan:
     Attributes:
         step: counts plans from 1.
         seq_ids: sequences that run.
-        num_new: query tokens of each sequence.
+        num_new: query tokens of each sequence, its draft tokens included.
+        num_drafts: draft tokens of each sequence, the last ones of its new tokens.
         num_context: tokens of each sequence already in the cache.
         token_ids: the new tokens, packed; sum(num_new) of them.
         block_tables: [group][sequence] -> blocks covering num_context + num_new tokens; -1 where a sliding group
@@ -29,12 +33,14 @@ class StepPlan:
         states: (slot its state is read from, slot it is written to) of each sequence; -1 to read: it begins with an empty
             state. Empty if the model keeps no state.
         num_slots: slots the state tensors must have for this step. It only grows.
-        samples: (packed row of the logits, seq_id) for every token to sample. A prompt with n > 1 has n on one row.
+        samples: (packed row of the logits, seq_id) for every token to sample. A prompt with n > 1 has n on one row; a
+            sequence with draft tokens has its last known token's row and those of the drafts, in a run.
     """
 
     step: int
     seq_ids: list[int]
     num_new: list[int]
+    num_drafts: list[int]
     num_context: list[int]
     token_ids: list[int]
     block_tables: list[list[list[int]]]

@@ -78,6 +78,7 @@ class Sequence:
         pending_forks: siblings still to be forked off when the prompt is computed; each has a seat reserved.
         num_cached_tokens: prompt tokens found in the prefix cache when it first ran.
         num_preemptions: times it lost its blocks to another sequence.
+        num_draft_tokens, num_accepted_tokens: guesses of its next tokens that were computed, and that were right.
     """
 
     __slots__ = (
@@ -85,8 +86,10 @@ class Sequence:
         "block_tables",
         "finish_reason",
         "index",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed",
+        "num_draft_tokens",
         "num_preemptions",
         "num_prompt",
         "order",
@@ -118,6 +121,8 @@ class Sequence:
         self.stop_reason: int | str | None = None
         self.num_preemptions = 0
         self.num_cached_tokens = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
 
     @property
     def output_ids(self) -> list[int]:

@@ -3,8 +3,8 @@
     add -> waiting -> (schedule) running -> (commit) finished
               ^------ preempted, rolled back ------'
 
-`schedule` makes a StepPlan, and `commit` (or, if the forward failed, `rollback`) ends it: one plan at a time. Calls
-come from one thread. All sequences are ranked by the policy, first come first served or by priority. A step walks down
+`schedule` makes a StepPlan, `add_drafts` may add guessed tokens to it, and `commit` (or, if the forward failed,
+`rollback`) ends it: one plan at a time. Calls come from one thread. All sequences are ranked by the policy, first come first served or by priority. A step walks down
 that order; whoever lacks blocks takes them from the last in order, so the first always advances and all finish.
 """
 
@@ -172,34 +172,83 @@ class Scheduler:
             self._in_flight = (plan, draft)
         return plan
 
-    def commit(self, plan: StepPlan, tokens: Mapping[int, int]) -> list[Sequence]:
+    def draftable(self) -> tuple[int, list[tuple[Sequence, int]]]:
+        """What the plan in flight has room for: (draft tokens in all, [(sequence, most draft tokens)]).
+
+        Only decodes carry drafts. A sequence gets no more than it may still output, less the token it samples anyway.
+        """
+        step = self._in_flight[1]
+        found = []
+        for seq in step.decoding():
+            room = min(seq.request.max_tokens - seq.num_output, self.max_model_len - len(seq.token_ids)) - 1
+            if room > 0:
+                found.append((seq, room))
+        return step.budget, found
+
+    def add_drafts(self, drafts: Mapping[int, list[int]]) -> StepPlan:
+        """Let the plan in flight compute draft tokens too, within what `draftable` says; returns the new plan.
+
+        They take only what is left when everything else is planned: a sequence may get fewer, or none, for want of
+        blocks.
+        """
+        plan, step = self._in_flight
+        for seq_id, tokens in drafts.items():
+            seq = self._sequences[seq_id]
+            count = self._tables.extend_for_drafts(seq, seq.num_computed + 1, len(tokens))
+            if count:
+                step.add_drafts(seq, tokens[:count])
+        assert step.budget >= 0, "more drafts than draftable() allows"
+        if step.drafts:
+            self._in_flight = (step.pack(plan.step, self._tables), step)
+        return self._in_flight[0]
+
+    def commit(self, plan: StepPlan, tokens: Mapping[int, list[int]]) -> list[Sequence]:
         """The step of `plan` was computed. Appends the sampled tokens and ends the sequences they finish.
 
         Args:
-            tokens: seq_id -> sampled token. A sequence whose sampling failed is left out: `finish` or `abort` it.
+            tokens: seq_id -> its next tokens: the sampled one, before it the draft tokens that were found right. A
+                sequence whose sampling failed at once is left out: `finish` or `abort` it.
 
         Returns:
-            The sequences that got a token. Those ended since `schedule` are passed over.
+            The sequences that got tokens: as many as until one finished them. Those ended since `schedule` are passed
+            over.
         """
-        draft = self._land(plan)
-        for seq_id, count in zip(plan.seq_ids, plan.num_new, strict=True):
+        step = self._land(plan)
+        for seq_id, new, drafts in zip(plan.seq_ids, plan.num_new, plan.num_drafts, strict=True):
             seq = self._sequences.get(seq_id)
             if seq is not None and seq.status is SequenceStatus.RUNNING:
-                seq.num_computed += count
-        for sibling in draft.forked:
+                seq.num_computed += new - drafts
+        for sibling in step.forked:
             if sibling.status is SequenceStatus.RUNNING:
                 sibling.num_computed = sibling.num_prompt
         advanced = []
-        for _, seq_id in plan.samples:
+        for seq_id in dict.fromkeys(seq_id for _, seq_id in plan.samples):
             seq = self._sequences.get(seq_id)
-            if seq is None or seq.status is not SequenceStatus.RUNNING or seq_id not in tokens:
+            if seq is None or seq.status is not SequenceStatus.RUNNING:
                 continue
-            seq.append(tokens[seq_id])
-            advanced.append(seq)
-            verdict = check_finished(seq, self.max_model_len)
+            verdict = self._append(seq, tokens.get(seq_id, []), len(step.drafts.get(seq_id, ())))
+            if seq_id in tokens:
+                advanced.append(seq)
             if verdict is not None:
                 self._end(seq, *verdict)
         return advanced
+
+    def _append(self, seq: Sequence, tokens: list[int], num_drafts: int) -> tuple[str, int | None] | None:
+        """Append tokens until one of them ends `seq`; returns (finish reason, stop reason) then, else None."""
+        num_known, verdict = len(seq.token_ids), None
+        for token in tokens:
+            seq.append(token)
+            verdict = check_finished(seq, self.max_model_len)
+            if verdict is not None:
+                break
+        if num_drafts:
+            self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
+            num_accepted = min(max(len(tokens) - 1, 0), len(seq.token_ids) - num_known)
+            seq.num_draft_tokens += num_drafts
+            seq.num_accepted_tokens += num_accepted
+            self._num_draft += num_drafts
+            self._num_accepted += num_accepted
+        return verdict
 
     def rollback(self, plan: StepPlan) -> None:
         """The step of `plan` failed: its sequences lose all their blocks and wait again, in order.
@@ -375,6 +424,15 @@ class Scheduler:
         if seq is not None and seq.status is not SequenceStatus.FINISHED:
             self._end(seq, reason, stop_reason)
 
+    def cut(self, seq_id: int, num_output: int, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a sequence of the last commit after its first `num_output` output tokens, whatever the later ones brought."""
+        seq = self.sequence(seq_id)
+        del seq.token_ids[seq.num_prompt + num_output :]
+        if seq.status is SequenceStatus.FINISHED:
+            seq.finish_reason, seq.stop_reason = reason, stop_reason
+        else:
+            self._end(seq, reason, stop_reason)
+
     def abort(self, request_id: str) -> bool:
         """End all sequences of a request with reason "abort". False if there is no such unfinished request."""
         request = self.requests.get(request_id)
@@ -500,11 +558,13 @@ class Scheduler:
             "prefix_hit_tokens": self._num_hit,
             "prefix_queried_tokens": self._num_queried,
             "preemptions": self._num_preemptions,
+            "draft_tokens": self._num_draft,
+            "accepted_tokens": self._num_accepted,
         }
 
     def reset_stats(self) -> None:
         """Start the counters and the peak anew."""
-        self._num_hit = self._num_queried = self._num_preemptions = 0
+        self._num_hit = self._num_queried = self._num_preemptions = self._num_draft = self._num_accepted = 0
         for pool in [*self._tables.pools, self._tables.slots]:
             pool.reset_peak()
 

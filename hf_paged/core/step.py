@@ -24,6 +24,7 @@ class StepDraft:
         cursor: how many waiting sequences were looked at and passed over.
         admitting: whether further waiting sequences may be looked at.
         changes: what happened to the block pools.
+        drafts: seq_id -> its draft tokens.
     """
 
     __slots__ = (
@@ -34,6 +35,7 @@ class StepDraft:
         "changes",
         "cursor",
         "decodes",
+        "drafts",
         "forked",
         "only",
         "preempted",
@@ -51,6 +53,7 @@ class StepDraft:
         self.cursor = 0
         self.admitting = True
         self.changes = TableChanges(num_groups)
+        self.drafts: dict[int, list[int]] = {}
         self._entries: list[tuple[Sequence, int, list[int]]] = []
 
     @property
@@ -67,16 +70,24 @@ class StepDraft:
         self.busy.add(seq.seq_id)
         self.budget -= count
 
+    def decoding(self) -> list[Sequence]:
+        """The sequences that compute one token and sample their own next one."""
+        return [seq for seq, count, samples in self._entries if count == 1 and samples == [seq.seq_id]]
+
+    def add_drafts(self, seq: Sequence, drafts: list[int]) -> None:
+        """`seq`, one of `decoding`, computes these guesses after its token."""
+        self.drafts[seq.seq_id] = drafts
+        self.budget -= len(drafts)
+
     def pack(self, step: int, tables: BlockTables) -> StepPlan | None:
         """The plan, single tokens before longer chunks; None if nothing runs."""
         if not self._entries:
             return None
-        entries = [entry for entry in self._entries if entry[1] == 1]
-        if len(entries) < len(self._entries):
-            entries += [entry for entry in self._entries if entry[1] > 1]
+        entries = [(*entry, self.drafts.get(entry[0].seq_id, ())) for entry in self._entries]
+        entries.sort(key=lambda entry: entry[1] + len(entry[3]) > 1)
         token_ids: list[int] = []
         samples: list[tuple[int, int]] = []
-        for seq, count, seq_ids in entries:
+        for seq, count, seq_ids, drafts in entries:
             start = seq.num_computed
             if count == 1:
                 token_ids.append(seq.token_ids[start])
@@ -84,13 +95,18 @@ class StepDraft:
                 token_ids += seq.token_ids[start : start + count]
             for seq_id in seq_ids:
                 samples.append((len(token_ids) - 1, seq_id))
+            for token in drafts:
+                token_ids.append(token)
+                samples.append((len(token_ids) - 1, seq.seq_id))
+        sequences = [seq for seq, _, _, _ in entries]
         return StepPlan(
             step=step,
-            seq_ids=[seq.seq_id for seq, _, _ in entries],
-            num_new=[count for _, count, _ in entries],
-            num_context=[seq.num_computed for seq, _, _ in entries],
+            seq_ids=[seq.seq_id for seq in sequences],
+            num_new=[count + len(drafts) for _, count, _, drafts in entries],
+            num_drafts=[len(drafts) for _, _, _, drafts in entries],
+            num_context=[seq.num_computed for seq in sequences],
             token_ids=token_ids,
-            block_tables=[[seq.block_tables[group] for seq, _, _ in entries] for group in range(len(tables.pools))],
+            block_tables=[[seq.block_tables[group] for seq in sequences] for group in range(len(tables.pools))],
             copies=self.changes.copies,
             num_blocks=[pool.num_blocks for pool in tables.pools],
             states=[self.changes.states[seq.seq_id] for seq, _, _ in entries] if tables.has_state else [],

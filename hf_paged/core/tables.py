@@ -157,7 +157,29 @@ class BlockTables:
         if self.has_state:
             self._take_slot(seq, changes)
         if self.prefix_cache and seq.publishable and begin // block_size < end // block_size:
-            self._publish(seq, begin // block_size, end // block_size, changes)
+            changes.published += self._publish(seq, begin // block_size, end // block_size)
+
+    def extend_for_drafts(self, seq: Sequence, begin: int, want: int) -> int:
+        """Give `seq` blocks for up to `want` draft tokens from position `begin` on; returns how many tokens that is.
+
+        Only blocks that nobody has a use for are taken. Nothing is published: drafts may turn out wrong.
+        """
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
+            want = min(want, (len(table) + pool.num_blank) * self.block_size - begin)
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
+            while len(table) * self.block_size < begin + want:
+                table.append(pool.allocate())
+        return want
+
+    def settle_drafts(self, seq: Sequence, num_known: int, num_tokens: int) -> None:
+        """The step computed drafts beyond the `num_known` tokens of `seq`, and its first `num_tokens` are right.
+
+        They fill blocks that can be published now; the blocks beyond them are given back.
+        """
+        self.truncate(seq, num_tokens)
+        begin, end = num_known // self.block_size, num_tokens // self.block_size
+        if self.prefix_cache and seq.publishable and begin < end:
+            self._publish(seq, begin, end)
 
     def fork(self, seq: Sequence, sibling: Sequence) -> None:
         """Let the new `sibling` share all blocks and the state of `seq`."""
@@ -295,17 +317,19 @@ class BlockTables:
     def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
         extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, seq.request.cache_salt)
 
-    def _publish(self, seq: Sequence, begin: int, end: int, changes: TableChanges) -> None:
-        """Publish blocks `begin` to `end` of `seq`, which the step being planned fills.
+    def _publish(self, seq: Sequence, begin: int, end: int) -> list[tuple[BlockPool, int, bytes]]:
+        """Publish blocks `begin` to `end` of `seq`, which the step being planned fills. Returns what was not yet there.
 
         They are findable at once: a layer writes all keys and values of a step before any attention reads them.
         """
         self._extend_keys(seq, end)
+        published = []
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
             for index in range(begin, end):
                 key = seq.block_keys[index]
                 if pool.publish(table[index], key):
-                    changes.published.append((pool, table[index], key))
+                    published.append((pool, table[index], key))
+        return published
 
 
 def _ceil_div(value: int, divisor: int) -> int:

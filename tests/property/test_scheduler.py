@@ -42,10 +42,14 @@ def expected_output(request: Request, index: int) -> tuple[list[int], str, int |
 
 
 class World:
-    """A scheduler, the fake memory its plans run on, and the checks after each operation."""
+    """A scheduler, the fake memory its plans run on, and the checks after each operation.
 
-    def __init__(self, windows, block_size, scheduler: Scheduler):
-        self.windows, self.block_size, self.scheduler = windows, block_size, scheduler
+    `guesses`: draft tokens a step may have; some are right, some are not.
+    """
+
+    def __init__(self, windows, block_size, guesses, scheduler: Scheduler):
+        self.windows, self.block_size, self.guesses, self.scheduler = windows, block_size, guesses, scheduler
+        self.drafts: dict[int, list[int]] = {}  # of the current plan
         self.memory = [{} for _ in windows]
         self.states = {}
         self.version = 0  # of the weights
@@ -88,15 +92,15 @@ class World:
             self.scheduler.rollback(self.plan)
         else:
             self.execute(stale)
-            tokens = {
-                seq_id: sample(self.members[seq_id].token_ids, self.members[seq_id].index)
-                for _, seq_id in self.plan.samples
-            }
+            tokens = {seq_id: self.accepted(self.members[seq_id]) for _, seq_id in self.plan.samples}
             lost = self.plan.samples[-1][1] if lose_sample and tokens else None
             tokens.pop(lost, None)
-            before = {seq_id: self.members[seq_id].num_output for seq_id in tokens}
+            before = {seq_id: len(self.members[seq_id].token_ids) for seq_id in tokens}
             got = self.scheduler.commit(self.plan, tokens)
-            assert all(seq.num_output == before[seq.seq_id] + 1 for seq in got)
+            for seq in got:
+                new = seq.token_ids[before[seq.seq_id] :]
+                assert new and new == tokens[seq.seq_id][: len(new)]
+                assert seq.finish_reason is not None or len(new) == len(tokens[seq.seq_id])
             if lost is not None:
                 self.ended_by_us.add(lost)
                 self.scheduler.finish(lost, "error")
@@ -108,6 +112,7 @@ class World:
         if plan is None:
             self.check()
             return False
+        plan = self.plan = self.guess(plan) if self.guesses else plan
         ids = [*plan.seq_ids, *(seq_id for _, seq_id in plan.samples)]
         self.members = {seq_id: self.scheduler.sequence(seq_id) for seq_id in ids}
         for row, seq_id in plan.samples:  # a fork carries on what its leader computed
@@ -160,10 +165,42 @@ class World:
                 if seq.seq_id not in self.ended_by_us:
                     assert (seq.output_ids, seq.finish_reason, seq.stop_reason) == expected_output(request, seq.index)
 
+    # -- draft tokens
+
+    def guess(self, plan):
+        """The plan with guesses added, right ones and wrong ones, by history alone."""
+        room, candidates = self.scheduler.draftable()
+        self.drafts = {}
+        for seq, most in candidates:
+            chance, tokens = Random(repr(seq.token_ids)), list(seq.token_ids)
+            for _ in range(min(chance.randint(0, self.guesses), most, room)):
+                right = sample(tokens, seq.index)
+                tokens.append(right if chance.random() < 0.7 else (right + 1) % 7)
+            if len(tokens) > len(seq.token_ids):
+                self.drafts[seq.seq_id] = tokens[len(seq.token_ids) :]
+                room -= len(self.drafts[seq.seq_id])
+        changed = self.scheduler.add_drafts(self.drafts)
+        planned = dict(zip(changed.seq_ids, changed.num_drafts))
+        assert set(planned) == set(plan.seq_ids) and changed.copies == plan.copies
+        self.drafts = {seq_id: tokens[: planned[seq_id]] for seq_id, tokens in self.drafts.items()}  # for want of blocks
+        return changed
+
+    def accepted(self, seq):
+        """What the rows of `seq` in the plan sample, up to the first that is not what was guessed."""
+        tokens, drafts = list(seq.token_ids), self.drafts.get(seq.seq_id, [])
+        for guess in [*drafts, None]:
+            tokens.append(sample(tokens, seq.index))
+            if tokens[-1] != guess:
+                return tokens[len(seq.token_ids) :]
+
+    def history(self, seq):
+        """Its tokens, guesses of this step included."""
+        return seq.token_ids + self.drafts.get(seq.seq_id, [])
+
     # -- the fake model
 
     def content(self, seq, position):
-        return self.version, seq.request.cache_salt, tuple(seq.token_ids[: position + 1])
+        return self.version, seq.request.cache_salt, tuple(self.history(seq)[: position + 1])
 
     def rows(self):
         plan = self.plan
@@ -251,14 +288,17 @@ class World:
         assert plan.num_new == [n for n in plan.num_new if n == 1] + [n for n in plan.num_new if n > 1]
         packed = []
         for row, seq, begin, end in self.rows():
-            packed += seq.token_ids[begin:end]
-            assert (seq.seq_id in {i for _, i in plan.samples}) == (end == len(seq.token_ids))
+            packed += self.history(seq)[begin:end]
+            assert (seq.seq_id in {i for _, i in plan.samples}) == (end == len(self.history(seq)))
             for tables in plan.block_tables:
                 assert len(tables[row]) == -(-end // self.block_size)
         assert packed == plan.token_ids
+        sampled = {}
         for row, seq_id in plan.samples:
             assert self.members[self.owner(row)].request is self.members[seq_id].request
-            assert plan.token_ids[row] == self.members[seq_id].token_ids[-1]
+            sampled.setdefault(seq_id, []).append(plan.token_ids[row])
+        for seq_id, tokens in sampled.items():
+            assert tokens == self.members[seq_id].token_ids[-1:] + self.drafts.get(seq_id, [])
 
 
 SPECS = st.tuples(
@@ -297,11 +337,12 @@ CONFIGS = st.fixed_dictionaries(
         max_num_seqs=st.integers(1, 6),
         prefix_cache=st.sampled_from([True, True, True, False]),
         policy=st.sampled_from(["fcfs", "priority"]),
+        guesses=st.sampled_from([0, 3, 9]),
     )
 )
 
 
-def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, **limits) -> World:
+def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, guesses, **limits) -> World:
     # smaller pools for sliding groups, so that each kind runs short now and then
     most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
     scheduler = Scheduler(
@@ -314,7 +355,7 @@ def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, **limit
         prefix_cache=prefix_cache and not max_slots,
         **limits,
     )
-    return World(windows, block_size, scheduler)
+    return World(windows, block_size, 0 if max_slots else guesses, scheduler)  # a state cannot be taken back
 
 
 def apply(world: World, operation: str, argument) -> None:
@@ -365,6 +406,7 @@ def test_heavy_traffic_on_scarce_blocks(seed):
         max_num_seqs=random.randint(2, 7),
         prefix_cache=random.random() < 0.85,
         policy=random.choice(["fcfs", "priority"]),
+        guesses=random.choice([0, 2, 5, 12]),
     )
     heavy_traffic(world, random)
 
@@ -383,6 +425,7 @@ def test_heavy_traffic_on_scarce_state_slots(seed):
         max_num_seqs=random.randint(2, 7),
         prefix_cache=False,
         policy=random.choice(["fcfs", "priority"]),
+        guesses=0,
     )
     heavy_traffic(world, random)
 

@@ -31,7 +31,7 @@ def add(scheduler, name, prompt, max_tokens=4, **options) -> Request:
 
 def commit(scheduler, plan) -> None:
     sequences = [scheduler.sequence(seq_id) for _, seq_id in plan.samples]
-    scheduler.commit(plan, {s.seq_id: zlib.crc32(repr((s.token_ids, s.index)).encode()) for s in sequences})
+    scheduler.commit(plan, {s.seq_id: [zlib.crc32(repr((s.token_ids, s.index)).encode())] for s in sequences})
     scheduler.check_integrity()
 
 

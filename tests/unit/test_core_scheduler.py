@@ -44,7 +44,7 @@ def expected(request, index=0) -> list[int]:
 
 def commit(scheduler, plan) -> None:
     sequences = [scheduler.sequence(seq_id) for _, seq_id in plan.samples]
-    scheduler.commit(plan, {seq.seq_id: sample(seq.token_ids, seq.index) for seq in sequences})
+    scheduler.commit(plan, {seq.seq_id: [sample(seq.token_ids, seq.index)] for seq in sequences})
     scheduler.check_integrity()
 
 
@@ -93,7 +93,7 @@ def run_tokens(request, tokens, **limits):
         plan = scheduler.schedule()
         if plan is None:
             break
-        scheduler.commit(plan, {seq_id: token for _, seq_id in plan.samples})
+        scheduler.commit(plan, {seq_id: [token] for _, seq_id in plan.samples})
     seq = request.sequences[0]
     return seq.output_ids, seq.finish_reason, seq.stop_reason
 
@@ -410,12 +410,12 @@ def test_completions_end_one_by_one_and_the_request_with_the_last():
     scheduler = make()
     request = add(scheduler, "a", 3, n=2, max_tokens=9, stop_token_ids=frozenset([7]))
     plan = scheduler.schedule()
-    scheduler.commit(plan, {0: 7, 1: 8})
+    scheduler.commit(plan, {0: [7], 1: [8]})
     assert [seq.finish_reason for seq in request.sequences] == ["stop", None]
     assert not request.finished and not scheduler.is_request_finished("a")
     plan = scheduler.schedule()
     assert plan.seq_ids == [1]
-    scheduler.commit(plan, {1: 7})
+    scheduler.commit(plan, {1: [7]})
     assert request.finished and scheduler.is_request_finished("a")
     scheduler.check_integrity()
 
@@ -551,7 +551,7 @@ def test_a_plan_that_was_never_run_is_taken_back_by_the_next_schedule():
     plan = scheduler.schedule()
     assert rows(scheduler, plan) == [("a", 0, 9)]
     with pytest.raises(AssertionError, match="not the plan"):
-        scheduler.commit(lost, {0: 1})
+        scheduler.commit(lost, {0: [1]})
     commit(scheduler, plan)
     drain(scheduler)
     assert request.sequences[0].output_ids == expected(request)
@@ -637,7 +637,7 @@ def test_abort_while_a_step_is_under_way(steps, end, n):
     assert scheduler.abort("x") is True
     scheduler.check_integrity()
     if end == "commit":
-        got = scheduler.commit(plan, {i: sample(scheduler.sequence(i).token_ids) for _, i in plan.samples})
+        got = scheduler.commit(plan, {i: [sample(scheduler.sequence(i).token_ids)] for _, i in plan.samples})
         assert all(seq.request is other for seq in got)
     elif end == "rollback":
         scheduler.rollback(plan)
@@ -682,7 +682,7 @@ def test_a_sequence_whose_sample_failed_gets_no_token():
     scheduler = make()
     failed, other = add(scheduler, "a", 3), add(scheduler, "b", 3)
     plan = scheduler.schedule()
-    got = scheduler.commit(plan, {1: 7})
+    got = scheduler.commit(plan, {1: [7]})
     assert [seq.seq_id for seq in got] == [1]
     assert (failed.sequences[0].output_ids, other.sequences[0].output_ids) == ([], [7])
     scheduler.finish(0, "error")
@@ -769,6 +769,7 @@ def test_stats_tell_what_waits_runs_and_is_in_use():
         add(scheduler, name, 7, max_tokens=3)
     empty = dict(prefix_hit_tokens=0, prefix_queried_tokens=0, preemptions=0, blocks_total=[9])
     empty |= dict(slots_in_use=0, slots_peak=0, slots_total=0)  # the model keeps no state
+    empty |= dict(draft_tokens=0, accepted_tokens=0)
     assert scheduler.stats() == dict(waiting=3, running=0, blocks_in_use=[0], blocks_peak=[0], **empty)
     step(scheduler)
     assert scheduler.stats() == dict(waiting=1, running=2, blocks_in_use=[4], blocks_peak=[4], **empty)
