@@ -10,6 +10,8 @@ from .errors import InvalidArgument
 
 KV_DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "cpu", "reference")
+SPECULATION = (None, "ngram", "draft")
+MAX_SPECULATIVE_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,12 @@ class EngineConfig:
         fuse: run merged projections and fused norm/activation kernels where they are proven equal.
         strict: turn every fallback to a slower path into an error.
         seed: seed of requests that name none.
+        speculation: guess tokens ahead and keep those that would have been sampled anyway: the same output in fewer
+            steps. "ngram" repeats what prompt and output said before, "draft" asks the `draft_model` that `patch` or
+            `Engine` was given. None: off.
+        num_speculative_tokens: most tokens to guess for a sequence in one step; fewer while its guesses are wrong.
+        ngram_range: fewest latest tokens that must have occurred before for "ngram" to guess, and how many more of them
+            are compared to choose among several such places.
     """
 
     block_size: int | None = None
@@ -48,6 +56,9 @@ class EngineConfig:
     fuse: bool = True
     strict: bool = False
     seed: int = 0
+    speculation: Literal["ngram", "draft"] | None = None
+    num_speculative_tokens: int = 7
+    ngram_range: tuple[int, int] = (2, 5)
 
     def __post_init__(self):
         for name in ("block_size", "max_batch_tokens", "max_num_seqs", "max_model_len", "max_queue"):
@@ -71,6 +82,23 @@ class EngineConfig:
             raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {self.policy!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        if self.speculation not in SPECULATION:
+            raise InvalidArgument(f"speculation must be None, 'ngram' or 'draft', got {self.speculation!r}")
+        count = self.num_speculative_tokens
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_SPECULATIVE_TOKENS:
+            raise InvalidArgument(f"num_speculative_tokens must be between 1 and {MAX_SPECULATIVE_TOKENS}, got {count!r}")
+        lengths = self.ngram_range
+        if (
+            not isinstance(lengths, (tuple, list))
+            or len(lengths) != 2
+            or not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths)
+            or not 1 <= lengths[0] <= lengths[1]
+        ):
+            raise InvalidArgument(f"ngram_range must be two integers (shortest, longest) from 1 on, got {lengths!r}")
+        object.__setattr__(self, "ngram_range", tuple(lengths))
 
     def replace(self, **changes) -> EngineConfig:
         """A copy with some fields changed. An unknown name raises InvalidArgument."""

@@ -22,7 +22,10 @@ class Logprob:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds on the `time.monotonic` clock, and counts of tokens."""
+    """Times in seconds on the `time.monotonic` clock, and counts of tokens.
+
+    `num_draft_tokens` were guessed by speculative decoding, of which `num_accepted_tokens` were right.
+    """
 
     arrival: float
     first_scheduled: float | None = None
@@ -30,6 +33,8 @@ class RequestMetrics:
     finished: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from ..runtime.kv_cache import KVCache
 from ..runtime.layout import blocks_for_budget, group_layers
 from ..runtime.memory import default_fraction, free_memory
 from ..runtime.runner import PagedModel
+from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
 INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
 
@@ -65,3 +66,14 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         max_queue=config.max_queue,
     )
     return cache, scheduler
+
+
+def build_speculator(model: PagedModel, config: EngineConfig) -> Speculator | None:
+    """What guesses tokens ahead in an engine of `config`, if anything does."""
+    if config.speculation is None:
+        return None
+    return Speculator(
+        NgramProposer(*config.ngram_range),
+        num_tokens=config.num_speculative_tokens,
+        max_step_tokens=MAX_STEP_TOKENS.get(model.device.type, MAX_STEP_TOKENS_ELSEWHERE),
+    )

@@ -29,14 +29,15 @@ from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
 from ..runtime.batch import StepContext
 from ..runtime.runner import ModelRunner, PagedModel
-from ..runtime.sampler import Sampler, derive_seed
-from .build import build
+from ..runtime.sampler import Sampler, SampleResult, derive_seed
+from .build import build, build_speculator
 from .held import HeldRows
 from .isolation import Isolation
 from .lock import FairLock
 from .metrics import StepClock
 from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
+from .speculation import Due, due_in
 from .text import encode_bad_words
 
 HELD_WAIT = 0.001  # seconds
@@ -71,6 +72,7 @@ class BatchEngine:
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
+        self._speculator = build_speculator(model, config)
         self.reset_stats()
 
     # Requests in
@@ -236,8 +238,11 @@ class BatchEngine:
         if self.model.weights_changed():
             self._scheduler.reset_prefix_cache()
         plan = self._schedule()
-        self._clock.lap("schedule", started)
+        mark = self._clock.lap("schedule", started)
         if plan is not None:
+            if self._speculator is not None and self._isolation.suspects() is None:
+                plan = self._speculator.extend(plan, self._scheduler)
+                self._clock.lap("draft", mark)
             self._run(plan)
         outputs = self._publish()
         self._clock.lap("total", started)
@@ -255,9 +260,11 @@ class BatchEngine:
 
     def _run(self, plan: StepPlan) -> None:
         try:
-            sequences, result = self._execute(plan)
+            due, result = self._execute(plan)
         except Exception as error:
             self._scheduler.rollback(plan)
+            if self._speculator is not None and self._speculator.bar(plan):
+                return  # try again without guesses before anybody is blamed
             culprit = self._isolation.failed(plan.seq_ids)
             if culprit is not None:
                 self._fail(culprit, error)
@@ -266,12 +273,12 @@ class BatchEngine:
             self._scheduler.rollback(plan)
             raise
         self._isolation.succeeded()
-        self._commit(plan, sequences, result)
+        self._commit(plan, due, result)
 
-    def _execute(self, plan: StepPlan):
+    def _execute(self, plan: StepPlan) -> tuple[list[Due], SampleResult | None]:
         """Forward and sampling. Nothing is committed yet, so a failure here can be taken back."""
         mark = time.perf_counter()
-        sequences = [self._scheduler.sequence(seq_id) for _, seq_id in plan.samples]
+        due = due_in(plan, self._scheduler)
         sampled = list(dict.fromkeys(row for row, _ in plan.samples))
         prompt_rows = self._prompt_rows(plan)
         rows = sampled + [row for span, _ in prompt_rows for row in span]
@@ -285,14 +292,14 @@ class BatchEngine:
         selected = logits[: len(sampled)]
         if len(plan.samples) != len(sampled):  # n completions start from one row
             selected = selected[[place[row] for row, _ in plan.samples]]
-        rows_to_sample = [sequence.request.state.sequence_state(sequence).row for sequence in sequences]
-        result = self._sampler.sample(selected, rows_to_sample) if sequences else None
+        rows_to_sample = [row for one in due for row in one.rows()]
+        result = self._sampler.sample(selected, rows_to_sample) if due else None
         offset = len(sampled)
         for span, state in prompt_rows:
             self._record_prompt(state, logits[offset : offset + len(span)])
             offset += len(span)
         self._clock.lap("sample", mark)
-        return sequences, result
+        return due, result
 
     def _prompt_rows(self, plan: StepPlan) -> list[tuple[range, RequestState]]:
         """Packed rows whose logits give log-probabilities of prompt tokens, per request that asked for them."""
@@ -314,38 +321,54 @@ class BatchEngine:
         entries = self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs)
         state.record_prompt_logprobs(entries)
 
-    def _commit(self, plan: StepPlan, sequences: list[Sequence], result) -> None:
+    def _commit(self, plan: StepPlan, due: list[Due], result: SampleResult | None) -> None:
         mark = time.perf_counter()
-        tokens: dict[int, int] = {}
+        tokens: dict[int, list[int]] = {}
         failures: list[tuple[Sequence, Exception]] = []
-        for index, sequence in enumerate(sequences):
-            error = result.errors[index]
-            if error is None:
-                try:
-                    tokens[sequence.seq_id] = self._chosen(sequence, result, index)
-                except Exception as raised:
-                    error = raised
+        for one in due:
+            taken, error = self._taken(one, result)
+            if taken:
+                tokens[one.sequence.seq_id] = taken
             if error is not None:
-                failures.append((sequence, error))
+                failures.append((one.sequence, error))
+            if self._speculator is not None:
+                self._speculator.learn(one, max(len(taken) - 1, 0))
         committed = self._scheduler.commit(plan, tokens)
-        self._clock.count(steps=1, tokens=plan.num_tokens, output_tokens=len(tokens))
+        self._clock.count(steps=1, tokens=plan.num_tokens)
         mark = self._clock.lap("schedule", mark)
-        for sequence, error in failures:
-            self._fail(sequence.seq_id, error)
-        entries = {sequence.seq_id: result.logprobs[index] for index, sequence in enumerate(sequences)}
+        entries = {one.sequence.seq_id: [result.logprobs[index] for index in one.samples] for one in due}
         waiting = committed[::-1]
         try:
             while waiting:
                 sequence = waiting.pop()
-                self._advance(sequence, tokens[sequence.seq_id], entries[sequence.seq_id])
+                self._advance(sequence, entries[sequence.seq_id])
         except BaseException as error:  # an interrupt: nobody may go on with a token that was not recorded
-            for unrecorded in [sequence, *waiting]:
+            for unrecorded in [sequence, *waiting, *(sequence for sequence, _ in failures)]:
                 self._fail(unrecorded.seq_id, error)
             self._publish()
             raise
+        for sequence, error in failures:
+            if sequence.finish_reason is None:
+                self._fail(sequence.seq_id, error)
         self._clock.lap("detokenize", mark)
 
-    def _chosen(self, sequence: Sequence, result, index: int) -> int:
+    def _taken(self, due: Due, result: SampleResult) -> tuple[list[int], Exception | None]:
+        """(tokens a sequence gets, why it gets no more): the sampled ones, as long as each is what the next row assumes."""
+        tokens: list[int] = []
+        for index, guess in zip(due.samples, [*due.drafts, None], strict=True):
+            error = result.errors[index]
+            if error is None:
+                try:
+                    tokens.append(self._chosen(due.sequence, result, index))
+                except Exception as raised:
+                    error = raised
+            if error is not None:
+                return tokens, error
+            if tokens[-1] != guess:
+                break
+        return tokens, None
+
+    def _chosen(self, sequence: Sequence, result: SampleResult, index: int) -> int:
         state: RequestState = sequence.request.state
         if state.hooks.capture:
             captured = (result.raw_logits[index], result.processed_logits[index])
@@ -353,19 +376,27 @@ class BatchEngine:
         token = result.tokens[index]
         return token if state.hooks.replace is None else state.hooks.replace(token)
 
-    def _advance(self, sequence: Sequence, token: int, logprobs) -> None:
-        """One completion got a token: text, stop strings, the user's criteria."""
+    def _advance(self, sequence: Sequence, logprobs: list) -> None:
+        """One completion got tokens: text, stop strings, the user's criteria, one token after the other."""
         state: RequestState = sequence.request.state
+        if state.finished:  # another completion of the request failed just now
+            return
         self._touch(state)
-        try:
-            stop_string = state.record_token(sequence, token, logprobs)
-            if state.hooks.on_token is not None:
-                state.hooks.on_token(token)
-            stopped = any([criterion(list(sequence.token_ids)) for criterion in state.hooks.criteria])
-        except Exception as error:
-            return self._fail(sequence.seq_id, error)
-        if sequence.finish_reason is None and (stop_string is not None or stopped):
-            self._scheduler.finish(sequence.seq_id, "stop", stop_string)
+        done, last = len(state.sequence_state(sequence).output.token_ids), sequence.num_output
+        for count, entry in zip(range(done + 1, last + 1), logprobs):
+            end = sequence.num_prompt + count
+            token = sequence.token_ids[end - 1]
+            self._clock.count(output_tokens=1)
+            try:
+                stop_string = state.record_token(sequence, token, entry)
+                if state.hooks.on_token is not None:
+                    state.hooks.on_token(token)
+                stopped = any([criterion(sequence.token_ids[:end]) for criterion in state.hooks.criteria])
+            except Exception as error:
+                return self._fail(sequence.seq_id, error)
+            if (stop_string is not None or stopped) and (sequence.finish_reason is None or count < last):
+                self._scheduler.cut(sequence.seq_id, count, "stop", stop_string)
+                break
         if sequence.finish_reason is not None:
             state.finish_sequence(sequence)
 
@@ -472,10 +503,16 @@ class BatchEngine:
             state.settle()
             if state.finished:
                 self._states.pop(request_id, None)
+                self._forget_guesses(state)
         for state in touched.values():
             if state.callback is not None:
                 state.notify()
         return [state.output for state in touched.values()]
+
+    def _forget_guesses(self, state: RequestState) -> None:
+        if self._speculator is not None:
+            for sequence in state.request.sequences:
+                self._speculator.forget(sequence.seq_id)
 
     # Whole jobs
 
@@ -540,15 +577,18 @@ class BatchEngine:
         """Counts since the last `reset_stats`, and memory in bytes now.
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
-        cache takes from the machine. Times are in seconds; `time_model` is the forward, the rest is the engine's own
+        cache takes from the machine. `draft_tokens` were guessed, `accepted_tokens` of them were right and
+        `acceptance_rate` is their share (None if nothing was guessed). Times are in seconds; `time_model` is the forward, the rest is the engine's own
         (`time_build` packs the batch, and grows the cache when it must).
         """
         with self._lock:
             scheduler = self._scheduler.stats()
             size = self._cache.bytes_per_block
             in_use, peak = scheduler.pop("blocks_in_use"), scheduler.pop("blocks_peak")
+            drafted, accepted = scheduler["draft_tokens"], scheduler["accepted_tokens"]
             return {
                 **scheduler,
+                "acceptance_rate": accepted / drafted if drafted else None,
                 **self._clock.stats(),
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
@@ -577,6 +617,8 @@ class BatchEngine:
             for sequence in list(self._scheduler.held):
                 self._scheduler.held.release(sequence)
             self._runner.close()
+            if self._speculator is not None:
+                self._speculator.close()
 
     def _check_open(self) -> None:
         if self.closed:

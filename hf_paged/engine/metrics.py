@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-PHASES = ("total", "schedule", "build", "model", "sample", "detokenize")
+PHASES = ("total", "schedule", "draft", "build", "model", "sample", "detokenize")
 COUNTERS = ("steps", "tokens", "output_tokens")
 
 

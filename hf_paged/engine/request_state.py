@@ -35,6 +35,11 @@ class RowHooks:
     capture: bool = False
     torch_rng: bool = False
 
+    @property
+    def draftable(self) -> bool:
+        """Whether a step may sample several tokens at once: not if something must see every token before the next."""
+        return not (self.processors or self.replace or self.capture or self.torch_rng)
+
 
 NO_HOOKS = RowHooks()
 
@@ -140,7 +145,8 @@ class RequestState:
 
     def _extend_text(self, state: SequenceState, sequence: Sequence, token: int) -> str | None:
         """Add the token's text. The token that ends a completion (EOS, a stop token) shows only when asked for."""
-        ended_by_token = sequence.finish_reason == "stop"
+        is_last = len(state.output.token_ids) == sequence.num_output
+        ended_by_token = is_last and sequence.finish_reason == "stop"
         piece = ""
         if not ended_by_token or self.params.include_stop_str_in_output:
             piece = state.detokenizer.append(token)
@@ -199,6 +205,8 @@ class RequestState:
         metrics.first_scheduled = request.first_scheduled
         metrics.num_preemptions = sum(sequence.num_preemptions for sequence in request.sequences)
         metrics.num_cached_tokens = request.sequences[0].num_cached_tokens if request.sequences else 0
+        metrics.num_draft_tokens = sum(sequence.num_draft_tokens for sequence in request.sequences)
+        metrics.num_accepted_tokens = sum(sequence.num_accepted_tokens for sequence in request.sequences)
         outputs = self.output.outputs
         if len(outputs) == self.params.n and all(output.finished for output in outputs):
             self.output.finished = True

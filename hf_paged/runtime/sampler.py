@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,6 +52,10 @@ class SampleRow:
     @property
     def greedy(self) -> bool:
         return self.params.temperature == 0.0
+
+    def extended(self, token_ids: Sequence[int]) -> SampleRow:
+        """The row as it would be with `token_ids` appended to the output."""
+        return replace(self, token_ids=[*self.token_ids, *token_ids])
 
 
 @dataclass(slots=True)

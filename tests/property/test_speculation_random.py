@@ -1,0 +1,151 @@
+"""Random traffic with guesses right and wrong: every output is, bit for bit, what the request gives without any."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import consult
+from tiny_models import tiny_model
+from tiny_tokenizer import tiny_tokenizer
+
+from hf_paged import Engine, EngineConfig, SamplingParams
+
+VOCAB = 320
+PREFIXES = [[], [7] * 20, list(range(30, 78)), list(range(30, 64)), [70, 71, 72, 73] * 8]
+MODELS = ["qwen3", "gemma2", "mistral-window"]
+
+
+@st.composite
+def sampling(draw) -> SamplingParams:
+    temperature = draw(st.sampled_from([0.0, 0.0, 0.4, 1.1]))
+    max_tokens = draw(st.integers(1, 16))
+    return SamplingParams(
+        n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+        seed=draw(st.integers(0, 3)),
+        temperature=temperature,
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        top_k=draw(st.sampled_from([0, 9])),
+        min_p=draw(st.sampled_from([0.0, 0.1])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.4])),
+        logit_bias=draw(st.sampled_from([None, {70: 3.0, 71: 2.5, 72: -9.0}])),
+        allowed_token_ids=draw(st.sampled_from([None, None, range(60, 110)])),
+        bad_words=draw(st.sampled_from([None, ["a", "th"]])),
+        stop=draw(st.sampled_from([None, ["e", "ab"], ["q"]])),
+        stop_token_ids=draw(st.sampled_from([None, [75, 90, 200]])),
+        include_stop_str_in_output=draw(st.booleans()),
+        min_tokens=draw(st.integers(0, max_tokens)),
+        max_tokens=max_tokens,
+        logprobs=draw(st.sampled_from([None, 0, 3])),
+        prompt_logprobs=draw(st.sampled_from([None, None, 1])),
+    )
+
+
+REQUESTS = st.fixed_dictionaries(
+    dict(
+        prefix=st.sampled_from(range(len(PREFIXES))),
+        tail=st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=24),
+        params=sampling(),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "salt"]),
+        wait=st.integers(0, 3),
+        abort_after=st.sampled_from([None, None, None, 0, 2, 5]),
+    )
+)
+
+
+@functools.cache
+def model(name: str):
+    model = tiny_model(name, vocab_size=VOCAB)
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+def contents(output) -> list[tuple]:
+    return [
+        (c.token_ids, c.text, c.logprobs, c.cumulative_logprob, c.finish_reason, c.stop_reason) for c in output.outputs
+    ]
+
+
+def alone(name: str, jobs) -> list:
+    """The requests one at a time in a roomy engine without prefix cache and guesses."""
+    with Engine(model(name), tiny_tokenizer(VOCAB), EngineConfig(prefix_cache=False, block_size=16)) as engine:
+        return [engine.generate([list(prompt)], params)[0] for prompt, params in jobs]
+
+
+def run(name, jobs, requests, config, expected, chance) -> dict:
+    """{place: output} of the requests together, some aborted on the way."""
+    results, aborts, step = {}, {}, 0
+    with Engine(model(name), tiny_tokenizer(VOCAB), config) as engine:
+        if chance is not None:
+            consult(engine, expected, chance)
+
+        def advance():
+            nonlocal step
+            engine.step()
+            step += 1
+            for request_id in [request_id for request_id, at in aborts.items() if at <= step]:
+                engine.abort(request_id)
+                del aborts[request_id]
+            engine.check_integrity()
+
+        for place, (request, (prompt, params)) in enumerate(zip(requests, jobs)):
+            engine.add(
+                list(prompt),
+                params,
+                request_id=str(place),
+                priority=request["priority"] if config.policy == "priority" else 0,
+                cache_salt=request["salt"],
+                on_output=lambda output: results.__setitem__(int(output.request_id), output),
+            )
+            if request["abort_after"] is not None:
+                aborts[str(place)] = step + request["abort_after"]
+            for _ in range(request["wait"]):
+                advance()
+        while engine.has_unfinished():
+            advance()
+        assert engine.stats()["kv_bytes_in_use"] == 0
+        assert not engine._speculator._paces
+    return results
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    requests=st.lists(REQUESTS, min_size=2, max_size=7),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    budget=st.sampled_from([16, 40, 256]),
+    seats=st.sampled_from([3, 5, 16]),
+    memory_tokens=st.sampled_from([240, 400, 4000]),
+    most=st.sampled_from([1, 3, 7, 20]),
+    chance=st.sampled_from([None, 0.3, 0.8, 1.0]),
+)
+def test_random_traffic_gives_the_same_outputs_with_any_guesses(
+    name, requests, policy, budget, seats, memory_tokens, most, chance
+):
+    config = EngineConfig(
+        block_size=16,
+        max_batch_tokens=budget,
+        max_num_seqs=seats,
+        policy=policy,
+        kv_cache_memory=memory_tokens * 3 * 2 * 2 * 12 * 4,
+        speculation="ngram",
+        num_speculative_tokens=most,
+        ngram_range=(1, 4),
+    )
+    jobs = [(tuple(PREFIXES[request["prefix"]] + request["tail"]), request["params"]) for request in requests]
+    expected = alone(name, jobs)
+    results = run(name, jobs, requests, config, expected, chance)
+    for place, output in enumerate(expected):
+        got = results[place]
+        if any(completion.finish_reason == "abort" for completion in got.outputs):
+            for completion in got.outputs:
+                assert completion.token_ids == output.outputs[completion.index].token_ids[: len(completion.token_ids)]
+            continue
+        assert contents(got) == contents(output)
+        assert got.prompt_logprobs == output.prompt_logprobs
+        assert got.metrics.num_accepted_tokens <= got.metrics.num_draft_tokens
