@@ -177,6 +177,7 @@ class Scheduler:
 
         Only decodes carry drafts. A sequence gets no more than it may still output, less the token it samples anyway.
         """
+        assert not self.has_state, "a state cannot be taken back by the drafts that were wrong"
         step = self._in_flight[1]
         found = []
         for seq in step.decoding():

@@ -109,7 +109,7 @@ class StepDraft:
             block_tables=[[seq.block_tables[group] for seq in sequences] for group in range(len(tables.pools))],
             copies=self.changes.copies,
             num_blocks=[pool.num_blocks for pool in tables.pools],
-            states=[self.changes.states[seq.seq_id] for seq, _, _ in entries] if tables.has_state else [],
+            states=[self.changes.states[seq.seq_id] for seq in sequences] if tables.has_state else [],
             num_slots=tables.slots.num_blocks,
             samples=samples,
         )

@@ -7,7 +7,7 @@ import torch
 from hf_paged_kernels import ops
 
 from ..base.config import EngineConfig
-from ..base.errors import KernelUnavailable
+from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import blocks_for_budget, group_layers
@@ -68,10 +68,18 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     return cache, scheduler
 
 
-def build_speculator(model: PagedModel, config: EngineConfig) -> Speculator | None:
-    """What guesses tokens ahead in an engine of `config`, if anything does."""
+def build_speculator(model: PagedModel, config: EngineConfig, scheduler: Scheduler) -> Speculator | None:
+    """What guesses tokens ahead in an engine of `config`, if anything does.
+
+    Raises UnsupportedOption for a model whose sequences cannot take tokens back.
+    """
     if config.speculation is None:
         return None
+    if scheduler.has_state:
+        raise UnsupportedOption(
+            f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
+            "guess was wrong; use speculation=None"
+        )
     return Speculator(
         NgramProposer(*config.ngram_range),
         num_tokens=config.num_speculative_tokens,

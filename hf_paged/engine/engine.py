@@ -72,7 +72,7 @@ class BatchEngine:
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
-        self._speculator = build_speculator(model, config)
+        self._speculator = build_speculator(model, config, self._scheduler)
         self.reset_stats()
 
     # Requests in

@@ -79,7 +79,7 @@ def test_sampled_requests_are_guessed_too(open_engine):
 
 
 @pytest.mark.parametrize("right", [True, False])
-@pytest.mark.parametrize("place", range(1, 9))
+@pytest.mark.parametrize("place", [1, 2, 4, 7])
 @pytest.mark.parametrize("how", ["stop_token_ids", "stop", "stop included", "eos", "max_tokens"])
 def test_an_output_ends_at_the_same_token_wherever_the_guesses_lie(open_engine, model, tokenizer, monkeypatch, how, place, right):
     prompt = [list(range(40, 60))]

@@ -32,7 +32,7 @@ def step(scheduler) -> list[tuple[str, int, int]]:
         return []
     scheduler.check_integrity()
     names = [scheduler.sequence(seq_id).request.request_id for seq_id in plan.seq_ids]
-    scheduler.commit(plan, {seq_id: 9 for _, seq_id in plan.samples})
+    scheduler.commit(plan, {seq_id: [9] for _, seq_id in plan.samples})
     scheduler.check_integrity()
     assert all(write < plan.num_slots for _, write in plan.states)
     return [(name, *states) for name, states in zip(names, plan.states, strict=True)]
