@@ -32,6 +32,7 @@ class Request:
         deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
         read_prefix_cache: False computes every prompt token anew (its blocks still serve others).
+        write_prefix_cache: False keeps its blocks out of the prefix cache; its own completions still share them.
         params: the engine's sampling parameters; opaque here.
         state: the engine's own state; opaque here.
         sequences: the completions so far. The leader alone until the prompt is computed, then `n`.
@@ -50,6 +51,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | bytes | None = None
     read_prefix_cache: bool = True
+    write_prefix_cache: bool = True
     params: object = None
     state: object = None
     sequences: list[Sequence] = field(default_factory=list)
@@ -74,7 +76,8 @@ class Sequence:
         block_tables: per group, the block of every `block_size` tokens; -1 where a sliding group gave it back.
         state_slot: where its recurrent state is, for models that keep one. Like a block it may be shared after a fork.
         block_keys: prefix-cache keys of the full blocks, as far as they were needed.
-        publishable: whether its blocks may enter the prefix cache (not when older weights computed part of them).
+        publishable: whether its blocks may enter the prefix cache (not when older weights computed part of them, nor if its
+            request keeps them out).
         pending_forks: siblings still to be forked off when the prompt is computed; each has a seat reserved.
         num_cached_tokens: prompt tokens found in the prefix cache when it first ran.
         num_preemptions: times it lost its blocks to another sequence.

@@ -71,6 +71,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.requests: dict[str, Request] = {}
         self._by_priority = policy == "priority"
+        self._prefix_cache = prefix_cache
         self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache, max_slots)
         self._queues = Queues()
         self.held = HeldSequences(
@@ -324,7 +325,7 @@ class Scheduler:
                 return False
             self._preempt_in(draft, victim)
         self._queues.seat(seq)
-        seq.publishable = True
+        seq.publishable = seq.request.write_prefix_cache
         self._note_admission(seq)
         self._advance(draft, seq)
         assert seq.seq_id in draft.busy, "admitted without room: it might share blocks whose step fails"
@@ -492,7 +493,14 @@ class Scheduler:
         self._num_preemptions += 1
         self._send_back(victim)
 
-    # -- weights
+    # -- weights and hooks
+
+    def share_prefixes(self, allowed: bool) -> None:
+        """Switch the prefix cache off and on again: while it is off, no block is found or published.
+
+        Does nothing to a scheduler made without one. Whatever is to be forgotten takes `reset_prefix_cache`.
+        """
+        self._tables.prefix_cache = allowed and self._prefix_cache
 
     def reset_prefix_cache(self) -> None:
         """The weights changed: no later request may find a block computed so far.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from tqdm.auto import tqdm
@@ -27,7 +27,8 @@ from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
-from ..runtime.batch import StepContext
+from ..runtime.batch import SequenceHooks, StepContext
+from ..runtime.packed import Owner
 from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import Sampler, SampleResult, derive_seed
 from .build import build, build_speculator
@@ -88,6 +89,7 @@ class BatchEngine:
         cache_salt: str | None = None,
         logits_processors: Iterable[Callable] = (),
         stopping_criteria: Iterable[Callable] = (),
+        forward_hooks: Mapping[str, Callable] | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> str:
         """Submit a request and return its id.
@@ -101,6 +103,11 @@ class BatchEngine:
             cache_salt: requests share cached prefixes only with requests of the same salt.
             logits_processors: called as `f(token_ids, logits [V]) -> logits [V]` before sampling.
             stopping_criteria: called as `f(token_ids) -> bool` after every token; true stops the completion.
+            forward_hooks: {module name: `f(activation [t, ...], positions [t]) -> replacement or None`}: called after
+                that module with the rows of this request alone, a copy whose changes in place count as a replacement;
+                of a tuple, its first tensor. The output embedding has only the rows whose logits are needed. Such a
+                request shares no cached prefix with others, so its functions see every token. (Those of a request that
+                was preempted are computed, and seen, again.)
             on_output: called with the RequestOutput after every step that changed it, in the stepping thread.
 
         Raises:
@@ -110,8 +117,10 @@ class BatchEngine:
         """
         hooks = NO_HOOKS
         processors, criteria = tuple(logits_processors), tuple(stopping_criteria)
-        if processors or criteria:
-            hooks = RowHooks(processors=processors, criteria=criteria)
+        if processors or criteria or forward_hooks is not None:
+            hooks = RowHooks(
+                processors=processors, criteria=criteria, forward_hooks=self._checked_forward_hooks(forward_hooks)
+            )
         state = self.submit(
             prompt,
             params,
@@ -162,7 +171,9 @@ class BatchEngine:
                 arrival=now,
                 deadline=None if deadline is None else now + deadline,
                 cache_salt=cache_salt,
-                read_prefix_cache=params.prompt_logprobs is None,
+                # a function on activations sees every token of its request, and what it changes is nobody else's
+                read_prefix_cache=params.prompt_logprobs is None and not hooks.forward_hooks,
+                write_prefix_cache=not hooks.forward_hooks,
                 params=params,
             )
             self._count += 1
@@ -188,6 +199,19 @@ class BatchEngine:
                 return self.submit(prompt, params, **options)
             except QueueFull:
                 self.step()
+
+    def _checked_forward_hooks(self, forward_hooks: Mapping[str, Callable] | None) -> dict[str, Callable]:
+        if forward_hooks is None:
+            return {}
+        if not isinstance(forward_hooks, Mapping):
+            raise InvalidArgument(
+                f"forward_hooks must map module names to functions, got {type(forward_hooks).__name__}"
+            )
+        for name, function in forward_hooks.items():
+            self.model.check_module(name)
+            if not callable(function):
+                raise InvalidArgument(f"forward_hooks: {name!r} needs a function, got {type(function).__name__}")
+        return dict(forward_hooks)
 
     def _max_tokens(self, params: SamplingParams, prompt_length: int) -> int:
         room = self.max_model_len - prompt_length
@@ -235,8 +259,7 @@ class BatchEngine:
         started = time.perf_counter()
         self._release_dropped()
         self._expire()
-        if self.model.weights_changed():
-            self._scheduler.reset_prefix_cache()
+        self._look_at_model()
         plan = self._schedule()
         mark = self._clock.lap("schedule", started)
         if plan is not None:
@@ -247,6 +270,12 @@ class BatchEngine:
         outputs = self._publish()
         self._clock.lap("total", started)
         return outputs
+
+    def _look_at_model(self) -> None:
+        """Before blocks are looked up: what the model has become decides which of them may be shared."""
+        if self.model.weights_changed():
+            self._scheduler.reset_prefix_cache()
+        self._scheduler.share_prefixes(not self.model.hooked)
 
     def _schedule(self) -> StepPlan | None:
         plan = self._scheduler.schedule(only=self._isolation.suspects())
@@ -259,8 +288,9 @@ class BatchEngine:
         return plan
 
     def _run(self, plan: StepPlan) -> None:
+        hooks = self._sequence_hooks(plan)
         try:
-            due, result = self._execute(plan)
+            due, result = self._execute(plan, hooks)
         except Exception as error:
             self._scheduler.rollback(plan)
             if self._speculator is not None and self._speculator.bar(plan):
@@ -273,16 +303,18 @@ class BatchEngine:
             self._scheduler.rollback(plan)
             raise
         self._isolation.succeeded()
+        for seq_id, error in hooks.errors.items():
+            self._fail(seq_id, error)
         self._commit(plan, due, result)
 
-    def _execute(self, plan: StepPlan) -> tuple[list[Due], SampleResult | None]:
+    def _execute(self, plan: StepPlan, hooks: SequenceHooks) -> tuple[list[Due], SampleResult | None]:
         """Forward and sampling. Nothing is committed yet, so a failure here can be taken back."""
         mark = time.perf_counter()
         due = due_in(plan, self._scheduler)
         sampled = list(dict.fromkeys(row for row, _ in plan.samples))
         prompt_rows = self._prompt_rows(plan)
         rows = sampled + [row for span, _ in prompt_rows for row in span]
-        context = self._runner.prepare(plan)
+        context = self._runner.prepare(plan, self._owner, hooks)
         mark = self._clock.lap("build", mark)
         logits = self._runner.forward(context, rows)
         if logits.is_cuda:
@@ -300,6 +332,15 @@ class BatchEngine:
             offset += len(span)
         self._clock.lap("sample", mark)
         return due, result
+
+    def _owner(self, seq_id: int) -> Owner:
+        sequence = self._scheduler.sequence(seq_id)
+        request = sequence.request
+        return Owner(request.request_id, sequence.index, request.state.hooks.row, sequence.num_prompt)
+
+    def _sequence_hooks(self, plan: StepPlan) -> SequenceHooks:
+        states = ((seq_id, self._scheduler.sequence(seq_id).request.state) for seq_id in plan.seq_ids)
+        return SequenceHooks({seq_id: state.hooks.forward_hooks for seq_id, state in states if state.hooks.forward_hooks})
 
     def _prompt_rows(self, plan: StepPlan) -> list[tuple[range, RequestState]]:
         """Packed rows whose logits give log-probabilities of prompt tokens, per request that asked for them."""
@@ -412,15 +453,16 @@ class BatchEngine:
         if self._stepping:
             raise InvalidArgument("a model call came from inside a step (from a processor, criterion or hook)")
         self._release_dropped()
-        if self.model.weights_changed():
-            self._scheduler.reset_prefix_cache()
+        self._look_at_model()
 
-    def _execute_held(self, plan: StepPlan, execute: Callable[[StepContext], object]):
+    def _execute_held(
+        self, plan: StepPlan, execute: Callable[[StepContext], object], owner: Callable[[int], Owner]
+    ):
         """Build the batch of a held plan and run `execute` on it as this engine's step."""
         started = time.perf_counter()
         self._stepping = True
         try:
-            context = self._runner.prepare(plan)
+            context = self._runner.prepare(plan, owner)
             mark = self._clock.lap("build", started)
             result = self._runner.run(context, execute)
             self._clock.lap("model", mark)

@@ -17,6 +17,7 @@ import torch
 from ..base.errors import InvalidArgument, RequestTooLarge
 from ..core.request import Sequence
 from ..runtime.batch import StepContext
+from ..runtime.packed import Owner
 
 _numbers = itertools.count()
 
@@ -70,7 +71,7 @@ class HeldRows:
             engine._check_open()
             engine._release_dropped()
             self._sequences = [
-                self._held.new(f"{self._name} row {row}", cache_salt=cache_salt, publish=publish)
+                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, publish=publish)
                 for row in range(num_rows)
             ]
         self._drop = weakref.finalize(self, engine._dropped.append, self._sequences)
@@ -93,6 +94,7 @@ class HeldRows:
     def take_hit(self, row: int, token_ids: list[int]) -> int:
         """Start an empty row from the prefix cache; returns how many of `token_ids` that saves. One is always left."""
         with self._engine._lock:
+            self._engine._begin_held()
             return self._held.take_hit(self._sequences[row], token_ids)
 
     def forward(
@@ -111,6 +113,9 @@ class HeldRows:
             InvalidArgument: a token id outside the vocabulary (ids below 0 stand for rows given as embeddings).
         """
         self._check(new_tokens)
+        for sequence, tokens in zip(self._sequences, new_tokens):
+            if not sequence.num_prompt:
+                sequence.num_prompt = sequence.num_computed + len(tokens)
         execute = execute or self._last_logits
         chunks = []
         for work in self._chunks(new_tokens):
@@ -161,12 +166,16 @@ class HeldRows:
             spans.append(Span(*starts[seq_id], count, offset))
             offset += count
         try:
-            result = engine._execute_held(plan, lambda context: execute(context, spans))
+            result = engine._execute_held(plan, lambda context: execute(context, spans), self._owner)
         except BaseException:
             self._held.rollback([self._sequences[row] for row, _, _ in work], draft)
             raise
         self._held.commit(plan)
         return Chunk(spans, result)
+
+    def _owner(self, seq_id: int) -> Owner:
+        row = next(row for row, sequence in enumerate(self._sequences) if sequence.seq_id == seq_id)
+        return Owner(f"{self._name}/{row}", 0, row, self._sequences[row].num_prompt)
 
     def _last_logits(self, context: StepContext, spans: list[Span]) -> torch.Tensor:
         last = torch.tensor([span.offset + span.count - 1 for span in spans], device=context.input_ids.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..base.sampling_params import SamplingParams
@@ -26,6 +26,8 @@ class RowHooks:
         on_token: called with the appended token after the criteria have run.
         capture: keep the raw and the processed logits of every step in `SequenceState.captured`.
         torch_rng: draw from torch's default generator the way transformers does.
+        forward_hooks: module name -> `f(activation [t, ...], positions [t]) -> replacement or None`.
+        row: for rows of a batch, which one this is.
     """
 
     processors: tuple[Callable, ...] = ()
@@ -34,11 +36,13 @@ class RowHooks:
     on_token: Callable[[int], None] | None = None
     capture: bool = False
     torch_rng: bool = False
+    forward_hooks: Mapping[str, Callable] = field(default_factory=dict)
+    row: int | None = None
 
     @property
     def draftable(self) -> bool:
         """Whether a step may sample several tokens at once: not if something must see every token before the next."""
-        return not (self.processors or self.replace or self.capture or self.torch_rng)
+        return not (self.processors or self.replace or self.capture or self.torch_rng or self.forward_hooks)
 
 
 NO_HOOKS = RowHooks()

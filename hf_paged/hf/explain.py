@@ -9,6 +9,7 @@ from hf_paged_kernels import ops
 from ..base.errors import KernelUnavailable
 from .attention import drops_softcap
 from .spec import text_config
+from .watch import hooked_modules
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,14 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`str()` is a table; `fallbacks` lists every slower path with its reason."""
+    """`str()` is a table.
+
+    Attributes:
+        fused: kernel -> modules it stands in for.
+        fallbacks: every slower path that this model, this machine or a call made so far takes, with its reason.
+        off: what rests for the time being because of hooks or replaced modules, with the reason.
+        limits: what holds on a patched model and would not hold on an unpatched one.
+    """
 
     model: str
     dtype: str
@@ -32,13 +40,15 @@ class Explanation:
     layers: list[LayerExplanation]
     fused: dict[str, int]
     fallbacks: dict[str, str] = field(default_factory=dict)
+    off: dict[str, str] = field(default_factory=dict)
     limits: list[str] = field(default_factory=list)
 
     def raise_on_fallback(self) -> None:
         """Raise KernelUnavailable if anything takes a slower path (`EngineConfig(strict=True)`)."""
-        if self.fallbacks:
-            name, reason = next(iter(self.fallbacks.items()))
+        for name, reason in self.fallbacks.items():
             raise KernelUnavailable(f"strict: {name} takes a slower path: {reason}")
+        for name, reason in self.off.items():
+            raise KernelUnavailable(f"strict: {name} is off: {reason}")
 
     def __str__(self) -> str:
         lines = [f"{self.model} ({self.dtype} on {self.device})", "", "layers  attention              heads           kernel"]
@@ -48,6 +58,7 @@ class Explanation:
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
         lines += [f"slower  {name}: {reason}" for name, reason in self.fallbacks.items()]
+        lines += [f"off     {name}: {reason}" for name, reason in self.off.items()]
         lines += [f"limit   {limit}" for limit in self.limits]
         return "\n".join(lines)
 
@@ -100,5 +111,24 @@ def explain_patch(model, patch, config) -> Explanation:
         layers=layers,
         fused=dict(patch.fusions.counts),
         fallbacks=fallbacks,
+        off=_resting(model, patch, config),
         limits=limits,
     )
+
+
+def _resting(model, patch, config) -> dict[str, str]:
+    off = {}
+    hooked = hooked_modules(model)
+    if hooked and config.prefix_cache:
+        off["prefix sharing"] = f"forward hooks, on {_some(hooked)}, may treat requests differently"
+    aside = {id(module) for module in patch.fusions.stepping_aside()}
+    names = [name for name, module in model.named_modules() if id(module) in aside]
+    if names:
+        off["fused mlp"] = f"parts of {_some(names)} are hooked or replaced"
+    return off
+
+
+def _some(names: list[str]) -> str:
+    shown = names[:3]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -23,6 +23,7 @@ from hf_paged_kernels import fused
 
 from ..runtime.batch import active_context
 from .swap import Swapped, can_swap, restore, swap
+from .watch import is_hooked, version_of
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
@@ -92,8 +93,9 @@ class MergedLinear(Swapped):
             return super().forward(input)
         merged, index = self._hf_paged
         kept = context.projections
-        if kept.get("input") is not input or kept.get("merged") is not merged:
-            kept["input"], kept["merged"] = input, merged
+        same = kept.get("input") is input and kept.get("merged") is merged
+        if not same or kept["version"] != version_of(input):  # a hook may have changed the input in place
+            kept["input"], kept["merged"], kept["version"] = input, merged, version_of(input)
             kept["parts"] = torch.split_with_sizes(merged.project(input), merged.sizes, dim=-1)
         return kept["parts"][index]
 
@@ -118,10 +120,7 @@ class _MLP:
         parts = (
             (module.gate_proj, module.up_proj, module.act_fn) if self.merged else (_activation_module(module),)
         )
-        return all(
-            now is then and not now._forward_hooks and not now._forward_pre_hooks
-            for now, then in zip(parts, self.bypassed)
-        )
+        return all(now is then and not is_hooked(now) for now, then in zip(parts, self.bypassed))
 
 
 class FusedMLP(Swapped):
@@ -151,6 +150,12 @@ class Fusions:
         swap(module, mixin, state)
         self.swapped.append(module)
         self.counts[kind] += 1
+
+    def stepping_aside(self) -> list[nn.Module]:
+        """Fused modules whose own forward runs for now, because a part they would bypass was hooked or replaced."""
+        return [
+            module for module in self.swapped if isinstance(module, FusedMLP) and not module._hf_paged.untouched(module)
+        ]
 
     def rejoin(self) -> None:
         for merged in self.merged:

@@ -15,6 +15,7 @@ from .generation import PagedMixin
 from .model import TransformersModel
 from .spec import check_supported
 from .swap import ATTRIBUTE, Swapped, restore, swap
+from .watch import without_hooks
 
 
 class Patch:
@@ -23,13 +24,18 @@ class Patch:
     def __init__(self, model: torch.nn.Module, config: EngineConfig, tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        self.fusions = fuse(model) if config.fuse else Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
+        self.fusions = Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
+        if config.fuse:
+            with without_hooks(model):
+                self.fusions = fuse(model)
         self.adapter: TransformersModel | None = None
         self._engine = None
         self._lock = threading.Lock()
 
     def bind(self, model: torch.nn.Module) -> None:
-        self.adapter = TransformersModel(model, self.fusions)
+        with without_hooks(model):
+            self.adapter = TransformersModel(model, self.fusions)
+        self.adapter.weights_replaced()  # with its hooks
         check_backend(self.config.attention_backend, self.adapter.device)
 
     @property

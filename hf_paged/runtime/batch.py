@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +16,19 @@ from ..core.plan import StepPlan
 from .kv_cache import KVCache
 
 
+@dataclass(slots=True)
+class SequenceHooks:
+    """Functions of single sequences on activations of a step.
+
+    Attributes:
+        functions: seq_id -> module name -> `f(activation [t, ...], positions [t]) -> replacement or None`.
+        errors: seq_id -> what went wrong with it in the forward. The sequence has to end; the others are unharmed.
+    """
+
+    functions: dict[int, Mapping[str, Callable]] = field(default_factory=dict)
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+
 class StepContext:
     """One step's packed batch, as the attention layers see it.
 
@@ -22,15 +37,26 @@ class StepContext:
         position_ids: [1, T] their positions in their own sequences.
         metadata: one AttentionMetadata per block group.
         projections: results of merged projections waiting for the sibling module that asks next.
+        owner: sequence id -> whose it is (`packed.Owner`).
+        logit_rows: [R] packed rows whose logits the running forward computes; None: all.
+        packed: the batch as `current_batch` describes it, once somebody asked.
+        hooks: activation hooks of single sequences, and how they fared.
     """
 
-    __slots__ = ("plan", "input_ids", "position_ids", "metadata", "projections", "_layers", "_backend")
+    __slots__ = (
+        *("plan", "input_ids", "position_ids", "metadata", "projections", "owner", "logit_rows", "packed", "hooks"),
+        *("_layers", "_backend"),
+    )
 
-    def __init__(self, plan: StepPlan, cache: KVCache, backend: str):
+    def __init__(self, plan: StepPlan, cache: KVCache, backend: str, owner: Callable | None, hooks: SequenceHooks):
         self.plan = plan
         self._layers = cache.layers
         self._backend = backend
         self.projections: dict = {}
+        self.owner = owner
+        self.logit_rows: torch.Tensor | None = None
+        self.packed = None
+        self.hooks = hooks
         device, block_size = cache.device, cache.block_size
 
         num_new = np.asarray(plan.num_new, dtype=np.int64)

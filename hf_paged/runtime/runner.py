@@ -8,9 +8,10 @@ from typing import Protocol, TypeVar
 import torch
 
 from ..core.plan import StepPlan
-from .batch import StepContext
+from .batch import SequenceHooks, StepContext
 from .kv_cache import KVCache
 from .layout import LayerSpec
+from .packed import Owner
 
 
 T = TypeVar("T")
@@ -29,11 +30,23 @@ class PagedModel(Protocol):
     dtype: torch.dtype
 
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of the packed rows `rows` [R] of `context`'s batch."""
+        """Logits [R, V] of the packed rows `rows` [R] of `context`'s batch. Runs `context.hooks`."""
+        ...
+
+    def check_module(self, name: str) -> None:
+        """Raise InvalidArgument unless a function on activations can run on the outputs of a module of that name."""
         ...
 
     def weights_changed(self) -> bool:
-        """Whether any weight differs from the last call's; cheap enough to ask before every step."""
+        """Whether anything that decides the outputs (weights, adapters, hooks) differs from the last call's.
+
+        Cheap enough to ask before every step.
+        """
+        ...
+
+    @property
+    def hooked(self) -> bool:
+        """Whether, at the last look, user code ran inside the forward, which may treat every request differently."""
         ...
 
     def weights_replaced(self) -> bool:
@@ -49,13 +62,20 @@ class ModelRunner:
         self.cache = cache
         self.backend = backend
 
-    def prepare(self, plan: StepPlan) -> StepContext:
-        """Grow the cache, copy blocks, pack the batch."""
+    def prepare(
+        self, plan: StepPlan, owner: Callable[[int], Owner] | None = None, hooks: SequenceHooks | None = None
+    ) -> StepContext:
+        """Grow the cache, copy blocks, pack the batch.
+
+        Args:
+            owner: tells whose a sequence id is; needed for a batch that a model will run on.
+            hooks: functions of single sequences on activations.
+        """
         # The cache outlives this call, so none of it may be an inference tensor, whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.ensure(plan.num_blocks)
             self.cache.copy_blocks(plan.copies)
-            return StepContext(plan, self.cache, self.backend)
+            return StepContext(plan, self.cache, self.backend, owner, hooks or SequenceHooks())
 
     def forward(self, context: StepContext, rows: list[int]) -> torch.Tensor:
         """Run a prepared batch and return logits [len(rows), V] of those packed rows."""

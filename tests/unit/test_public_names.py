@@ -11,7 +11,7 @@ from hf_paged.base import errors
 DOCUMENTED = {
     *("AsyncEngine", "Engine", "EngineConfig", "SamplingParams"),
     *("CompletionOutput", "Logprob", "RequestOutput"),
-    *("engine_of", "explain", "patch", "unpatch"),
+    *("current_batch", "engine_of", "explain", "patch", "unpatch"),
 }
 HEAVY = ("torch", "transformers", "numpy", "typer", "rich", "gguf", "matplotlib", "tqdm")
 
