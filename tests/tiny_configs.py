@@ -107,6 +107,35 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_oss": ("gpt_oss", dict(sliding_window=20, num_hidden_layers=4)),
     "qwen3_moe": ("qwen3_moe", dict(norm_topk_prob=True)),
     "mixtral-window": ("mixtral", dict(sliding_window=25)),
+    # latent attention
+    **{
+        name: (name, dict(num_key_value_heads=4, first_k_dense_replace=1))
+        for name in ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu")
+    },
+    "deepseek_v3-no-q-lora": (
+        "deepseek_v3",
+        dict(num_key_value_heads=4, q_lora_rank=None, rope_interleave=False, attention_bias=True),
+    ),
+    "longcat_flash": ("longcat_flash", dict(num_layers=2, num_key_value_heads=4, head_dim=8, zero_expert_num=2)),
+    # attention by modules with a softmax of their own
+    "bloom-6-heads": (
+        "bloom",
+        dict(n_head=6, apply_residual_connection_post_layernorm=True, tie_word_embeddings=False),
+    ),
+    "codegen": ("codegen", dict(rotary_dim=8)),
+    "falcon-7b": ("falcon", dict(multi_query=True, parallel_attn=True, num_attention_heads=4)),
+    "falcon-40b": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2, bias=True)),
+    "falcon-rw": (
+        "falcon",
+        dict(
+            alibi=True, multi_query=False, parallel_attn=False, bias=True, num_attention_heads=6,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "falcon-alibi-mqa": ("falcon", dict(alibi=True, multi_query=True, num_attention_heads=6)),
+    "gpt_neo": ("gpt_neo", dict(num_layers=4, attention_types=[[["global", "local"], 2]], window_size=20)),
+    "gptj": ("gptj", dict(rotary_dim=8)),
+    "mpt-6-heads": ("mpt", dict(n_heads=6, attn_config=dict(clip_qkv=1.5, softmax_scale=0.2))),
 }
 
 # Names of which there is no tiny model that generates from text, and why.

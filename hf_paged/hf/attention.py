@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import active_context
+from .adapters import LatentAttention
 
 NAME = "hf_paged"
 _original: dict[int, str] = {}  # id(config) -> the implementation it had, while a step runs
@@ -47,16 +48,11 @@ def paged_attention_forward(
         raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
     if softcap is not None and drops_softcap(_original.get(id(module.config))):
         softcap = None  # the same tokens as this model gives unpatched
-    output = context.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return output[None], None
+    options = dict(scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap, sinks=s_aux)
+    if isinstance(module, LatentAttention):
+        return module.attend_latent(context, query, key, value, **options)[None], None
+    heads = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return context.attend(module.layer_idx, *heads, **options)[None], None
 
 
 def drops_softcap(implementation: str | None) -> bool:
@@ -66,7 +62,8 @@ def drops_softcap(implementation: str | None) -> bool:
 
 def _paged_mask(*args, config=None, **kwargs):
     if active_context() is not None:
-        return None  # the step's own lengths say who sees whom
+        # The step's own lengths say who sees whom. MPT converts its mask before it hands it on, so it is given one.
+        return torch.zeros((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
     return ALL_MASK_ATTENTION_FUNCTIONS[_original.get(id(config), "sdpa")](*args, config=config, **kwargs)
 
 

@@ -8,7 +8,7 @@ from hf_paged_kernels import ops
 
 from ..base.errors import KernelUnavailable
 from .attention import drops_softcap
-from .spec import text_config
+from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
 
 
@@ -89,7 +89,7 @@ def explain_patch(model, patch, config) -> Explanation:
     layers = [
         LayerExplanation(
             layer=spec.layer_idx,
-            kind="full" if spec.window is None else f"sliding window {spec.window}",
+            kind=_kind(spec, patch.adaptations),
             heads=f"{spec.num_heads}/{spec.num_kv_heads} x {spec.head_dim}",
             kernel=kernel,
             reason=reason,
@@ -97,8 +97,8 @@ def explain_patch(model, patch, config) -> Explanation:
         for spec in adapter.layers
     ]
     fallbacks = {"attention": reason} if reason else {}
-    fallbacks |= patch.fusions.notes
-    limits = [f"at most {adapter.max_model_len} tokens a sequence"]
+    fallbacks |= patch.adaptations.notes | patch.fusions.notes
+    limits = [f"at most {adapter.max_model_len} tokens a sequence"] if adapter.max_model_len < NO_LIMIT else []
     if adapter.length_note:
         limits.append(adapter.length_note)
     implementation = model.config._attn_implementation
@@ -132,3 +132,8 @@ def _some(names: list[str]) -> str:
     shown = names[:3]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _kind(spec, adaptations) -> str:
+    kind = "full" if spec.window is None else f"sliding window {spec.window}"
+    return ", ".join(filter(None, (kind, adaptations.kinds.get(spec.layer_idx))))

@@ -9,6 +9,7 @@ import torch
 
 from ..base.errors import InvalidArgument, UnsupportedModel
 from ..runtime.batch import StepContext, activate
+from .adapters import Adaptations
 from .attention import attention_configs, paged_attention
 from .fusion import Fusions
 from .sequence_hooks import sequence_hooks
@@ -20,11 +21,11 @@ from .watch import Snapshot
 class TransformersModel:
     """Implements `runtime.runner.PagedModel` for a decoder-only transformers model. Reads the live weights."""
 
-    def __init__(self, model: torch.nn.Module, fusions: Fusions):
+    def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations):
         self.module = model
         self.fusions = fusions
-        self.layers = probe_layers(model)
-        self.max_model_len, self.length_limit, self.length_note = model_lengths(model)
+        self.layers = probe_layers(model, adaptations)
+        self.max_model_len, self.length_limit, self.length_note = model_lengths(model, adaptations)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -9,6 +9,7 @@ import torch
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
 from ..engine.build import check_backend
+from .adapters import adapt
 from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse
 from .generation import PagedMixin
@@ -25,16 +26,21 @@ class Patch:
         self.config = config
         self.tokenizer = tokenizer
         self.fusions = Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
-        if config.fuse:
-            with without_hooks(model):
-                self.fusions = fuse(model)
+        self.adaptations = adapt(model)
+        try:
+            if config.fuse:
+                with without_hooks(model):
+                    self.fusions = fuse(model)
+        except BaseException:
+            self.adaptations.undo()
+            raise
         self.adapter: TransformersModel | None = None
         self._engine = None
         self._lock = threading.Lock()
 
     def bind(self, model: torch.nn.Module) -> None:
         with without_hooks(model):
-            self.adapter = TransformersModel(model, self.fusions)
+            self.adapter = TransformersModel(model, self.fusions, self.adaptations)
         self.adapter.weights_replaced()  # with its hooks
         check_backend(self.config.attention_backend, self.adapter.device)
 
@@ -112,6 +118,7 @@ def unpatch(model: torch.nn.Module):
     if engine is not None:
         engine.close()
     undo.fusions.undo()
+    undo.adaptations.undo()
     restore(model)
     return model
 

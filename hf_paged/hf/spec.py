@@ -9,6 +9,7 @@ from ..base.errors import UnsupportedModel
 from ..runtime.batch import activate
 from ..runtime.layout import LayerSpec
 from . import supported
+from .adapters import Adaptations
 from .attention import attention_configs, paged_attention
 from .swap import evaluating
 
@@ -43,7 +44,8 @@ WINDOW_EVERYWHERE = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe"})
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
-    def __init__(self):
+    def __init__(self, position_ids: torch.Tensor):
+        self.position_ids = position_ids
         self.seen: dict[int, tuple[int, int, int, int]] = {}
         self.projections: dict = {}
 
@@ -54,8 +56,8 @@ class _Probe:
         groups = query.shape[1] // key.shape[1]
         output = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(0, 1),
-            key.transpose(0, 1).repeat_interleave(groups, 0),
-            value.transpose(0, 1).repeat_interleave(groups, 0),
+            key.transpose(0, 1).repeat_interleave(groups, 0).to(query.dtype),
+            value.transpose(0, 1).repeat_interleave(groups, 0).to(query.dtype),
             is_causal=True,
             scale=scale,
         )
@@ -66,24 +68,25 @@ def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
-def probe_layers(model: torch.nn.Module) -> list[LayerSpec]:
+def probe_layers(model: torch.nn.Module, adaptations: Adaptations) -> list[LayerSpec]:
     """Runs three tokens through the model and returns its attention layers in order, with sizes from the tensors seen.
 
-    Windows come from `config.layer_types`, since not every family passes them to its attention function.
+    Windows come from `config.layer_types`, since not every family passes them to its attention function, or from an
+    adapter where only the module's code has them.
     """
     config = text_config(model)
     device = next(model.parameters()).device
-    probe = _Probe()
+    probe = _Probe(position_ids=torch.arange(3, device=device)[None])
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
     with torch.no_grad(), evaluating(model), paged_attention(attention_configs(model)), activate(probe):
-        model(input_ids=ids, position_ids=torch.arange(3, device=device)[None], use_cache=False)
+        model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)
     expected = config.num_hidden_layers
     if sorted(probe.seen) != list(range(expected)):
         raise UnsupportedModel(
             f"model: {type(model).__name__} has {expected} layers but attended in layers {sorted(probe.seen)}"
         )
     windows = _windows(config)
-    return [LayerSpec(i, *probe.seen[i], window=windows[i]) for i in range(expected)]
+    return [LayerSpec(i, *probe.seen[i], window=adaptations.window(i) or windows[i]) for i in range(expected)]
 
 
 def _windows(config) -> list[int | None]:
@@ -110,12 +113,16 @@ def _windows(config) -> list[int | None]:
 NO_LIMIT = 2**31 - 1
 
 
-def model_lengths(model: torch.nn.Module) -> tuple[int, int, str | None]:
+def model_lengths(model: torch.nn.Module, adaptations: Adaptations) -> tuple[int, int, str | None]:
     """(positions the model was made for, most positions it may be given, a note on the latter).
 
+    A table of positions ends where it ends.
     Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence of a batch once it passes the
     original length. One long request would then change its neighbours' tokens, so the original length is the limit.
     """
+    table = adaptations.max_positions
+    if table is not None:
+        return table, table, f"its table of positions has {table} rows"
     config = text_config(model)
     length = getattr(config, "max_position_embeddings", None) or NO_LIMIT
     rope = getattr(config, "rope_parameters", None) or {}
