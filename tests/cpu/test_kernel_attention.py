@@ -129,7 +129,7 @@ CASES = {
     "dim_odd": Case(k_dim=7, v_dim=13),
     "dims_differ": Case(k_dim=48, v_dim=32),
     "dims_differ_mla": Case(heads=(4, 1), k_dim=192, v_dim=128),
-    "latent_mla": Case(heads=(128, 1), k_dim=576, v_dim=512, lengths=[(1, 300), (3, 20)]),
+    "latent_mla": Case(heads=(128, 1), k_dim=576, v_dim=512, lengths=[(1, 300), (3, 20)], spread=1.0),
     "window_1": Case(window=1),
     "window_7": Case(window=7),
     "window_100": Case(window=100),

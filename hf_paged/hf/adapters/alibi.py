@@ -40,8 +40,8 @@ class BloomAttention(PagedAttention):
     def describe(cls, module, index):
         if module.pretraining_tp > 1 and module.slow_but_exact:
             raise UnsupportedModel(
-                "model: with config.slow_but_exact and pretraining_tp > 1 BLOOM computes its projections in slices; set "
-                "slow_but_exact to False"
+                "model: with config.slow_but_exact and pretraining_tp > 1 BLOOM computes its projections in slices; "
+                "set slow_but_exact to False"
             )
         slopes = _slopes("bloom", module.num_heads, module.query_key_value.weight.device)
         return Layer(module.layer_idx, module.inv_norm_factor, kind=ALIBI, slopes=slopes)
