@@ -41,6 +41,7 @@ class Options:
     rounds: int = 4
     stock_sample: int | None = None
     max_num_seqs: int = 64
+    speculation: str | None = None
     threads: int = 2
     dtype: str = "float32"
     device: str | None = None
@@ -52,6 +53,8 @@ class Options:
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"{name} has no {value!r}; there are {', '.join(known)}")
+        if self.speculation not in (None, "ngram"):
+            raise ValueError(f"speculation must be ngram or left out, got {self.speculation!r}")
         for name in ("rounds", "threads", "max_num_seqs", "stock_sample"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -98,7 +101,7 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
             with _engine(paged_model, tokenizer, PROFILE_SEQS) as engine:
                 _warm_up(engine, works[0])
                 profile = _profile(engine, stock, workload.mixed(tokenizer, seed=options.seed))
-            engine = stack.enter_context(_engine(paged_model, tokenizer, options.max_num_seqs))
+            engine = stack.enter_context(_engine(paged_model, tokenizer, options.max_num_seqs, options.speculation))
             _warm_up(engine, works[0])
         else:
             engine = None
@@ -121,8 +124,8 @@ def _load(options: Options):
 
 
 @contextmanager
-def _engine(model, tokenizer, max_num_seqs: int):
-    hf_paged.patch(model, hf_paged.EngineConfig(max_num_seqs=max_num_seqs), tokenizer=tokenizer)
+def _engine(model, tokenizer, max_num_seqs: int, speculation: str | None = None):
+    hf_paged.patch(model, tokenizer=tokenizer, max_num_seqs=max_num_seqs, speculation=speculation)
     try:
         yield hf_paged.engine_of(model)
     finally:
@@ -286,6 +289,7 @@ def _measures(results: list[Result], profile: Profile | None, options: Options, 
             "fingerprint": result.work.fingerprint(),
             "seed": options.seed,
             "max_num_seqs": options.max_num_seqs,
+            "speculation": options.speculation,
         }
         for system, runs in result.runs.items():
             here = common | {"workload": result.work.name, "system": system}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, Model, Threads, guard
+from .common import Device, DraftModel, Dtype, Model, Speculation, Threads, guard
 
 app = typer.Typer(
     name="hf-paged",
@@ -59,6 +59,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of each request's own sampling.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object per request.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    speculation: Speculation = None,
+    draft_model: DraftModel = None,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -68,6 +70,7 @@ def generate(
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
+    loading |= {"speculation": speculation, "draft_model": draft_model}
     raise typer.Exit(run_generate(prompt or [], file, chat, sampling, json_lines, loading))
 
 
@@ -80,6 +83,8 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.2,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.9,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    speculation: Speculation = None,
+    draft_model: DraftModel = None,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -89,6 +94,7 @@ def chat(
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
+    loading |= {"speculation": speculation, "draft_model": draft_model}
     run_chat(prompt, system, sampling, loading)
 
 
@@ -126,6 +132,7 @@ def bench(
         int | None, typer.Option(help="How many requests stock runs in all (it is slow). Default all.")
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences hf_paged runs at once.")] = 64,
+    speculation: Annotated[str | None, typer.Option(help="ngram: hf_paged guesses tokens ahead.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
@@ -147,6 +154,7 @@ def bench(
             rounds=rounds,
             stock_sample=stock_sample,
             max_num_seqs=max_num_seqs,
+            speculation=speculation,
             threads=threads,
             dtype=dtype_name(dtype),
             device=device,

@@ -15,6 +15,14 @@ Model = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
+Speculation = Annotated[
+    str | None,
+    typer.Option(help="Guess tokens ahead, for the same output in fewer steps: ngram repeats what was said before."),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="Hub id or local folder of a smaller model with the same vocabulary, to guess tokens ahead."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,12 +95,14 @@ def load(*, model: str | None, dtype: str | None, device: str | None, threads: i
 
 
 @contextmanager
-def open_engine(**loading) -> Iterator[tuple]:
+def open_engine(*, speculation: str | None = None, draft_model: str | None = None, **loading) -> Iterator[tuple]:
     """(patched model, tokenizer, engine); everything is undone afterwards."""
-    model, tokenizer = load(**loading)
     import hf_paged
 
-    hf_paged.patch(model, tokenizer=tokenizer)
+    config = hf_paged.EngineConfig(speculation=speculation)  # a mistake shows before the weights are read
+    model, tokenizer = load(**loading)
+    draft = None if draft_model is None else load(**loading | {"model": draft_model})[0]
+    hf_paged.patch(model, config, tokenizer=tokenizer, draft_model=draft)
     try:
         yield model, tokenizer, hf_paged.engine_of(model)
     finally:

@@ -35,7 +35,7 @@ def run_all(engine, inputs: list, params: list, *, progress: bool) -> list:
     from tqdm import tqdm
 
     results: list = [None] * len(inputs)
-    places, tokens = {}, 0
+    places, tokens, guessed, right = {}, 0, 0, 0
     with tqdm(total=len(inputs), unit="request", disable=not progress, file=sys.stderr) as bar:
         for place, (prompt, sampling) in enumerate(zip(inputs, params, strict=True)):
             try:
@@ -48,7 +48,10 @@ def run_all(engine, inputs: list, params: list, *, progress: bool) -> list:
                 if output.finished:
                     results[places[output.request_id]] = output.error or output
                     tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                    bar.set_postfix(tokens=tokens, refresh=False)
+                    guessed += output.metrics.num_draft_tokens
+                    right += output.metrics.num_accepted_tokens
+                    rate = {"guesses_right": f"{right / guessed:.0%}"} if guessed else {}
+                    bar.set_postfix(tokens=tokens, **rate, refresh=False)
                     bar.update()
     return results
 
@@ -121,6 +124,9 @@ def as_json(place: int, entry: dict, result) -> str:
         row["texts"] = [completion.text for completion in result.outputs]
     row["prompt_tokens"] = len(result.prompt_token_ids)
     row["completion_tokens"] = sum(len(completion.token_ids) for completion in result.outputs)
+    if result.metrics.num_draft_tokens:
+        row["draft_tokens"] = result.metrics.num_draft_tokens
+        row["accepted_tokens"] = result.metrics.num_accepted_tokens
     return json.dumps(row, ensure_ascii=False)
 
 

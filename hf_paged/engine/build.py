@@ -13,6 +13,7 @@ from ..runtime.kv_cache import KVCache
 from ..runtime.layout import blocks_for_budget, group_layers
 from ..runtime.memory import default_fraction, free_memory
 from ..runtime.runner import PagedModel
+from .draft_model import DraftModel
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
 INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
@@ -68,8 +69,11 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     return cache, scheduler
 
 
-def build_speculator(model: PagedModel, config: EngineConfig, scheduler: Scheduler) -> Speculator | None:
+def build_speculator(model: PagedModel, config: EngineConfig, scheduler: Scheduler, draft_engine) -> Speculator | None:
     """What guesses tokens ahead in an engine of `config`, if anything does.
+
+    Args:
+        draft_engine: the BatchEngine of the draft model, for "draft".
 
     Raises UnsupportedOption for a model whose sequences cannot take tokens back.
     """
@@ -80,8 +84,12 @@ def build_speculator(model: PagedModel, config: EngineConfig, scheduler: Schedul
             f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
             "guess was wrong; use speculation=None"
         )
+    if config.speculation == "ngram":
+        proposer = NgramProposer(*config.ngram_range)
+    else:
+        proposer = DraftModel(draft_engine, config.max_num_seqs)
     return Speculator(
-        NgramProposer(*config.ngram_range),
+        proposer,
         num_tokens=config.num_speculative_tokens,
         max_step_tokens=MAX_STEP_TOKENS.get(model.device.type, MAX_STEP_TOKENS_ELSEWHERE),
     )

@@ -52,9 +52,10 @@ class BatchEngine:
         model: the model, as `runtime.runner.PagedModel`.
         tokenizer: needed for text prompts, text outputs, stop strings and bad words; None for token ids only.
         config: see EngineConfig.
+        draft_engine: with speculation "draft", the engine of the draft model. It is only used here, not closed.
     """
 
-    def __init__(self, model: PagedModel, tokenizer, config: EngineConfig):
+    def __init__(self, model: PagedModel, tokenizer, config: EngineConfig, draft_engine: BatchEngine | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -73,7 +74,7 @@ class BatchEngine:
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
-        self._speculator = build_speculator(model, config, self._scheduler)
+        self._speculator = build_speculator(model, config, self._scheduler, draft_engine)
         self.reset_stats()
 
     # Requests in
@@ -263,7 +264,7 @@ class BatchEngine:
         plan = self._schedule()
         mark = self._clock.lap("schedule", started)
         if plan is not None:
-            if self._speculator is not None and self._isolation.suspects() is None:
+            if self._may_guess():
                 plan = self._speculator.extend(plan, self._scheduler)
                 self._clock.lap("draft", mark)
             self._run(plan)
@@ -276,6 +277,10 @@ class BatchEngine:
         if self.model.weights_changed():
             self._scheduler.reset_prefix_cache()
         self._scheduler.share_prefixes(not self.model.hooked)
+
+    def _may_guess(self) -> bool:
+        """Not while a failing step is being bisected, nor while user code in the forward would see the guesses."""
+        return self._speculator is not None and self._isolation.suspects() is None and not self.model.hooked
 
     def _schedule(self) -> StepPlan | None:
         plan = self._scheduler.schedule(only=self._isolation.suspects())

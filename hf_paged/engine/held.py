@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,11 @@ class HeldRows:
         return len(self._sequences)
 
     @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of one packed batch."""
+        return self._engine._scheduler.max_batch_tokens
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of every row whose keys and values are in the cache."""
         return [sequence.num_computed for sequence in self._sequences]
@@ -140,7 +145,7 @@ class HeldRows:
 
     def _chunks(self, new_tokens: list[list[int]]):
         """(row, start, tokens) lists of at most `max_batch_tokens` together."""
-        budget = self._engine._scheduler.max_batch_tokens
+        budget = self.max_batch_tokens
         work, room = [], budget
         for row, tokens in enumerate(new_tokens):
             start = 0
@@ -186,11 +191,18 @@ class HeldRows:
         with self._engine._lock:
             self._held.truncate(self._sequences[row], num_tokens)
 
-    def forget_past(self) -> None:
-        """Let sliding layers give back what no later query sees: nothing computed so far will be truncated."""
+    def forget_past(self, rows: Iterable[int] | None = None) -> None:
+        """Let sliding layers give back what no later query sees: nothing the rows (or all) hold now will be truncated."""
         with self._engine._lock:
-            for sequence in self._sequences:
-                self._held.release_unseen(sequence)
+            for row in range(len(self._sequences)) if rows is None else rows:
+                self._held.release_unseen(self._sequences[row])
+
+    def renew(self, row: int, *, cache_salt: str | bytes | None = None) -> None:
+        """Start a row anew: empty, under a salt of its own."""
+        with self._engine._lock:
+            old = self._sequences[row]
+            self._held.release(old)
+            self._sequences[row] = self._held.new(old.request.request_id, cache_salt=cache_salt)
 
     def reorder(self, sources: list[int]) -> None:
         """Row i continues what row `sources[i]` was: shared by reference, nothing is copied. The number may change."""

@@ -7,8 +7,9 @@ import torch
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
 from ..engine.engine import BatchEngine
+from .draft import check_draft, draft_config
 from .explain import explain_patch
-from .patch import Patch, is_patched, patch, patch_of, unpatch
+from .patch import Patch, engine_of, is_patched, patch, patch_of, unpatch
 
 
 class Engine(BatchEngine):
@@ -21,23 +22,36 @@ class Engine(BatchEngine):
         model: a decoder-only transformers model, patched or not.
         tokenizer: its tokenizer; None if prompts and outputs are token ids.
         config: an EngineConfig; default the patched model's own, or EngineConfig().
+        draft_model: see `patch`; default the one the patched model was given.
 
     Raises:
         UnsupportedModel: see `patch`.
         InvalidArgument: the model has an open engine, or an argument is wrong.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer=None, config: EngineConfig | None = None):
-        self._patched_here = None
+    _patched_here: torch.nn.Module | None = None
+    _draft_engine: Engine | None = None
+    _borrowers = 0  # open engines that made this one for their draft model
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer=None,
+        config: EngineConfig | None = None,
+        *,
+        draft_model: torch.nn.Module | None = None,
+    ):
         if not is_patched(model):
-            patch(model, config, tokenizer=tokenizer)
+            patch(model, config, tokenizer=tokenizer, draft_model=draft_model)
             self._patched_here = model
+        elif draft_model is not None:
+            check_draft(model, draft_model)
         undo = patch_of(model)
         if config is not None and config.fuse != undo.config.fuse:
             raise InvalidArgument("fuse is decided when the model is patched; pass it to hf_paged.patch")
         try:
             undo.adopt(self)
-            self._open(undo, tokenizer, config or undo.config)
+            self._open(undo, tokenizer, config or undo.config, draft_model)
         except BaseException:
             undo.forget(self)
             if self._patched_here is not None:
@@ -47,21 +61,49 @@ class Engine(BatchEngine):
     @classmethod
     def _for_patch(cls, undo: Patch) -> Engine:
         engine = cls.__new__(cls)
-        engine._patched_here = None
-        engine._open(undo, None, undo.config)
+        engine._open(undo, None, undo.config, None)
         return engine
 
-    def _open(self, undo: Patch, tokenizer, config: EngineConfig) -> None:
+    def _open(self, undo: Patch, tokenizer, config: EngineConfig, draft_model: torch.nn.Module | None) -> None:
         tokenizer = undo.tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None and not callable(tokenizer):
             raise InvalidArgument(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         if config.strict:
             explain_patch(undo.adapter.module, undo, config).raise_on_fallback()
-        super().__init__(undo.adapter, tokenizer, config)
+        if draft_model is None and config.speculation == "draft":
+            draft_model = undo.draft_model
+        config = draft_config(config, draft_model)
+        if draft_model is not None:
+            self._draft_engine = _borrow(draft_model, config)
+        try:
+            super().__init__(undo.adapter, tokenizer, config, self._draft_engine)
+        except BaseException:
+            self._return_draft_engine()
+            raise
+
+    def _return_draft_engine(self) -> None:
+        engine, self._draft_engine = self._draft_engine, None
+        if engine is not None and engine._borrowers:
+            engine._borrowers -= 1
+            if not engine._borrowers:
+                engine.close()
 
     def close(self) -> None:
         """End what still runs, free the KV cache, and unpatch the model if this engine patched it."""
         super().close()
+        self._return_draft_engine()
         model, self._patched_here = self._patched_here, None
         if model is not None and is_patched(model):
             unpatch(model)
+
+
+def _borrow(draft_model: torch.nn.Module, config: EngineConfig) -> Engine:
+    """The draft model's engine: the one it has, or one that lives until the last that guesses with it closes."""
+    if is_patched(draft_model):
+        engine = engine_of(draft_model)
+        engine._borrowers += bool(engine._borrowers)
+        return engine
+    own = config.replace(speculation=None, kv_dtype=None, max_model_len=None, max_queue=None)
+    engine = Engine(draft_model, config=own)
+    engine._borrowers = 1
+    return engine

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_paged_kernels import ops
 
+from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable
 from .attention import drops_softcap
 from .spec import NO_LIMIT, text_config
@@ -30,6 +31,7 @@ class Explanation:
     Attributes:
         fused: kernel -> modules it stands in for.
         fallbacks: every slower path that this model, this machine or a call made so far takes, with its reason.
+        guesses: what speculation does; None if it is off.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
         limits: what holds on a patched model and would not hold on an unpatched one.
     """
@@ -42,6 +44,7 @@ class Explanation:
     fallbacks: dict[str, str] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
     limits: list[str] = field(default_factory=list)
+    guesses: str | None = None
 
     def raise_on_fallback(self) -> None:
         """Raise KernelUnavailable if anything takes a slower path (`EngineConfig(strict=True)`)."""
@@ -57,6 +60,8 @@ class Explanation:
             lines.append(f"{number:<7} {layer.kind:<22} {layer.heads:<15} {layer.kernel}")
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
+        if self.guesses:
+            lines.append(f"guesses {self.guesses}")
         lines += [f"slower  {name}: {reason}" for name, reason in self.fallbacks.items()]
         lines += [f"off     {name}: {reason}" for name, reason in self.off.items()]
         lines += [f"limit   {limit}" for limit in self.limits]
@@ -113,6 +118,7 @@ def explain_patch(model, patch, config) -> Explanation:
         fallbacks=fallbacks,
         off=_resting(model, patch, config),
         limits=limits,
+        guesses=_guesses(config),
     )
 
 
@@ -121,6 +127,8 @@ def _resting(model, patch, config) -> dict[str, str]:
     hooked = hooked_modules(model)
     if hooked and config.prefix_cache:
         off["prefix sharing"] = f"forward hooks, on {_some(hooked)}, may treat requests differently"
+    if hooked and config.speculation:
+        off["guesses"] = f"forward hooks, on {_some(hooked)}, would see tokens that never come to be"
     aside = {id(module) for module in patch.fusions.stepping_aside()}
     names = [name for name, module in model.named_modules() if id(module) in aside]
     if names:
@@ -137,3 +145,14 @@ def _some(names: list[str]) -> str:
 def _kind(spec, adaptations) -> str:
     kind = "full" if spec.window is None else f"sliding window {spec.window}"
     return ", ".join(filter(None, (kind, adaptations.kinds.get(spec.layer_idx))))
+
+
+def _guesses(config: EngineConfig) -> str | None:
+    if config.speculation is None:
+        return None
+    shortest, longest = config.ngram_range
+    source = {
+        "ngram": f"repeat what followed the same {shortest} to {longest} tokens before",
+        "draft": "are a draft model's",
+    }
+    return f"{source[config.speculation]}, at most {config.num_speculative_tokens} tokens ahead"

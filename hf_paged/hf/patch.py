@@ -10,6 +10,7 @@ from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
 from ..engine.build import check_backend
 from .adapters import adapt
+from .draft import check_draft, draft_config
 from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse
 from .generation import PagedMixin
@@ -22,9 +23,10 @@ from .watch import without_hooks
 class Patch:
     """Everything hf_paged did to one model. Lives on the model as `model._hf_paged`."""
 
-    def __init__(self, model: torch.nn.Module, config: EngineConfig, tokenizer):
+    def __init__(self, model: torch.nn.Module, config: EngineConfig, tokenizer, draft_model: torch.nn.Module | None):
         self.config = config
         self.tokenizer = tokenizer
+        self.draft_model = draft_model
         self.fusions = Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
         self.adaptations = adapt(model)
         try:
@@ -59,7 +61,7 @@ class Patch:
 
     def renew(self, model: torch.nn.Module) -> None:
         """Patch the model again as it is now; its engine is closed."""
-        patch(model, self.config, tokenizer=self.tokenizer)
+        patch(model, self.config, tokenizer=self.tokenizer, draft_model=self.draft_model)
 
     def adopt(self, engine) -> None:
         with self._lock:
@@ -76,7 +78,12 @@ class Patch:
 
 
 def patch(
-    model: torch.nn.Module, config: EngineConfig | None = None, *, tokenizer=None, **overrides
+    model: torch.nn.Module,
+    config: EngineConfig | None = None,
+    *,
+    tokenizer=None,
+    draft_model: torch.nn.Module | None = None,
+    **overrides,
 ):
     """Make `model.generate` run through a paged, continuously batching engine. Returns the same object.
 
@@ -87,19 +94,23 @@ def patch(
         model: a loaded decoder-only transformers model on one device.
         config: an EngineConfig; `overrides` are its fields by name.
         tokenizer: used for stop strings and text by the model's engine; `generate` itself needs none.
+        draft_model: a smaller model with the same vocabulary, to guess tokens ahead (`EngineConfig.speculation`). It is
+            patched while the engine lives and gets a KV cache of its own, within the same limits.
 
     Raises:
-        UnsupportedModel: this model's own tokens cannot be promised; the message says why.
+        UnsupportedModel: this model's own tokens cannot be promised, or `draft_model` cannot be run; the message says why.
         InvalidArgument: an option is unknown or wrong.
     """
     if config is not None and not isinstance(config, EngineConfig):
         raise InvalidArgument(f"config must be an EngineConfig, got {type(config).__name__}")
-    config = (config or EngineConfig()).replace(**overrides)
+    config = draft_config((config or EngineConfig()).replace(**overrides), draft_model)
     if is_patched(model):
         tokenizer = tokenizer or patch_of(model).tokenizer
         unpatch(model)
     check_supported(model)
-    undo = Patch(model, config, tokenizer)
+    if draft_model is not None:
+        check_draft(model, draft_model)
+    undo = Patch(model, config, tokenizer, draft_model)
     swap(model, PagedMixin, undo)
     try:
         undo.bind(model)

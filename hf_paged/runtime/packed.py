@@ -33,8 +33,6 @@ class Segment:
         positions: the positions of these tokens in their own sequence.
         token_ids: the tokens.
         is_prefill: whether they are tokens of the prompt. (The last of them gives the first output token.)
-        num_drafts: how many of them, the last ones, are guesses of an engine that speculates. Those that turn out wrong
-            are taken back, and their positions come again.
     """
 
     request_id: str
@@ -44,7 +42,6 @@ class Segment:
     positions: range
     token_ids: list[int]
     is_prefill: bool
-    num_drafts: int
 
 
 class PackedBatch:
@@ -65,7 +62,7 @@ class PackedBatch:
         self.logit_rows = context.logit_rows
         self.segments: list[Segment] = []
         start = 0
-        for seq_id, count, first, num_drafts in zip(plan.seq_ids, plan.num_new, plan.num_context, plan.num_drafts):
+        for seq_id, count, first in zip(plan.seq_ids, plan.num_new, plan.num_context):
             owner = context.owner(seq_id)
             rows = slice(start, start + count)
             self.segments.append(
@@ -77,7 +74,6 @@ class PackedBatch:
                     range(first, first + count),
                     plan.token_ids[rows],
                     first < owner.num_prompt,
-                    num_drafts,
                 )
             )
             start += count

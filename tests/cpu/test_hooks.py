@@ -340,14 +340,40 @@ def test_preempted_requests_with_functions_are_computed_again(model, stock):
 
 
 def test_nothing_is_guessed_for_a_request_with_functions(model, stock):
-    job, seen, drafts = [7, 8, 9, 10] * 8, [], []
-    model.model.norm.register_forward_hook(lambda *_: drafts.append([s.num_drafts for s in hf_paged.current_batch().segments]))
+    job, seen = [7, 8, 9, 10] * 8, []
     with Engine(model, config=CONFIG.replace(speculation="ngram")) as engine:
         hooks = {LAYER: lambda _, positions: seen.extend(positions.tolist())}
         results = run(engine, [(job, {"request_id": "r", "forward_hooks": hooks}), (job, {"request_id": "other"})])
     assert tokens(results["r"]) == tokens(results["other"]) == greedy(stock, job)
     assert seen == list(range(len(job) + 7))
-    assert sum(map(sum, drafts)) == results["other"].metrics.num_draft_tokens > 0
+    assert results["r"].metrics.num_draft_tokens == 0 < results["other"].metrics.num_draft_tokens
+
+
+def test_nothing_is_guessed_while_a_forward_hook_might_act_on_guesses(model, stock):
+    """This one changes the last row of every request, which is its newest token: with guesses it would be another."""
+    job = [7, 8, 9, 10] * 8
+
+    def steer_newest(module, args, output):
+        for segment in hf_paged.current_batch().segments:
+            output[0, segment.rows.stop - 1] *= -0.5
+        return output
+
+    def outputs(engine):
+        return tokens(run(engine, [(job, {"request_id": "r"})])["r"])
+
+    with Engine(model, config=CONFIG) as engine:
+        handle = model.get_submodule(LAYER).register_forward_hook(steer_newest)
+        expected = outputs(engine)
+    handle.remove()
+    hf_paged.patch(model, CONFIG.replace(speculation="ngram"))
+    with Engine(model) as engine:
+        assert outputs(engine) == greedy(stock, job) and engine.stats()["draft_tokens"] > 0
+        handle = model.get_submodule(LAYER).register_forward_hook(steer_newest)
+        engine.reset_stats()
+        assert outputs(engine) == expected != greedy(stock, job)
+        assert engine.stats()["draft_tokens"] == 0
+        assert "guesses: forward hooks, on" in str(hf_paged.explain(model))
+        handle.remove()
 
 
 def fail(activation, positions):

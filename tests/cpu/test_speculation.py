@@ -190,20 +190,21 @@ def test_a_full_step_is_not_made_longer(open_engine):
     assert engine.stats()["draft_tokens"] == 0
 
 
-def test_a_step_that_fails_with_guesses_is_tried_without_them_before_anybody_is_blamed(open_engine, model):
+def test_a_step_that_fails_with_guesses_is_tried_without_them_before_anybody_is_blamed(open_engine, monkeypatch):
     engine = open_engine(speculation="ngram", prefix_cache=False)
     expected = engine.generate(REPETITIVE[:1], GREEDY)
     consult(engine, expected)
+    forward, refused = engine.model.forward, []
 
-    def refuse_a_few_rows(module, inputs):
-        if 1 < inputs[0].shape[1] < 16:
+    def refuse_a_few_rows(context, rows):
+        if 1 < context.input_ids.shape[1] < 16:
+            refused.append(context.input_ids.shape[1])
             raise RuntimeError("no")
+        return forward(context, rows)
 
-    handle = model.model.layers[0].register_forward_pre_hook(refuse_a_few_rows)
-    try:
-        outputs = engine.generate(REPETITIVE[:1], GREEDY)
-    finally:
-        handle.remove()
+    monkeypatch.setattr(engine.model, "forward", refuse_a_few_rows)
+    outputs = engine.generate(REPETITIVE[:1], GREEDY)
+    assert len(refused) == 1  # and then never again
     assert contents(outputs) == contents(expected)
     assert outputs[0].metrics.num_accepted_tokens == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import consult
@@ -65,6 +66,17 @@ def model(name: str):
     return model
 
 
+@functools.cache
+def noisy(name: str):
+    """A draft model that agrees with the model now and then."""
+    draft = tiny_model(name, vocab_size=VOCAB)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    return draft
+
+
 def contents(output) -> list[tuple]:
     return [
         (c.token_ids, c.text, c.logprobs, c.cumulative_logprob, c.finish_reason, c.stop_reason) for c in output.outputs
@@ -77,12 +89,14 @@ def alone(name: str, jobs) -> list:
         return [engine.generate([list(prompt)], params)[0] for prompt, params in jobs]
 
 
-def run(name, jobs, requests, config, expected, chance) -> dict:
+def run(name, jobs, requests, config, expected, source) -> dict:
     """{place: output} of the requests together, some aborted on the way."""
     results, aborts, step = {}, {}, 0
-    with Engine(model(name), tiny_tokenizer(VOCAB), config) as engine:
-        if chance is not None:
-            consult(engine, expected, chance)
+    draft_model = noisy(name) if source == "draft" else None
+    config = config.replace(speculation="draft" if draft_model else "ngram")
+    with Engine(model(name), tiny_tokenizer(VOCAB), config, draft_model=draft_model) as engine:
+        if isinstance(source, float):
+            consult(engine, expected, source)
 
         def advance():
             nonlocal step
@@ -92,6 +106,8 @@ def run(name, jobs, requests, config, expected, chance) -> dict:
                 engine.abort(request_id)
                 del aborts[request_id]
             engine.check_integrity()
+            if draft_model:
+                engine._draft_engine.check_integrity()
 
         for place, (request, (prompt, params)) in enumerate(zip(requests, jobs)):
             engine.add(
@@ -110,6 +126,7 @@ def run(name, jobs, requests, config, expected, chance) -> dict:
             advance()
         assert engine.stats()["kv_bytes_in_use"] == 0
         assert not engine._speculator._paces
+        assert not draft_model or engine._draft_engine.stats()["kv_bytes_in_use"] == 0
     return results
 
 
@@ -122,10 +139,10 @@ def run(name, jobs, requests, config, expected, chance) -> dict:
     seats=st.sampled_from([3, 5, 16]),
     memory_tokens=st.sampled_from([240, 400, 4000]),
     most=st.sampled_from([1, 3, 7, 20]),
-    chance=st.sampled_from([None, 0.3, 0.8, 1.0]),
+    source=st.sampled_from(["ngram", "draft", 0.3, 0.8, 1.0]),  # a number: the chance of the known token
 )
 def test_random_traffic_gives_the_same_outputs_with_any_guesses(
-    name, requests, policy, budget, seats, memory_tokens, most, chance
+    name, requests, policy, budget, seats, memory_tokens, most, source
 ):
     config = EngineConfig(
         block_size=16,
@@ -133,13 +150,12 @@ def test_random_traffic_gives_the_same_outputs_with_any_guesses(
         max_num_seqs=seats,
         policy=policy,
         kv_cache_memory=memory_tokens * 3 * 2 * 2 * 12 * 4,
-        speculation="ngram",
         num_speculative_tokens=most,
         ngram_range=(1, 4),
     )
     jobs = [(tuple(PREFIXES[request["prefix"]] + request["tail"]), request["params"]) for request in requests]
     expected = alone(name, jobs)
-    results = run(name, jobs, requests, config, expected, chance)
+    results = run(name, jobs, requests, config, expected, source)
     for place, output in enumerate(expected):
         got = results[place]
         if any(completion.finish_reason == "abort" for completion in got.outputs):

@@ -38,6 +38,7 @@ class Engine:
         self.running: dict[str, RequestOutput] = {}
         self.params = {}
         self.prompts, self.aborted, self.on_step = [], [], None
+        self.guesses_by = None, None
 
     def add(self, prompt, params):
         if prompt == "huge":
@@ -64,6 +65,8 @@ class Engine:
             completion = output.outputs[0]
             completion.token_ids.append(len(completion.token_ids) + 1)
             completion.text += f" w{len(completion.token_ids)}"
+            if self.guesses_by != (None, None):
+                output.metrics.num_draft_tokens, output.metrics.num_accepted_tokens = 8, 2
             output.finished = len(completion.token_ids) >= self.params[output.request_id].max_tokens
             if self.prompts[int(output.request_id)] == "fail":
                 output.finished, output.error = True, RequestFailed(output.request_id, "it broke")
@@ -81,6 +84,7 @@ def engine(monkeypatch):
     @contextlib.contextmanager
     def open_engine(**loading):
         common.dtype_name(loading["dtype"])
+        engine.guesses_by = loading["speculation"], loading["draft_model"]
         yield model, tokenizer, engine
 
     monkeypatch.setattr(generate, "open_engine", open_engine)
@@ -116,6 +120,23 @@ def test_json_lines_with_own_parameters(engine, tmp_path, capsys):
     assert (first["id"], first["text"], first["completion_tokens"]) == ("x", " w1 w2 w3", 3)
     assert (second["text"], second["finish_reason"]) == (" w1", "length")
     assert engine.prompts[1] == ["user:hi"]
+
+
+def test_guessing_is_asked_for_and_reported(engine, capsys):
+    assert run("generate", "-p", "a", "--speculation", "ngram", "--json", "--max-tokens", "1") == 0
+    assert engine.guesses_by == ("ngram", None)
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)
+    assert (row["draft_tokens"], row["accepted_tokens"]) == (8, 2)
+    assert "guesses_right=25%" in captured.err
+    assert run("chat", "--prompt", "hi", "--draft-model", "small", "--max-tokens", "1") == 0
+    assert engine.guesses_by == (None, "small")
+
+
+def test_an_unknown_way_to_guess_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(common, "load", lambda **loading: pytest.fail("loaded"))
+    assert run("generate", "-p", "a", "--speculation", "psychic") == 2
+    assert "speculation must be" in capsys.readouterr().err
 
 
 def test_prompts_from_standard_input(engine, monkeypatch, capsys):
