@@ -35,6 +35,7 @@ _HOMES = {
     "SamplingParams": "base.sampling_params",
     "UnsupportedModel": "base.errors",
     "UnsupportedOption": "base.errors",
+    "VerificationFailed": "base.errors",
     "current_batch": "runtime.packed",
     "engine_of": "hf.patch",
     "explain": "hf.patch",

@@ -5,6 +5,7 @@
     │   ├── UnsupportedOption               an option of `generate` or the engine that cannot be honoured here
     │   └── RequestTooLarge                 a request that could never fit, refused when it is added
     ├── UnsupportedModel (ValueError)       `patch` cannot promise this model's own tokens, and says why
+    ├── VerificationFailed (RuntimeError)   `patch(verify=True)` found results that differ from the unpatched model's
     ├── KernelUnavailable (RuntimeError)    a kernel that was asked for by name cannot run here
     ├── QueueFull (RuntimeError)            the waiting queue is at its bound
     ├── CacheFull (RuntimeError)            the KV cache has no blocks left for rows that must go on together
@@ -32,6 +33,10 @@ class RequestTooLarge(InvalidArgument):
 
 class UnsupportedModel(HfPagedError, ValueError):
     """The model's class cannot be served with its own tokens; the message gives the reason."""
+
+
+class VerificationFailed(HfPagedError, RuntimeError):
+    """The self-check of `patch(verify=True)` failed; the message names the first layer that differs, and by how much."""
 
 
 class KernelUnavailable(HfPagedError, RuntimeError):

@@ -68,8 +68,8 @@ class Engine(BatchEngine):
         tokenizer = undo.tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None and not callable(tokenizer):
             raise InvalidArgument(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
-        if config.strict:
-            explain_patch(undo.adapter.module, undo, config).raise_on_fallback()
+        self._patch, self.config = undo, config
+        self._check_strict()
         if draft_model is None and config.speculation == "draft":
             draft_model = undo.draft_model
         config = draft_config(config, draft_model)
@@ -81,12 +81,17 @@ class Engine(BatchEngine):
             self._return_draft_engine()
             raise
 
-    def _return_draft_engine(self) -> None:
-        engine, self._draft_engine = self._draft_engine, None
-        if engine is not None and engine._borrowers:
-            engine._borrowers -= 1
-            if not engine._borrowers:
-                engine.close()
+    def submit(self, *args, **options):
+        self._check_strict()  # since the model was patched, hooks and replaced modules may have come
+        return super().submit(*args, **options)
+
+    def hold(self, *args, **options):
+        self._check_strict()
+        return super().hold(*args, **options)
+
+    def _check_strict(self) -> None:
+        if self.config.strict:
+            explain_patch(self._patch.adapter.module, self._patch, self.config).raise_on_fallback()
 
     def close(self) -> None:
         """End what still runs, free the KV cache, and unpatch the model if this engine patched it."""
@@ -95,6 +100,13 @@ class Engine(BatchEngine):
         model, self._patched_here = self._patched_here, None
         if model is not None and is_patched(model):
             unpatch(model)
+
+    def _return_draft_engine(self) -> None:
+        engine, self._draft_engine = self._draft_engine, None
+        if engine is not None and engine._borrowers:
+            engine._borrowers -= 1
+            if not engine._borrowers:
+                engine.close()
 
 
 def _borrow(draft_model: torch.nn.Module, config: EngineConfig) -> Engine:

@@ -33,6 +33,9 @@ class Explanation:
         fallbacks: every slower path that this model, this machine or a call made so far takes, with its reason.
         guesses: what speculation does; None if it is off.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
+        largest_difference: that `patch(verify=True)` found between a row of a layer's output, or of the logits, and
+            the unpatched model's, as a share of the row's size (in 16-bit types: of the median row, where that is
+            largest); None if it was not asked to.
         limits: what holds on a patched model and would not hold on an unpatched one.
     """
 
@@ -43,6 +46,7 @@ class Explanation:
     fused: dict[str, int]
     fallbacks: dict[str, str] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
+    largest_difference: float | None = None
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
 
@@ -64,6 +68,8 @@ class Explanation:
             lines.append(f"guesses {self.guesses}")
         lines += [f"slower  {name}: {reason}" for name, reason in self.fallbacks.items()]
         lines += [f"off     {name}: {reason}" for name, reason in self.off.items()]
+        if self.largest_difference is not None:
+            lines.append(f"checked against the unpatched model: rows differ by at most {self.largest_difference:.1e} of their size")
         lines += [f"limit   {limit}" for limit in self.limits]
         return "\n".join(lines)
 
@@ -117,6 +123,7 @@ def explain_patch(model, patch, config) -> Explanation:
         fused=dict(patch.fusions.counts),
         fallbacks=fallbacks,
         off=_resting(model, patch, config),
+        largest_difference=patch.largest_difference,
         limits=limits,
         guesses=_guesses(config),
     )

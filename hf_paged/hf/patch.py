@@ -17,6 +17,7 @@ from .generation import PagedMixin
 from .model import TransformersModel
 from .spec import check_supported
 from .swap import ATTRIBUTE, Swapped, restore, swap
+from .verify import Verification
 from .watch import without_hooks
 
 
@@ -37,6 +38,7 @@ class Patch:
             self.adaptations.undo()
             raise
         self.adapter: TransformersModel | None = None
+        self.largest_difference: float | None = None  # that `verify` found
         self._engine = None
         self._lock = threading.Lock()
 
@@ -83,6 +85,7 @@ def patch(
     *,
     tokenizer=None,
     draft_model: torch.nn.Module | None = None,
+    verify: bool = False,
     **overrides,
 ):
     """Make `model.generate` run through a paged, continuously batching engine. Returns the same object.
@@ -96,10 +99,13 @@ def patch(
         tokenizer: used for stop strings and text by the model's engine; `generate` itself needs none.
         draft_model: a smaller model with the same vocabulary, to guess tokens ahead (`EngineConfig.speculation`). It is
             patched while the engine lives and gets a KV cache of its own, within the same limits.
+        verify: run the model before and after patching, on two short sequences in chunks and four decode steps, and
+            compare the outputs of its layers and its logits. Sliding windows beyond 512 tokens are not reached.
 
     Raises:
         UnsupportedModel: this model's own tokens cannot be promised, or `draft_model` cannot be run; the message says why.
         InvalidArgument: an option is unknown or wrong.
+        VerificationFailed: what `verify` compared differs. The model is left unpatched.
     """
     if config is not None and not isinstance(config, EngineConfig):
         raise InvalidArgument(f"config must be an EngineConfig, got {type(config).__name__}")
@@ -110,10 +116,13 @@ def patch(
     check_supported(model)
     if draft_model is not None:
         check_draft(model, draft_model)
+    verification = Verification(model) if verify else None
     undo = Patch(model, config, tokenizer, draft_model)
     swap(model, PagedMixin, undo)
     try:
         undo.bind(model)
+        if verification is not None:
+            undo.largest_difference = verification.check(undo.adapter, config)
         if config.strict:
             explain(model).raise_on_fallback()
     except BaseException:

@@ -203,6 +203,15 @@ def test_strict_refuses_what_hooks_switch_off(model):
     model.model.layers[1].register_forward_hook(lambda *_: None)
     with pytest.raises(hf_paged.KernelUnavailable, match="prefix sharing is off: forward hooks, on model.layers.1"):
         hf_paged.patch(model, strict=True)
+    model.model.layers[1]._forward_hooks.clear()
+    with Engine(model, config=CONFIG.replace(strict=True)) as engine:
+        engine.generate(prompts(5), GREEDY)
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+        with pytest.raises(hf_paged.KernelUnavailable, match="strict: prefix sharing is off"):
+            engine.add(prompts(5)[0], GREEDY)
+    with Engine(model, config=CONFIG.replace(prefix_cache=False)) as engine:
+        with pytest.raises(hf_paged.KernelUnavailable, match="strict: fused mlp is off: parts of model.layers.0.mlp"):
+            hf_paged.explain(model).raise_on_fallback()
 
 
 def test_transformers_own_hooks_switch_nothing_off(engine, model):
