@@ -20,6 +20,7 @@ from ..runtime.batch import StepContext
 from ..runtime.packed import Owner
 
 _numbers = itertools.count()
+UNKNOWN = -1  # stands for a token that came as keys and values or as an embedding
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,37 @@ class HeldRows:
     def _last_logits(self, context: StepContext, spans: list[Span]) -> torch.Tensor:
         last = torch.tensor([span.offset + span.count - 1 for span in spans], device=context.input_ids.device)
         return self._engine.model.forward(context, last)
+
+    def load(self, lengths: list[int], source: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Fill empty rows with keys and values computed elsewhere.
+
+        Args:
+            lengths: tokens per row.
+            source: `source(layer_idx, row)` gives keys [n, Hkv, Dk] and values [n, Hkv, Dv] of the row's last n tokens;
+                n is the length, or less where the layer does not look further back.
+        """
+        engine = self._engine
+        work = [(row, 0, [UNKNOWN] * length) for row, length in enumerate(lengths) if length]
+        self._check([[UNKNOWN] * length for length in lengths])
+        with engine._lock:
+            engine._begin_held()
+            plan, draft = self._held.plan([(self._sequences[row], part) for row, _, part in work], release_unseen=False)
+            try:
+                engine._runner.prepare(plan)
+                for row, _, part in work:
+                    tables = self._sequences[row].block_tables
+                    for layer_idx in engine._cache.layers:
+                        engine._cache.write(layer_idx, tables, len(part), *source(layer_idx, row))
+            except BaseException:
+                self._held.rollback([self._sequences[row] for row, _, _ in work], draft)
+                raise
+            self._held.commit(plan)
+
+    def read(self, layer_idx: int, row: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] of the row's last n tokens, n being `most` or all there are."""
+        sequence = self._sequences[row]
+        with self._engine._lock:
+            return self._engine._cache.read(layer_idx, sequence.block_tables, sequence.num_computed, most)
 
     def truncate(self, row: int, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of a row."""

@@ -108,7 +108,7 @@ def explain_patch(model, patch, config) -> Explanation:
         for spec in adapter.layers
     ]
     fallbacks = {"attention": reason} if reason else {}
-    fallbacks |= patch.adaptations.notes | patch.fusions.notes
+    fallbacks |= patch.adaptations.notes | patch.fusions.notes | patch.fallbacks
     limits = [f"at most {adapter.max_model_len} tokens a sequence"] if adapter.max_model_len < NO_LIMIT else []
     if adapter.length_note:
         limits.append(adapter.length_note)

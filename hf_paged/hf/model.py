@@ -43,21 +43,27 @@ class TransformersModel:
         return frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
 
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
+        return self.outputs(context, rows).logits[0]
+
+    def outputs(self, context: StepContext, rows: torch.Tensor, **options):
+        """The model's own output for a packed batch, its logits [1, R, V] those of the packed rows `rows` [R].
+
+        `options` go to the model's forward; `inputs_embeds` [1, T, H] takes the place of the token ids.
+        """
         context.logit_rows = rows if self._keeps_logits else None
+        inputs = {} if "inputs_embeds" in options else {"input_ids": context.input_ids}
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = rows
         with (
             evaluating(self.module),
             paged_attention(self._configs),
             activate(context),
             sequence_hooks(self.module, context),
         ):
-            output = self.module(
-                input_ids=context.input_ids,
-                position_ids=context.position_ids,
-                use_cache=False,
-                **({"logits_to_keep": rows} if self._keeps_logits else {}),
-            )
-        logits = output.logits[0]
-        return logits if self._keeps_logits else logits[rows]
+            output = self.module(position_ids=context.position_ids, use_cache=False, **inputs, **options)
+        if not self._keeps_logits:
+            output.logits = output.logits[:, rows]
+        return output
 
     def weights_changed(self) -> bool:
         """In-place writes, swapped parameters and modules, moved storage, adapters switched, hooks that came or went.

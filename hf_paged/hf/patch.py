@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import torch
 
 from ..base.config import EngineConfig
-from ..base.errors import InvalidArgument
+from ..base.errors import InvalidArgument, KernelUnavailable
 from ..engine.build import check_backend
 from .adapters import adapt
 from .draft import check_draft, draft_config
@@ -39,6 +40,7 @@ class Patch:
             raise
         self.adapter: TransformersModel | None = None
         self.largest_difference: float | None = None  # that `verify` found
+        self.fallbacks: dict[str, str] = {}  # options of calls so far that took a slower path, and why
         self._engine = None
         self._lock = threading.Lock()
 
@@ -60,6 +62,14 @@ class Patch:
             if self.live_engine is None:
                 self._engine = Engine._for_patch(self)
             return self._engine
+
+    def note_fallback(self, option: str, reason: str) -> None:
+        """A call takes a slower path: `explain` tells from now on, a warning once. Raises KernelUnavailable if strict."""
+        if self.config.strict:
+            raise KernelUnavailable(f"strict: {option} takes a slower path: {reason}")
+        if option not in self.fallbacks:
+            self.fallbacks[option] = reason
+            warnings.warn(f"{option}: runs on transformers' own path, not on pages: {reason}", stacklevel=5)
 
     def renew(self, model: torch.nn.Module) -> None:
         """Patch the model again as it is now; its engine is closed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 
-from ...hf.generation import GenerateCall
+from ...hf.rows import RowGeneration
 
 AHEAD = 4  # how far inputs are read ahead of the result that is due, in multiples of what the engine runs at once
 
@@ -15,13 +15,13 @@ class Started:
 
     def __init__(self, model_inputs=None, error: Exception | None = None):
         self.model_inputs = model_inputs
-        self.call: GenerateCall | None = None
+        self.call: RowGeneration | None = None
         self.result = None
         self.error = error
 
     def take(self, started) -> None:
         """What `start_generate` returned."""
-        if isinstance(started, GenerateCall):
+        if isinstance(started, RowGeneration):
             self.call = started
         else:
             self.result = started

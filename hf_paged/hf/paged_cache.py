@@ -1,0 +1,222 @@
+"""A transformers Cache whose keys and values lie in the engine's pages.
+
+transformers' decoding loops (beam search, assisted decoding, sampling with anything a user brings along) ask three
+things of a cache: to be handed to the model with the next tokens, to reorder its rows, and to drop its last tokens.
+With this one they run on pages as they are: rows fork and end by reference, and the model computes a packed ragged batch
+of the rows' own tokens, however they were padded.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..base.errors import UnsupportedOption
+from ..engine.held import HeldRows
+
+WHOLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # the cache layers whose contents fit into pages, and back
+
+
+class PagedCache(Cache):
+    """Rows of a batch on the pages of a patched model's engine.
+
+    Columns are what the caller counts, padding included; a row's tokens are its columns without the padding on its left.
+
+    Attributes:
+        rows: the engine's rows; None before the first tokens came.
+        width: columns so far.
+        padding: per row, padding columns.
+    """
+
+    def __init__(self, engine):
+        super().__init__(layers=[])
+        self.engine = engine
+        self.rows: HeldRows | None = None
+        self.width = 0
+        self.padding: list[int] = []
+        self._keep_past = False
+
+    # -- what transformers asks of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.width
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return len(self.engine.model.layers)
+
+    def __repr__(self) -> str:
+        return f"PagedCache({len(self.padding)} rows, {self.width} columns)"
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.padding) if self.rows is not None else -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.rows is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [layer.window is not None for layer in self.engine.model.layers]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    def activate_past_recording(self) -> None:
+        self._keep_past = True
+        if self.rows is not None:
+            self.rows.keep_past = True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return self._keep_past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last columns: `-n` drops n of them (0 only lets sliding layers forget); `n` keeps the first n."""
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.width - tokens_to_remove)
+        drop = min(drop, self.width)
+        if self.rows is None:
+            return
+        if drop and any(self.is_sliding) and not self._keep_past:
+            raise RuntimeError("crop: call activate_past_recording before; sliding layers have dropped what they need")
+        self.width -= drop
+        for row, length in enumerate(self.rows.lengths):
+            if drop:
+                self.rows.truncate(row, max(0, length - drop))
+        self.rows.forget_past()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i goes on from what row `beam_idx[i]` was. References move, nothing is copied."""
+        sources = beam_idx.tolist()
+        self.padding = [self.padding[source] for source in sources]
+        self.rows.reorder(sources)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(len(self.padding)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.close()
+        self.rows, self.width, self.padding = None, 0, []
+
+    def update(self, *args, **kwargs):
+        raise UnsupportedOption("past_key_values: a PagedCache is for the patched model that made it, and only while patched")
+
+    def __deepcopy__(self, memo):
+        raise UnsupportedOption("past_key_values: pages cannot be copied; ask generate for return_dict_in_generate=True")
+
+    def __reduce__(self):
+        raise UnsupportedOption("past_key_values: pages cannot be pickled; ask generate for return_dict_in_generate=True")
+
+    # -- on the engine's side
+
+    def open(self, num_rows: int, *, publish: bool) -> HeldRows:
+        """Take `num_rows` empty rows of the engine."""
+        self.rows = self.engine.hold(num_rows, name="generate", publish=publish)
+        self.rows.keep_past = self._keep_past
+        self.padding = [0] * num_rows
+        return self.rows
+
+    def close(self) -> None:
+        """Give the blocks back."""
+        if self.rows is not None:
+            self.rows.close()
+
+    # -- from and to transformers' own form
+
+    def fill(self, cache: Cache, attention_mask: torch.Tensor | None) -> None:
+        """Copy a stock cache into pages; its columns are the first of `attention_mask` [B, W], which tells the padding."""
+        batch, self.width = cache.layers[0].keys.shape[0], cache.get_seq_length()
+        padding = [0] * batch
+        if attention_mask is not None:
+            padding = (attention_mask[:, : self.width] == 0).sum(-1).tolist()
+        rows = self.open(batch, publish=False)
+        self.padding = padding
+        lengths = [self.width - count for count in padding]
+        rows.load(lengths, lambda index, row: _layer_row(cache.layers[index], row, lengths[row]))
+
+    def to_stock(self, into: Cache | None = None) -> Cache | None:
+        """The contents as a DynamicCache, padding filled with zeros. `into`: a stock cache, whose contents are replaced.
+
+        None if transformers keeps something else for this model than its pages hold.
+        """
+        specs = self.engine.model.layers
+        result = into
+        if into is None:
+            result = DynamicCache(config=self.engine.model.module.config.get_text_config(decoder=True))
+        while into is not None and len(result.layers) < len(specs):  # DynamicCache() gets its layers as they come
+            result.layers.append(DynamicLayer())
+        if [spec.layer_idx for spec in specs] != list(range(len(result.layers))):
+            return None
+        if not all(type(layer) in WHOLE_LAYERS for layer in result.layers):
+            return None
+        for index, layer in enumerate(result.layers):
+            self._fill_layer(layer, index)
+        return result
+
+    def _fill_layer(self, layer, index: int) -> None:
+        columns = self.width
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            columns = min(columns, layer.sliding_window - 1)
+        parts = [self.rows.read(index, row, columns) for row in range(len(self.padding))]
+        keys, values = (_stack([part[side] for part in parts], columns) for side in (0, 1))
+        dtype = self.engine.model.dtype
+        keys, values = keys.to(dtype), values.to(dtype)
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = self.width
+
+
+def fits_pages(cache: Cache, layers: list, batch: int) -> str | None:
+    """Why a stock cache cannot be copied into pages for layers of these specs, or None if it can."""
+    if getattr(cache, "offloading", False) or type(cache) is not DynamicCache:
+        return f"a {type(cache).__name__} cannot be copied into pages"
+    if cache.get_seq_length() == 0:
+        return None
+    if len(cache.layers) != len(layers):
+        return f"it has {len(cache.layers)} layers, the pages {len(layers)}"
+    for layer, spec in zip(cache.layers, layers):
+        if type(layer) not in WHOLE_LAYERS:
+            return f"a layer of it is a {type(layer).__name__}"
+        expected = (batch, spec.num_kv_heads, spec.head_dim, spec.value_dim)
+        if (*layer.keys.shape[:2], layer.keys.shape[-1], layer.values.shape[-1]) != expected:
+            return f"its layer {spec.layer_idx} holds keys of shape {list(layer.keys.shape)}"
+        if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window != spec.window:
+            return f"its layer {spec.layer_idx} has a window of {layer.sliding_window}, the model's {spec.window}"
+    return None
+
+
+def _layer_row(layer, row: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [n, Hkv, D] of a row's tokens, as many of the last as the layer has kept."""
+    kept = min(num_tokens, layer.keys.shape[-2])
+    first = layer.keys.shape[-2] - kept
+    return layer.keys[row, :, first:].transpose(0, 1), layer.values[row, :, first:].transpose(0, 1)
+
+
+def _stack(parts: list[torch.Tensor], columns: int) -> torch.Tensor:
+    """[n, H, D] per row, n at most `columns` -> [B, H, columns, D], rows aligned at their ends, zeros before."""
+    first = parts[0]
+    result = first.new_zeros(len(parts), columns, *first.shape[1:])
+    for row, part in enumerate(parts):
+        if len(part):
+            result[row, columns - len(part) :] = part
+    return result.transpose(1, 2)
