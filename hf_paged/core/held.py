@@ -61,7 +61,7 @@ class HeldSequences:
     def fork(self, source: Sequence) -> Sequence:
         """A sequence with the tokens of `source`, sharing all its blocks and its state."""
         sequence = self._enter(source.request, source.index)
-        sequence.token_ids = list(source.token_ids)
+        sequence.token_ids, sequence.num_prompt = list(source.token_ids), source.num_prompt
         self._tables.fork(source, sequence)
         return sequence
 

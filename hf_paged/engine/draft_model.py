@@ -55,7 +55,7 @@ class DraftModel:
     """
 
     def __init__(self, engine, num_rows: int):
-        if engine._scheduler.has_state:
+        if engine.has_state:
             raise UnsupportedOption("draft_model: its layers keep a state that cannot be taken back when a guess was wrong")
         self._engine = engine
         self._rows = engine.hold(num_rows, name="draft")

@@ -282,6 +282,12 @@ class BatchEngine:
         """Not while a failing step is being bisected, nor while user code in the forward would see the guesses."""
         return self._speculator is not None and self._isolation.suspects() is None and not self.model.hooked
 
+    def is_hooked(self) -> bool:
+        """Whether somebody's forward hooks watch the model now, so that every row has to be computed."""
+        with self._lock:
+            self._look_at_model()
+            return self.model.hooked
+
     def _schedule(self) -> StepPlan | None:
         plan = self._scheduler.schedule(only=self._isolation.suspects())
         while plan is None and self._isolation.suspects() is not None:
@@ -609,6 +615,11 @@ class BatchEngine:
                 if done > bar.n:
                     bar.set_postfix(tokens=sum(state.num_output for state in states), refresh=False)
                     bar.update(done - bar.n)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the model keeps a recurrent state per sequence: it can be forked, but not taken back by some tokens."""
+        return self._scheduler.has_state
 
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished()

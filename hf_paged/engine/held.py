@@ -60,6 +60,7 @@ class HeldRows:
 
     Attributes:
         keep_past: rows may be truncated, so sliding layers keep what they no longer see until `forget_past`.
+        labels: what hooks are told as the number of each row; None: its index.
     """
 
     def __init__(self, engine, num_rows: int, *, name: str = "held", cache_salt: str | bytes | None = None,
@@ -68,6 +69,7 @@ class HeldRows:
         self._held = engine._scheduler.held
         self._name = f"{name}-{next(_numbers)}"
         self.keep_past = False
+        self.labels: list[int] | None = None
         with engine._lock:
             engine._check_open()
             engine._release_dropped()
@@ -181,7 +183,8 @@ class HeldRows:
 
     def _owner(self, seq_id: int) -> Owner:
         row = next(row for row, sequence in enumerate(self._sequences) if sequence.seq_id == seq_id)
-        return Owner(f"{self._name}/{row}", 0, row, self._sequences[row].num_prompt)
+        label = row if self.labels is None else self.labels[row]
+        return Owner(f"{self._name}/{label}", 0, label, self._sequences[row].num_prompt)
 
     def _last_logits(self, context: StepContext, spans: list[Span]) -> torch.Tensor:
         last = torch.tensor([span.offset + span.count - 1 for span in spans], device=context.input_ids.device)

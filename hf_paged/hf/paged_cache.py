@@ -68,7 +68,7 @@ class PagedCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return True
+        return not self.engine.has_state
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -92,6 +92,8 @@ class PagedCache(Cache):
         drop = min(drop, self.width)
         if self.rows is None:
             return
+        if drop and self.engine.has_state:
+            raise UnsupportedOption("crop: this model keeps a state, which cannot be taken back by some tokens")
         if drop and any(self.is_sliding) and not self._keep_past:
             raise RuntimeError("crop: call activate_past_recording before; sliding layers have dropped what they need")
         self.width -= drop

@@ -96,6 +96,7 @@ class _Call:
         if fresh:
             computed, shown = self._distinct()
             rows = cache.open(len(computed), publish=self.embeds is None and self.positions is None)
+            rows.labels = computed
             self._use_prefix_cache(rows, computed)
         elif self.batch != len(cache.rows):
             raise InvalidArgument(f"input_ids has {self.batch} rows, the cache {len(cache.rows)}")
@@ -104,13 +105,14 @@ class _Call:
         chunks = cache.rows.forward(tokens, execute)
         if fresh and shown != list(range(len(computed))):
             cache.rows.reorder(shown)
+        cache.rows.labels = None
         cache.width += self.columns
         cache.padding = self.padding
         return self._output(chunks, computed, shown)
 
     def _distinct(self) -> tuple[list[int], list[int]]:
         """(rows to compute, per row its place among them): equal prompts are computed once and fork."""
-        if self.embeds is not None:
+        if self.embeds is not None or self.cache.engine.is_hooked():  # hooks see every row
             return list(range(self.batch)), list(range(self.batch))
         places: dict[tuple, int] = {}
         computed, shown = [], []

@@ -172,6 +172,7 @@ class RowGeneration:
             criteria=self._row_criterion(row),
             on_token=self.tokens[row].append,
             torch_rng=bool(self.config.do_sample) and alone,
+            row=row,
         )
         ids = self.input_ids[row, self.padding[row] :].tolist()
         return self.engine.submit_when_possible(ids, params, hooks=hooks)
