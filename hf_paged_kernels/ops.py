@@ -77,6 +77,7 @@ def attention_(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -85,7 +86,8 @@ def attention_(
 ) -> Tensor:
     """Write this step's keys and values into the cache, then attend: prompt chunks and decodes in one call.
 
-    Row i of a sequence is position p = seq_len - q_len + i and sees positions j with p - window < j <= p:
+    Row i of a sequence is position p = seq_len - q_len + i and sees positions j up to its own: from p - window + 1 if
+    there is a window, from p - p % chunk if there is a chunk, else all:
 
         s[j] = scale * q.k[j];  s = softcap * tanh(s / softcap);  s[j] += alibi_slope * (j - p)
         out  = sum_j exp(s[j]) v[j] / (sum_j exp(s[j]) + exp(sink))
@@ -98,6 +100,7 @@ def attention_(
         key, value: [T, Hkv, Dk] and [T, Hkv, Dv], any strides; both None if the cache is already written.
         k_cache, v_cache: one layer's cache, changed in place.
         window: how many positions a query sees, itself among them; None: all.
+        chunk: positions are cut into runs of this length, and a query sees its own run only; not with a window.
         sinks: [Hq], an extra logit per head in the denominator.
         alibi_slopes: [Hq].
         out: [T, Hq, Dv] contiguous, to be filled; made if None.
@@ -105,10 +108,10 @@ def attention_(
     Returns:
         [T, Hq, Dv] in the query's dtype.
     """
-    _check_attention(query, key, value, k_cache, v_cache, metadata, window, softcap, sinks, alibi_slopes, out)
+    _check_attention(query, key, value, k_cache, v_cache, metadata, window, chunk, softcap, sinks, alibi_slopes, out)
     run = _launcher(backend, query.device).attention_
-    return run(query, key, value, k_cache, v_cache, metadata, scale=scale, window=window, softcap=softcap,
-               sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
+    return run(query, key, value, k_cache, v_cache, metadata, scale=scale, window=window, chunk=chunk,
+               softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
 
 
 def store_kv(
@@ -209,7 +212,7 @@ def _launcher(backend: str, device: torch.device):
     return _cpu
 
 
-def _check_attention(query, key, value, k_cache, v_cache, metadata, window, softcap, sinks, alibi_slopes, out):
+def _check_attention(query, key, value, k_cache, v_cache, metadata, window, chunk, softcap, sinks, alibi_slopes, out):
     _check_cache(k_cache, v_cache)
     num_tokens, num_heads, k_head_dim = _shape3("query", query)
     num_kv_heads, v_head_dim = v_cache.shape[1], v_cache.shape[3]
@@ -231,6 +234,8 @@ def _check_attention(query, key, value, k_cache, v_cache, metadata, window, soft
             raise ValueError(f"key has {key.shape[0]} rows and query {num_tokens}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
+    if chunk is not None and (chunk < 1 or window is not None):
+        raise ValueError(f"chunk must be at least 1 and without a window, not {chunk} with window {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, not {softcap}")
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):

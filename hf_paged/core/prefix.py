@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence as AbstractSequence
 
 from .blocks import BlockPool
+from .groups import GroupSpec
 
 _ROOT_TAG = b"hf_paged prefix root\0"
 
@@ -40,19 +41,9 @@ def extend_keys(
         keys.append(key)
 
 
-def num_unseen_blocks(num_context: int, window: int | None, block_size: int) -> int:
-    """Leading blocks that no query at position `num_context` or later can see.
-
-    A query at p sees positions above p - window; a window of None sees everything.
-    """
-    if window is None or num_context < window:
-        return 0
-    return (num_context - window + 1) // block_size
-
-
 def longest_hit(
     pools: AbstractSequence[BlockPool],
-    windows: AbstractSequence[int | None],
+    groups: AbstractSequence[GroupSpec],
     keys: AbstractSequence[bytes],
     max_hit_blocks: int,
     block_size: int,
@@ -66,16 +57,16 @@ def longest_hit(
     for count in range(1, max_hit_blocks + 1):
         key = keys[count - 1]
         usable = True
-        for group, window in enumerate(windows):
-            if pools[group].lookup(key) is not None:
-                runs[group] += 1
-            elif window is None:
+        for index, group in enumerate(groups):
+            if pools[index].lookup(key) is not None:
+                runs[index] += 1
+            elif group.span is None:
                 return best
             else:
-                runs[group] = 0
-            if window is not None:
-                needed = count - num_unseen_blocks(count * block_size, window, block_size)
-                usable = usable and runs[group] >= needed
+                runs[index] = 0
+            if group.span is not None:
+                needed = count - group.num_unseen_blocks(count * block_size, block_size)
+                usable = usable and runs[index] >= needed
         if usable:
             best = count
     return best

@@ -9,23 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
 
 from .blocks import BlockPool
-from .prefix import extend_keys, longest_hit, num_unseen_blocks
+from .groups import GroupSpec
+from .prefix import extend_keys, longest_hit
 from .request import Request, Sequence
 
 RELEASED = -1  # table entry of a block that a sliding group gave back
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """One block group: layers of one kind that share a block table.
-
-    window: None for full attention; else a query at position p sees positions above p - window, itself included.
-    """
-
-    window: int | None
 
 
 class TableChanges:
@@ -83,14 +73,13 @@ class BlockTables:
         assert groups or max_slots, "a model keeps keys and values, or a state"
         assert len(groups) == len(num_blocks) == len(max_blocks), "one pool per group"
         assert not (prefix_cache and max_slots), "blocks are no prefix to go on from without the state at their end"
-        assert all(group.window is None or group.window >= 1 for group in groups), "a window sees at least its query"
         self.block_size = block_size
-        self.windows = [group.window for group in groups]
+        self.groups = list(groups)
         self.pools = [BlockPool(now, most) for now, most in zip(num_blocks, max_blocks, strict=True)]
         self.slots = BlockPool(0, max_slots, min_growth=1)  # a slot may be large, so no more of them than needed
         self.prefix_cache = prefix_cache
         self.num_releases = 0
-        self._sliding = [index for index, window in enumerate(self.windows) if window is not None]
+        self._sliding = [index for index, group in enumerate(groups) if group.span is not None]
 
     @property
     def has_state(self) -> bool:
@@ -106,14 +95,14 @@ class BlockTables:
         if not seq.request.read_prefix_cache:
             return 0
         most = (num_tokens - 1) // self.block_size
-        return longest_hit(self.pools, self.windows, seq.block_keys, most, self.block_size)
+        return longest_hit(self.pools, self.groups, seq.block_keys, most, self.block_size)
 
     def take_hit(self, seq: Sequence, num_blocks: int) -> None:
         """Start the empty `seq` with its first `num_blocks` blocks from the prefix cache."""
         seq.num_computed = num_blocks * self.block_size
-        for pool, window, table in zip(self.pools, self.windows, seq.block_tables, strict=True):
+        for pool, group, table in zip(self.pools, self.groups, seq.block_tables, strict=True):
             assert not table, "a hit starts a sequence"
-            unseen = num_unseen_blocks(seq.num_computed, window, self.block_size)
+            unseen = group.num_unseen_blocks(seq.num_computed, self.block_size)
             table.extend([RELEASED] * unseen)
             for key in seq.block_keys[unseen:num_blocks]:
                 block = pool.lookup(key)
@@ -222,7 +211,7 @@ class BlockTables:
         """Give back the blocks of sliding groups that no further query of `seq` can see."""
         for group in self._sliding:
             table = seq.block_tables[group]
-            index = num_unseen_blocks(seq.num_computed, self.windows[group], self.block_size) - 1
+            index = self.groups[group].num_unseen_blocks(seq.num_computed, self.block_size) - 1
             while index >= 0 and table[index] != RELEASED:
                 self.pools[group].release(table[index])
                 table[index] = RELEASED
@@ -253,11 +242,11 @@ class BlockTables:
         if self.has_state and self.slots.num_free < seq.seats:
             return False
         num_blocks = _ceil_div(len(seq.token_ids), self.block_size)
-        for pool, window, table in zip(self.pools, self.windows, seq.block_tables, strict=True):
+        for pool, group, table in zip(self.pools, self.groups, seq.block_tables, strict=True):
             held = sum(block != RELEASED for block in table)
             need = num_blocks - len(table) + held
-            if window is not None:
-                need = min(need, _window_span(window + chunk, self.block_size))
+            if group.span is not None:
+                need = min(need, _most_touched(group.span + chunk, self.block_size))
             if max(need - held, 1) + headroom > pool.num_free:
                 return False
         return True
@@ -270,8 +259,8 @@ class BlockTables:
         own, shared = _ceil_div(num_stored, block_size), num_prompt // block_size
         whole = shared + request.n * (own - shared)
         return [
-            whole if window is None else min(whole, request.n * min(own, _window_span(window, block_size)))
-            for window in self.windows
+            whole if span is None else min(whole, request.n * min(own, _most_touched(span, block_size)))
+            for span in (group.span for group in self.groups)
         ]
 
     def check_integrity(self, sequences: AbstractSequence[Sequence], num_tokens: dict[int, int]) -> None:
@@ -280,7 +269,7 @@ class BlockTables:
         for seq in sequences:
             for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
                 assert len(table) == _ceil_div(num_tokens[seq.seq_id], self.block_size), f"table length of {seq}"
-                unseen = num_unseen_blocks(seq.num_computed, self.windows[group], self.block_size)
+                unseen = self.groups[group].num_unseen_blocks(seq.num_computed, self.block_size)
                 for index, block in enumerate(table):
                     if block == RELEASED:
                         assert index < unseen, f"{seq} lost block {index} of group {group}, which it still sees"
@@ -336,6 +325,6 @@ def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-def _window_span(num_tokens: int, block_size: int) -> int:
+def _most_touched(num_tokens: int, block_size: int) -> int:
     """Most blocks that `num_tokens` consecutive tokens touch, wherever they start."""
     return (num_tokens + block_size - 2) // block_size + 1

@@ -55,7 +55,7 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         most = initial = [min(count, config.max_num_seqs * -(-max_model_len // block_size)) for count in most]
         cache.ensure(most)
     scheduler = Scheduler(
-        groups=[GroupSpec(window=group.window) for group in groups],
+        groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in groups],
         block_size=block_size,
         num_blocks=initial,
         max_blocks=most,

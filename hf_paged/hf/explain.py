@@ -151,6 +151,8 @@ def _some(names: list[str]) -> str:
 
 def _kind(spec, adaptations) -> str:
     kind = "full" if spec.window is None else f"sliding window {spec.window}"
+    if spec.chunk is not None:
+        kind = f"chunks of {spec.chunk}"
     return ", ".join(filter(None, (kind, adaptations.kinds.get(spec.layer_idx))))
 
 

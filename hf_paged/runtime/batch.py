@@ -92,6 +92,7 @@ class StepContext:
             self.metadata[layer.group],
             scale=scale,
             window=layer.spec.window,
+            chunk=layer.spec.chunk,
             softcap=softcap,
             sinks=sinks,
             alibi_slopes=alibi_slopes,

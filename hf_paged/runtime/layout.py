@@ -15,7 +15,8 @@ class LayerSpec:
         num_kv_heads: key/value heads present on this device.
         head_dim: size of a query or key head.
         value_dim: size of a value head.
-        window: None for full attention, else the number of latest positions a query sees, its own included.
+        window: None, or the number of latest positions a query sees, its own included.
+        chunk: None, or the length of the runs of positions of which a query sees its own only.
     """
 
     layer_idx: int
@@ -24,6 +25,7 @@ class LayerSpec:
     head_dim: int
     value_dim: int
     window: int | None = None
+    chunk: int | None = None
 
     def bytes_per_token(self, itemsize: int) -> int:
         return self.num_kv_heads * (self.head_dim + self.value_dim) * itemsize
@@ -34,6 +36,7 @@ class BlockGroup:
     """Layers that see the same positions, so that one block table serves them all."""
 
     window: int | None
+    chunk: int | None
     layers: tuple[LayerSpec, ...]
 
     def bytes_per_block(self, block_size: int, itemsize: int) -> int:
@@ -41,9 +44,11 @@ class BlockGroup:
 
 
 def group_layers(layers: list[LayerSpec]) -> list[BlockGroup]:
-    """Groups by window, in the order the windows first appear."""
-    windows = dict.fromkeys(layer.window for layer in layers)
-    return [BlockGroup(window, tuple(layer for layer in layers if layer.window == window)) for window in windows]
+    """Groups by window and chunk, in the order they first appear."""
+    kinds: dict[tuple, list[LayerSpec]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.window, layer.chunk), []).append(layer)
+    return [BlockGroup(*kind, tuple(members)) for kind, members in kinds.items()]
 
 
 def blocks_for_budget(
@@ -51,15 +56,16 @@ def blocks_for_budget(
 ) -> list[int]:
     """Most blocks of each group so that together they stay within `budget` bytes.
 
-    A sliding group never needs more than its window and one step's tokens for every running sequence, so it is
-    capped there and full groups take the rest. At least one block each, whatever the budget.
+    A group with a window or chunk never needs more than that and one step's tokens for every running sequence, so it
+    is capped there and full groups take the rest. At least one block each, whatever the budget.
     """
     sizes = [group.bytes_per_block(block_size, itemsize) for group in groups]
+    spans = [group.window or group.chunk for group in groups]
     caps = [
         None
-        if group.window is None
-        else max_num_seqs * (-(-(group.window + block_size) // block_size) + 1) + -(-max_batch_tokens // block_size)
-        for group in groups
+        if span is None
+        else max_num_seqs * (-(-(span + block_size) // block_size) + 1) + -(-max_batch_tokens // block_size)
+        for span in spans
     ]
     if all(cap is not None for cap in caps):  # nothing else could use the rest
         caps = [None] * len(caps)

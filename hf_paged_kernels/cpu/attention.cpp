@@ -1,6 +1,6 @@
 // Attention over a paged KV cache: prompt chunks and decodes of a ragged batch in one call.
 //
-//   s[j] = scale * q.k[j];  s = cap * tanh(s / cap);  s[j] += slope * (j - p);  p - window < j <= p
+//   s[j] = scale * q.k[j];  s = cap * tanh(s / cap);  s[j] += slope * (j - p);  low(p) <= j <= p
 //   out  = sum_j exp(s[j]) v[j] / (sum_j exp(s[j]) + exp(sink))
 //
 // k_cache [block, kv head, dim, block_size], v_cache [block, kv head, block_size, dim]: a vector holds the scores of
@@ -39,7 +39,7 @@ struct Args {
   int64_t num_heads, num_kv_heads, k_dim, v_dim;
   int64_t query_stride[2], key_stride[2], value_stride[2];  // of tokens and heads; the last dim is contiguous
   int64_t k_cache_stride[2], v_cache_stride[2];             // of blocks and heads; the rest is contiguous
-  int64_t window;                                           // 0: none
+  int64_t window, chunk;                                    // 0: none; at most one of them is set
   double scale, softcap;                                    // softcap 0: none
 };
 
@@ -104,7 +104,10 @@ class Kernel {
   int64_t bad_index = 0;  // the sequence or token that an error is about
 
  private:
-  int64_t lowest_key(int64_t position) const { return a.window ? std::max<int64_t>(0, position - a.window + 1) : 0; }
+  int64_t lowest_key(int64_t position) const {  // that a query at `position` sees; never falls with the position
+    if (a.chunk) return position - position % a.chunk;
+    return a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
+  }
   int64_t state_floats(int64_t rows) const { return rows * (v_stride + 2); }
   void load_queries(const Tile& tile, float* q) const;
   void run_split(const Tile& tile, int64_t split, const float* q, float* scores, const State& result) const;

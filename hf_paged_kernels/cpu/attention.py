@@ -11,7 +11,7 @@ from torch import Tensor
 from . import build
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ARGS = struct.Struct("@12P 12q 10q q 2d")  # struct Args in attention.cpp
+_ARGS = struct.Struct("@12P 12q 10q 2q 2d")  # struct Args in attention.cpp
 _ERRORS = {
     1: "cu_seqlens_q, seq_lens and block_table do not fit together at sequence {}",
     2: "block_table has a block id at or above the cache's number of blocks in sequence {}",
@@ -21,8 +21,8 @@ _entry = None
 
 
 def attention_(
-    query, key, value, k_cache, v_cache, metadata, *, scale, window=None, softcap=None, sinks=None, alibi_slopes=None,
-    out=None,
+    query, key, value, k_cache, v_cache, metadata, *, scale, window=None, chunk=None, softcap=None, sinks=None,
+    alibi_slopes=None, out=None,
 ) -> Tensor:  # fmt: skip
     """See `ops.attention_`."""
     num_tokens, num_heads, k_dim = query.shape
@@ -33,7 +33,7 @@ def attention_(
          metadata.cu_seqlens_q.data_ptr(), metadata.seq_lens.data_ptr(), metadata.block_table.data_ptr(),
          metadata.slot_mapping.data_ptr(), sinks, alibi_slopes,
          (num_tokens, metadata.block_table.shape[0], metadata.block_table.shape[1], num_blocks, block_size, num_heads,
-          num_kv_heads, k_dim, v_dim), window or 0, scale, softcap or 0.0)  # fmt: skip
+          num_kv_heads, k_dim, v_dim), window or 0, chunk or 0, scale, softcap or 0.0)  # fmt: skip
     return out
 
 
@@ -41,12 +41,12 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
     """See `ops.store_kv`: a batch of no sequences, which is written and attended by nobody."""
     num_blocks, num_kv_heads, block_size, v_dim = v_cache.shape
     _run(key, key, value, k_cache, v_cache, None, 0, 0, 0, slot_mapping.data_ptr(), None, None,
-         (key.shape[0], 0, 0, num_blocks, block_size, num_kv_heads, num_kv_heads, key.shape[2], v_dim), 0, 1.0,
+         (key.shape[0], 0, 0, num_blocks, block_size, num_kv_heads, num_kv_heads, key.shape[2], v_dim), 0, 0, 1.0,
          0.0)  # fmt: skip
 
 
 def _run(query, key, value, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block_table, slot_mapping, sinks,
-         alibi_slopes, sizes, window, scale, softcap):  # fmt: skip
+         alibi_slopes, sizes, window, chunk, scale, softcap):  # fmt: skip
     global _entry
     if _entry is None:
         entry = build.load().hf_paged_attention
@@ -80,7 +80,7 @@ def _run(query, key, value, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block
         0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(),
         _DTYPE_CODES[query.dtype], new_dtype, _DTYPE_CODES[k_cache.dtype], *sizes,
         query_strides[0], query_strides[1], key_strides[0], key_strides[1], value_strides[0], value_strides[1],
-        k_strides[0], k_strides[1], v_strides[0], v_strides[1], window, scale, softcap,
+        k_strides[0], k_strides[1], v_strides[0], v_strides[1], window, chunk, scale, softcap,
     )  # fmt: skip
     failed = _entry(packed)
     if failed:

@@ -12,8 +12,8 @@ _MAX_SCORES = 16 * 2**20  # floats of one score matrix: long chunks over long co
 
 
 def attention_(
-    query, key, value, k_cache, v_cache, metadata, *, scale, window=None, softcap=None, sinks=None, alibi_slopes=None,
-    out=None,
+    query, key, value, k_cache, v_cache, metadata, *, scale, window=None, chunk=None, softcap=None, sinks=None,
+    alibi_slopes=None, out=None,
 ) -> Tensor:  # fmt: skip
     """See `ops.attention_`."""
     if key is not None:
@@ -28,16 +28,18 @@ def attention_(
             stop = min(start + rows_per_tile, starts[seq + 1])
             first_position = seq_len - (starts[seq + 1] - start)
             out[start:stop] = _attend(query[start:stop], first_position, k_cache, v_cache, metadata.block_table[seq],
-                                      scale, window, softcap, sinks, alibi_slopes)  # fmt: skip
+                                      scale, window, chunk, softcap, sinks, alibi_slopes)  # fmt: skip
     return out
 
 
-def _attend(query, first_position, k_cache, v_cache, block_table, scale, window, softcap, sinks, alibi_slopes):
+def _attend(query, first_position, k_cache, v_cache, block_table, scale, window, chunk, softcap, sinks, alibi_slopes):
     """[n, Hq, Dv] for n consecutive rows of one sequence, the first at `first_position`."""
     num_rows, num_heads, _ = query.shape
     num_kv_heads, block_size = v_cache.shape[1:3]
     last_position = first_position + num_rows - 1
     lowest = 0 if window is None else max(0, first_position - window + 1)
+    if chunk is not None:
+        lowest = first_position - first_position % chunk
     first_block, end_block = lowest // block_size, last_position // block_size + 1
     blocks = block_table[first_block:end_block].long()
     j = torch.arange(first_block * block_size, last_position + 1, device=query.device)
@@ -45,6 +47,8 @@ def _attend(query, first_position, k_cache, v_cache, block_table, scale, window,
     visible = (j <= p) & (blocks >= 0).repeat_interleave(block_size)[: len(j)]
     if window is not None:
         visible &= j > p - window
+    if chunk is not None:
+        visible &= j >= p - p % chunk
 
     # Blocks that are not there, and slots no row sees, must not reach a product: 0 * NaN is NaN.
     seen = visible.any(0)

@@ -33,6 +33,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     cache_dtype: torch.dtype = torch.float32
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
@@ -50,7 +51,7 @@ class Case:
         self.keys = [normal(total, num_kv_heads, self.k_dim) for _, total in self.lengths]
         self.values = [normal(total, num_kv_heads, self.v_dim) for _, total in self.lengths]
         self.options = dict(
-            scale=self.k_dim**-0.5, window=self.window, softcap=self.softcap,
+            scale=self.k_dim**-0.5, window=self.window, chunk=self.chunk, softcap=self.softcap,
             sinks=normal(num_heads) if self.sinks else None,
             alibi_slopes=0.5 ** torch.linspace(1, 8, num_heads) if self.alibi else None,
         )  # fmt: skip
@@ -74,6 +75,8 @@ class Case:
             table[i, : -(-stop // size)] = torch.tensor(blocks[: -(-stop // size)])
             if self.window:
                 table[i, : max(0, start - self.window + 1) // size] = -1
+            if self.chunk:
+                table[i, : start // self.chunk * self.chunk // size] = -1
             position = torch.arange(stop)
             slot = torch.tensor(blocks)[position // size] * size + position % size
             kernels.store_kv(self.keys[seq][:start], self.values[seq][:start], *caches, slot[:start],
@@ -108,6 +111,8 @@ class Case:
             if self.alibi:
                 s = s + self.options["alibi_slopes"].double()[:, None, None] * (j - p)
             seen = (j <= p) & (j > p - self.window if self.window else j <= p)
+            if self.chunk:
+                seen &= j // self.chunk == p // self.chunk
             weights = torch.where(seen, s, -float("inf")).exp()
             sink = self.options["sinks"].double().exp()[:, None, None] if self.sinks else 0.0
             out.append(torch.einsum("hqk,khd->qhd", weights / (weights.sum(-1, keepdim=True) + sink), value))
@@ -134,6 +139,10 @@ CASES = {
     "window_7": Case(window=7),
     "window_100": Case(window=100),
     "window_300": Case(window=300),
+    "chunk_1": Case(chunk=1),
+    "chunk_24": Case(chunk=24),
+    "chunk_64": Case(chunk=64, heads=(4, 1)),
+    "chunk_300": Case(chunk=300, block_size=32),
     "softcap": Case(softcap=5.0),
     "sinks": Case(sinks=True),
     "alibi": Case(alibi=True),
@@ -245,6 +254,7 @@ def test_a_sequence_reads_blocks_that_another_of_the_same_call_fills(backend):
 INVARIANT = {
     "plain": Case(lengths=[(530, 530), (40, 300)]),
     "window": Case(lengths=[(300, 600), (40, 40)], window=70, heads=(4, 2)),
+    "chunk": Case(lengths=[(300, 600), (40, 40)], chunk=70, heads=(4, 2)),
     "everything": Case(lengths=[(300, 560)], window=270, softcap=8.0, sinks=True, alibi=True, k_dim=24, v_dim=40),
     "bf16_cache": Case(lengths=[(300, 560), (9, 9)], cache_dtype=torch.bfloat16, heads=(7, 1), v_dim=128),
     "block_64": Case(lengths=[(290, 290), (31, 600)], block_size=64, k_dim=80, v_dim=80),
@@ -379,6 +389,14 @@ def bad_window(case):
     case["window"] = 0
 
 
+def bad_chunk(case):
+    case["chunk"] = 0
+
+
+def bad_chunk_and_window(case):
+    case["chunk"] = case["window"] = 8
+
+
 def bad_softcap(case):
     case["softcap"] = 0.0
 
@@ -406,8 +424,9 @@ def bad_backend(case):
 WRONG = [
     (bad_head_size, "query"), (bad_head_count, "query"), (bad_query_dtype, "query"), (bad_rows, "query"),
     (bad_key_alone, "key and value"), (bad_key_shape, "key"), (bad_value_dtype, "key and value"),
-    (bad_window, "window"), (bad_softcap, "softcap"), (bad_sinks, "sinks"), (bad_alibi_slopes, "alibi_slopes"),
-    (bad_out, "out"), (bad_v_cache, "v_cache"), (bad_backend, "backend"),
+    (bad_window, "window"), (bad_chunk, "chunk"), (bad_chunk_and_window, "chunk"), (bad_softcap, "softcap"),
+    (bad_sinks, "sinks"), (bad_alibi_slopes, "alibi_slopes"), (bad_out, "out"), (bad_v_cache, "v_cache"),
+    (bad_backend, "backend"),
 ]  # fmt: skip
 
 

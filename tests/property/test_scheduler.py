@@ -40,6 +40,15 @@ def expected_output(request: Request, index: int) -> tuple[list[int], str, int |
         if len(output) >= request.max_tokens or len(tokens) >= MAX_MODEL_LEN:
             return output, "length", None
 
+CHUNK = GroupSpec(chunk=6)
+
+
+def lowest(kind, position: int) -> int:
+    """The first position that a query at `position` sees in a group of this kind: None, a window or CHUNK."""
+    if kind is CHUNK:
+        return position - position % kind.chunk
+    return 0 if kind is None else max(0, position - kind + 1)
+
 
 class World:
     """A scheduler, the fake memory its plans run on, and the checks after each operation.
@@ -245,9 +254,9 @@ class World:
                     assert slot not in written, "two sequences write one slot"
                     written.add(slot)
                     self.memory[group][slot] = self.content(seq, position)
-        for group, window in enumerate(self.windows):
+        for group, kind in enumerate(self.windows):
             for row, seq, begin, end in self.rows():
-                for position in range(0 if window is None else max(0, begin - window + 1), end):
+                for position in range(lowest(kind, begin), end):
                     block, offset = self.slot(group, row, position)
                     assert block >= 0, "a block was given back too early"
                     found, wanted = self.memory[group].get((block, offset)), self.content(seq, position)
@@ -329,7 +338,7 @@ OPERATIONS = st.one_of(
 )
 CONFIGS = st.fixed_dictionaries(
     dict(
-        windows=st.sampled_from([[None], [None], [None, 3], [5], [None, 4, 9], [1]]),
+        windows=st.sampled_from([[None], [None], [None, 3], [5], [None, 4, 9], [1], [None, CHUNK], [CHUNK, 4]]),
         max_slots=st.sampled_from([0, 0, 0, 3, 9]),
         block_size=st.sampled_from([1, 2, 4]),
         max_blocks=st.integers(4, 40),
@@ -346,7 +355,7 @@ def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, guesses
     # smaller pools for sliding groups, so that each kind runs short now and then
     most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
     scheduler = Scheduler(
-        groups=[GroupSpec(window) for window in windows],
+        groups=[kind if isinstance(kind, GroupSpec) else GroupSpec(kind) for kind in windows],
         block_size=block_size,
         num_blocks=[min(2, count) for count in most],
         max_blocks=most,
@@ -398,7 +407,7 @@ def test_heavy_traffic_on_scarce_blocks(seed):
     random = Random(seed)
     block_size = random.choice([1, 2, 4])
     world = make_world(
-        windows=random.choice([[None], [None, 3], [5], [None, 4, 9], [1]]),
+        windows=random.choice([[None], [None, 3], [5], [None, 4, 9], [1], [None, CHUNK], [CHUNK, 4]]),
         block_size=block_size,
         max_blocks=random.choice([16, 24, 32, 48, 80]) // block_size,
         max_slots=0,

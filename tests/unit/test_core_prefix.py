@@ -6,7 +6,7 @@ from array import array
 import pytest
 
 from hf_paged.core.blocks import BlockPool
-from hf_paged.core.prefix import extend_keys, longest_hit, num_unseen_blocks, root_key
+from hf_paged.core.prefix import extend_keys, longest_hit, root_key
 from hf_paged.core.request import Request
 from hf_paged.core.scheduler import GroupSpec, Scheduler
 
@@ -15,7 +15,7 @@ def make(windows=(None,), block_size=4, max_blocks=64, **limits) -> Scheduler:
     counts = list(max_blocks) if isinstance(max_blocks, tuple) else [max_blocks] * len(windows)
     defaults = dict(max_batch_tokens=64, max_num_seqs=8, max_model_len=256)
     return Scheduler(
-        groups=[GroupSpec(window) for window in windows],
+        groups=[kind if isinstance(kind, GroupSpec) else GroupSpec(kind) for kind in windows],
         block_size=block_size,
         num_blocks=[1] * len(counts),
         max_blocks=counts,
@@ -113,6 +113,9 @@ def test_a_salt_made_of_another_chains_bytes_does_not_forge_its_key():
 # -- longest hit
 
 
+FULL, WINDOW = GroupSpec(), GroupSpec(4)
+
+
 def published(keys, which, num_blocks=16) -> BlockPool:
     pool = BlockPool(num_blocks, num_blocks)
     for index in which:
@@ -125,34 +128,50 @@ def published(keys, which, num_blocks=16) -> BlockPool:
     [(100, None, 0), (4, 5, 0), (5, 5, 0), (7, 5, 0), (8, 5, 1), (11, 5, 1), (12, 5, 2), (4, 1, 1), (0, 1, 0)],
 )
 def test_blocks_that_no_further_query_sees(num_context, window, expected):
-    assert num_unseen_blocks(num_context, window, 4) == expected
+    assert GroupSpec(window).num_unseen_blocks(num_context, 4) == expected
+
+
+@pytest.mark.parametrize("num_context, expected", [(0, 0), (9, 0), (10, 2), (11, 2), (19, 2), (20, 5), (25, 5)])
+def test_blocks_of_earlier_chunks_are_seen_no_more(num_context, expected):
+    assert GroupSpec(chunk=10).num_unseen_blocks(num_context, 4) == expected
 
 
 def test_with_blocks_of_one_token_a_window_leaves_one_behind_at_once():
-    assert [num_unseen_blocks(num_context, 3, 1) for num_context in range(6)] == [0, 0, 0, 1, 2, 3]
+    assert [GroupSpec(3).num_unseen_blocks(num_context, 1) for num_context in range(6)] == [0, 0, 0, 1, 2, 3]
 
 
 def test_full_attention_needs_every_block_from_the_start():
     keys = keys_of(range(10))
-    assert longest_hit([published(keys, [0, 1, 2, 4])], [None], keys, 5, 2) == 3
-    assert longest_hit([published(keys, [1, 2])], [None], keys, 5, 2) == 0
-    assert longest_hit([published(keys, range(5))], [None], keys, 4, 2) == 4
+    assert longest_hit([published(keys, [0, 1, 2, 4])], [FULL], keys, 5, 2) == 3
+    assert longest_hit([published(keys, [1, 2])], [FULL], keys, 5, 2) == 0
+    assert longest_hit([published(keys, range(5))], [FULL], keys, 4, 2) == 4
 
 
 def test_a_sliding_group_needs_only_the_blocks_its_next_query_sees():
     keys = keys_of(range(12))
     # after 10 tokens a window of 4 sees positions 7, 8, 9: blocks 3 and 4
-    assert longest_hit([published(keys, [3, 4])], [4], keys, 5, 2) == 5
-    assert longest_hit([published(keys, [4])], [4], keys, 5, 2) == 0
-    assert longest_hit([published(keys, [0, 1, 2, 4])], [4], keys, 5, 2) == 3
+    assert longest_hit([published(keys, [3, 4])], [WINDOW], keys, 5, 2) == 5
+    assert longest_hit([published(keys, [4])], [WINDOW], keys, 5, 2) == 0
+    assert longest_hit([published(keys, [0, 1, 2, 4])], [WINDOW], keys, 5, 2) == 3
+
+
+def test_a_chunked_group_needs_only_the_blocks_of_the_chunk_that_goes_on():
+    keys, chunks = keys_of(range(12)), [GroupSpec(chunk=6)]
+    assert longest_hit([published(keys, [])], chunks, keys, 5, 2) == 3  # the chunk of position 6 has no token yet
+    assert longest_hit([published(keys, [3, 4])], chunks, keys, 5, 2) == 5
+    assert longest_hit([published(keys, [4])], chunks, keys, 5, 2) == 3
+    assert longest_hit([published(keys, [0])], chunks, keys, 2, 2) == 1
+    uneven = [GroupSpec(chunk=5)]  # its chunk begins inside block 2
+    assert longest_hit([published(keys, [2])], uneven, keys, 3, 2) == 3
+    assert longest_hit([published(keys, [])], uneven, keys, 3, 2) == 0
 
 
 def test_a_hit_must_be_usable_in_all_groups():
     keys = keys_of(range(12))
     full, sliding = published(keys, range(4)), published(keys, [0, 1, 3, 4])
-    assert longest_hit([full, published(keys, [2, 3])], [None, 4], keys, 5, 2) == 4
-    assert longest_hit([full, sliding], [None, 4], keys, 5, 2) == 2  # after 3 or 4 blocks it would still see block 2
-    assert longest_hit([sliding, full], [4, None], keys, 5, 2) == 2
+    assert longest_hit([full, published(keys, [2, 3])], [FULL, WINDOW], keys, 5, 2) == 4
+    assert longest_hit([full, sliding], [FULL, WINDOW], keys, 5, 2) == 2  # after 3 or 4 blocks it would still see block 2
+    assert longest_hit([sliding, full], [WINDOW, FULL], keys, 5, 2) == 2
 
 
 # -- sharing
@@ -343,6 +362,17 @@ def test_a_sliding_group_gives_back_what_its_window_left_behind():
         seen.append((plan.num_context[0], sliding.count(-1), scheduler.stats()["blocks_in_use"]))
         commit(scheduler, plan)
     assert seen == [(8, 2, [5, 3]), (9, 3, [5, 2]), (10, 3, [6, 3]), (11, 4, [6, 2])]
+
+
+def test_a_chunked_group_gives_back_every_block_before_its_chunk():
+    scheduler = make(windows=(None, GroupSpec(chunk=6)), block_size=2, prefix_cache=False)
+    add(scheduler, "r", range(8), max_tokens=7)
+    commit(scheduler, scheduler.schedule())
+    seen = []
+    while (plan := scheduler.schedule()) is not None:
+        seen.append((plan.num_context[0], plan.block_tables[1][0].count(-1)))
+        commit(scheduler, plan)
+    assert seen == [(8, 3), (9, 3), (10, 3), (11, 3), (12, 6), (13, 6)]
 
 
 def test_a_long_sequence_needs_few_blocks_of_a_sliding_group():
