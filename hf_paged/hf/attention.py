@@ -33,6 +33,10 @@ def paged_attention_forward(
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] of the packed batch -> ([1, T, Hq, Dv], None)."""
     context = active_context()
     if context is None:
+        observer = _active_observer()
+        if observer is not None:
+            _check_layer(module)
+            observer.attended(module, attention_mask, kwargs)
         function = _fallback(module)
         extra = {"softcap": softcap} if softcap is not None else {}
         if s_aux is not None:
@@ -44,8 +48,7 @@ def paged_attention_forward(
         )
     if getattr(module, "is_causal", True) is False:
         raise UnsupportedModel(f"{type(module).__name__} attends in both directions; only causal attention has a cache")
-    if not hasattr(module, "layer_idx"):
-        raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
+    _check_layer(module)
     if softcap is not None and drops_softcap(_original.get(id(module.config))):
         softcap = None  # the same tokens as this model gives unpatched
     options = dict(scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap, sinks=s_aux)
@@ -53,6 +56,11 @@ def paged_attention_forward(
         return module.attend_latent(context, query, key, value, **options)[None], None
     heads = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return context.attend(module.layer_idx, *heads, **options)[None], None
+
+
+def _check_layer(module) -> None:
+    if getattr(module, "layer_idx", None) is None:
+        raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
 
 
 def drops_softcap(implementation: str | None) -> bool:
@@ -64,18 +72,49 @@ def _paged_mask(*args, config=None, **kwargs):
     if active_context() is not None:
         # The step's own lengths say who sees whom. MPT converts its mask before it hands it on, so it is given one.
         return torch.zeros((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
-    return ALL_MASK_ATTENTION_FUNCTIONS[_original.get(id(config), "sdpa")](*args, config=config, **kwargs)
+    function = ALL_MASK_ATTENTION_FUNCTIONS[_stock_implementation(_original.get(id(config), "sdpa"))]
+    observer = _active_observer()
+    if observer is None:
+        return function(*args, config=config, **kwargs)
+    mask = function(*args, config=config, **{**kwargs, "allow_is_causal_skip": False})
+    observer.mask_made(mask, kwargs["mask_function"], kwargs.get("local_size"))
+    return mask
 
 
 def _fallback(module):
-    name = _original.get(id(module.config), module.config._attn_implementation)
+    name = _stock_implementation(_original.get(id(module.config), module.config._attn_implementation))
     if name in ALL_ATTENTION_FUNCTIONS and name != NAME:
         return ALL_ATTENTION_FUNCTIONS[name]
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
+def _stock_implementation(name: str) -> str:
+    """Under an observer, one whose masks are tensors over all positions."""
+    return name if _active_observer() is None or name == "sdpa" else "eager"
+
+
 AttentionInterface.register(NAME, paged_attention_forward)
 AttentionMaskInterface.register(NAME, _paged_mask)
+
+
+_observer = threading.local()
+
+
+def _active_observer():
+    return getattr(_observer, "active", None)
+
+
+@contextmanager
+def observing(observer):
+    """While inside `paged_attention`, and outside any step, this thread's forwards are stock's own, and noted.
+
+    `observer` is told of every mask that transformers makes (`mask_made`) and every attention (`attended`).
+    """
+    _observer.active = observer
+    try:
+        yield observer
+    finally:
+        _observer.active = None
 
 
 @contextmanager

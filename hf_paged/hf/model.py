@@ -15,16 +15,17 @@ from .fusion import Fusions
 from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers
 from .swap import evaluating
+from .visibility import Visibility
 from .watch import Snapshot
 
 
 class TransformersModel:
     """Implements `runtime.runner.PagedModel` for a decoder-only transformers model. Reads the live weights."""
 
-    def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations):
+    def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, visibility: Visibility):
         self.module = model
         self.fusions = fusions
-        self.layers = probe_layers(model, adaptations)
+        self.layers = probe_layers(model, adaptations, visibility)
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model, adaptations)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -16,6 +16,7 @@ from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse
 from .generation import PagedMixin
 from .model import TransformersModel
+from .selfcheck import check_forward, observe
 from .spec import check_supported
 from .swap import ATTRIBUTE, Swapped, restore, swap
 from .verify import Verification
@@ -46,9 +47,11 @@ class Patch:
 
     def bind(self, model: torch.nn.Module) -> None:
         with without_hooks(model):
-            self.adapter = TransformersModel(model, self.fusions, self.adaptations)
+            observed = observe(model, self.adaptations)
+            self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed.visibility)
+            check_backend(self.config.attention_backend, self.adapter.device)
+            check_forward(self.adapter, observed, self.config)
         self.adapter.weights_replaced()  # with its hooks
-        check_backend(self.config.attention_backend, self.adapter.device)
 
     @property
     def live_engine(self):

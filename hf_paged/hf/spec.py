@@ -12,6 +12,7 @@ from . import supported
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention
 from .swap import evaluating
+from .visibility import Rule, Visibility, check_cache
 
 
 def check_supported(model: torch.nn.Module) -> None:
@@ -37,22 +38,17 @@ def check_supported(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"model: {name} has weights on the meta device; load them first")
 
 
-WINDOW_BY_LAYER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss"})
-WINDOW_EVERYWHERE = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe"})
-
-
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
     def __init__(self, position_ids: torch.Tensor):
         self.position_ids = position_ids
-        self.seen: dict[int, tuple[int, int, int, int]] = {}
+        self.seen: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # by layer and call
         self.projections: dict = {}
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
-        if layer_idx in self.seen:
-            raise UnsupportedModel(f"layer {layer_idx} attends twice in one forward")
-        self.seen[layer_idx] = (query.shape[1], key.shape[1], query.shape[2], value.shape[2])
+        self.seen[layer_idx, self.calls[layer_idx]] = (query.shape[1], key.shape[1], query.shape[2], value.shape[2])
+        self.calls[layer_idx] += 1
         groups = query.shape[1] // key.shape[1]
         output = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(0, 1),
@@ -61,18 +57,18 @@ class _Probe:
             is_causal=True,
             scale=scale,
         )
-        return output.transpose(0, 1)
+        return output.transpose(0, 1).contiguous()
 
 
 def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
-def probe_layers(model: torch.nn.Module, adaptations: Adaptations) -> list[LayerSpec]:
+def probe_layers(model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility) -> list[LayerSpec]:
     """Runs three tokens through the model and returns its attention layers in order, with sizes from the tensors seen.
 
-    Windows come from `config.layer_types`, since not every family passes them to its attention function, or from an
-    adapter where only the module's code has them.
+    Windows and chunks are those that stock's own forward showed (`visibility`), or an adapter's where only the module's
+    code has them.
     """
     config = text_config(model)
     device = next(model.parameters()).device
@@ -80,34 +76,20 @@ def probe_layers(model: torch.nn.Module, adaptations: Adaptations) -> list[Layer
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
     with torch.no_grad(), evaluating(model), paged_attention(attention_configs(model)), activate(probe):
         model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)
-    expected = config.num_hidden_layers
-    if sorted(probe.seen) != list(range(expected)):
-        raise UnsupportedModel(
-            f"model: {type(model).__name__} has {expected} layers but attended in layers {sorted(probe.seen)}"
-        )
-    windows = _windows(config)
-    return [LayerSpec(i, *probe.seen[i], window=adaptations.window(i) or windows[i]) for i in range(expected)]
+    expected, found = config.num_hidden_layers, sorted({layer for layer, _ in probe.seen})
+    if found != list(range(expected)) and len(probe.seen) != expected:  # a looped model counts every pass as a layer
+        raise UnsupportedModel(f"model: {type(model).__name__} has {expected} layers but attended in layers {found}")
+    check_cache(config, visibility.layers)
+    return [
+        LayerSpec(layer, *sizes, *(_rule(visibility, layer, call) or (adaptations.window(layer), None)), call)
+        for (layer, call), sizes in sorted(probe.seen.items())
+    ]
 
 
-def _windows(config) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    if config.model_type not in WINDOW_BY_LAYER_TYPE:
-        if window is not None and config.model_type not in WINDOW_EVERYWHERE:
-            raise UnsupportedModel(
-                f"model: config.sliding_window is {window}, which {config.model_type!r} layers do not read but stock's "
-                "cache does, so prefill and decode disagree; set it to None"
-            )
-        return [window] * config.num_hidden_layers
-    known = {"full_attention": None, "sliding_attention": window}
-    unknown = sorted(set(layer_types) - set(known))
-    if unknown:
-        raise UnsupportedModel(f"model: layers of type {unknown[0]!r} are not supported")
-    if window is None and "sliding_attention" in layer_types:
-        raise UnsupportedModel("model: config.layer_types names sliding_attention but config.sliding_window is None")
-    return [known[kind] for kind in layer_types]
+def _rule(visibility: Visibility, layer_idx: int, call: int) -> Rule | None:
+    """(window, chunk) of one of a layer's attentions; None for a layer off the attention interface."""
+    rules = visibility.layers.get(layer_idx, ())
+    return rules[call] if call < len(rules) else None
 
 
 NO_LIMIT = 2**31 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class StepContext:
         position_ids: [1, T] their positions in their own sequences.
         metadata: one AttentionMetadata per block group.
         projections: results of merged projections waiting for the sibling module that asks next.
+        calls: how often each layer has attended in this forward.
         owner: sequence id -> whose it is (`packed.Owner`).
         logit_rows: [R] packed rows whose logits the running forward computes; None: all.
         packed: the batch as `current_batch` describes it, once somebody asked.
@@ -45,7 +47,7 @@ class StepContext:
 
     __slots__ = (
         *("plan", "input_ids", "position_ids", "metadata", "projections", "owner", "logit_rows", "packed", "hooks"),
-        *("_layers", "_backend"),
+        *("calls", "_layers", "_backend"),
     )
 
     def __init__(self, plan: StepPlan, cache: KVCache, backend: str, owner: Callable | None, hooks: SequenceHooks):
@@ -82,7 +84,8 @@ class StepContext:
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
         """Write this step's keys and values into the pages, then attend. Shapes [T, heads, dim]; see ops.attention_."""
-        layer = self._layers[layer_idx]
+        layer = self._layers[layer_idx, self.calls[layer_idx]]
+        self.calls[layer_idx] += 1
         return ops.attention_(
             query,
             key,
@@ -124,6 +127,7 @@ def activate(context):
     """Make `context` this thread's active one. Nesting is a bug: a step never runs inside a step."""
     assert active_context() is None, "a paged forward is already running in this thread"
     _active.context = context
+    context.calls = Counter()
     try:
         yield context
     finally:

@@ -35,7 +35,9 @@ class KVCache:
         self.device = device
         self.num_blocks = [0] * len(groups)
         self.layers = {
-            spec.layer_idx: LayerCache(spec, index) for index, group in enumerate(groups) for spec in group.layers
+            (spec.layer_idx, spec.call): LayerCache(spec, index)
+            for index, group in enumerate(groups)
+            for spec in group.layers
         }
 
     def bytes_per_block(self, group: int) -> int:
@@ -51,7 +53,7 @@ class KVCache:
             if count <= self.num_blocks[index]:
                 continue
             for spec in self.groups[index].layers:
-                self._grow_layer(self.layers[spec.layer_idx], self.num_blocks[index], count)
+                self._grow_layer(self.layers[spec.layer_idx, spec.call], self.num_blocks[index], count)
             self.num_blocks[index] = count
 
     def _grow_layer(self, layer: LayerCache, old: int, new: int) -> None:
@@ -71,7 +73,7 @@ class KVCache:
                 continue
             tensor = torch.tensor(pairs, dtype=torch.int64, device=self.device)
             for spec in self.groups[index].layers:
-                layer = self.layers[spec.layer_idx]
+                layer = self.layers[spec.layer_idx, spec.call]
                 ops.copy_blocks(layer.k_cache, layer.v_cache, tensor)
 
     def read(

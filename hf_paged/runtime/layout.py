@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer, as seen when the model ran.
+    """One attention layer, as seen when the model ran. A layer that attends several times in a forward is several.
 
     Attributes:
         layer_idx: the number the model gives its layer.
@@ -17,6 +17,7 @@ class LayerSpec:
         value_dim: size of a value head.
         window: None, or the number of latest positions a query sees, its own included.
         chunk: None, or the length of the runs of positions of which a query sees its own only.
+        call: which of the layer's attentions this is, in the order they run.
     """
 
     layer_idx: int
@@ -26,6 +27,7 @@ class LayerSpec:
     value_dim: int
     window: int | None = None
     chunk: int | None = None
+    call: int = 0
 
     def bytes_per_token(self, itemsize: int) -> int:
         return self.num_kv_heads * (self.head_dim + self.value_dim) * itemsize

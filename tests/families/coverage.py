@@ -137,6 +137,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    _warm_up()
     if args.unlisted:
         supported.SUPPORTED = _Everything(supported.SUPPORTED)
     names = args.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -158,6 +159,11 @@ def main() -> int:
 
         models_page.write(ROOT, status_of)
     return 1 if "wrong" in counts else 0
+
+
+def _warm_up() -> None:
+    """Import once, before forking, what every name needs."""
+    Comparison(tiny_model("llama")).check_generate()
 
 
 class _Everything(frozenset):
