@@ -249,7 +249,7 @@ class StopOnRepeat(StoppingCriteria):
         (dict(do_sample=False, eos_token_id=[5, 71]), True),
         (dict(do_sample=False, repetition_penalty=1.1), True),
         (dict(do_sample=False, num_return_sequences=1, stop_strings=["e"]), True),
-        (dict(do_sample=False, stopping_criteria=[StopOnRepeat()]), True),
+        (dict(do_sample=False, stopping_criteria=[StopOnRepeat()]), False),  # sees the whole batch at every step
         (dict(do_sample=False, no_repeat_ngram_size=6), False),  # stock's own processor, one position at a time
     ],
 )
