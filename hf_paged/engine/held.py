@@ -208,7 +208,7 @@ class HeldRows:
                 engine._runner.prepare(plan)
                 for row, _, part in work:
                     tables = self._sequences[row].block_tables
-                    for layer_idx in engine._cache.layers:
+                    for layer_idx, _ in engine._cache.layers:
                         engine._cache.write(layer_idx, tables, len(part), *source(layer_idx, row))
             except BaseException:
                 self._held.rollback([self._sequences[row] for row, _, _ in work], draft)

@@ -165,7 +165,7 @@ class PagedCache(Cache):
             result = DynamicCache(config=self.engine.model.module.config.get_text_config(decoder=True))
         while into is not None and len(result.layers) < len(specs):  # DynamicCache() gets its layers as they come
             result.layers.append(DynamicLayer())
-        if [spec.layer_idx for spec in specs] != list(range(len(result.layers))):
+        if any(spec.call for spec in specs) or [spec.layer_idx for spec in specs] != list(range(len(result.layers))):
             return None
         if not all(type(layer) in WHOLE_LAYERS for layer in result.layers):
             return None
@@ -194,6 +194,8 @@ def fits_pages(cache: Cache, layers: list, batch: int) -> str | None:
         return f"a {type(cache).__name__} cannot be copied into pages"
     if cache.get_seq_length() == 0:
         return None
+    if any(spec.call for spec in layers):
+        return "its layers run several times, each time with keys and values of their own"
     if len(cache.layers) != len(layers):
         return f"it has {len(cache.layers)} layers, the pages {len(layers)}"
     for layer, spec in zip(cache.layers, layers):

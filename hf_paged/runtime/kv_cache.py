@@ -80,7 +80,7 @@ class KVCache:
         self, layer_idx: int, block_tables: list[list[int]], length: int, most: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] of a sequence's last n = min(length, most) tokens, as copies."""
-        layer = self.layers[layer_idx]
+        layer = self.layers[layer_idx, 0]
         if not length:
             spec = layer.spec
             return tuple(
@@ -96,7 +96,7 @@ class KVCache:
         self, layer_idx: int, block_tables: list[list[int]], length: int, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Store key [n, Hkv, Dk] and value [n, Hkv, Dv] as the last n of a sequence's first `length` tokens."""
-        layer = self.layers[layer_idx]
+        layer = self.layers[layer_idx, 0]
         table = torch.tensor(block_tables[layer.group], dtype=torch.int64, device=self.device)
         positions = torch.arange(length - len(key), length, device=self.device)
         slots = table[positions // self.block_size] * self.block_size + positions % self.block_size
