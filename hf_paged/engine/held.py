@@ -17,6 +17,7 @@ import torch
 from ..base.errors import InvalidArgument, RequestTooLarge
 from ..core.request import Sequence
 from ..runtime.batch import StepContext
+from ..runtime.layout import LayerSpec
 from ..runtime.packed import Owner
 
 _numbers = itertools.count()
@@ -190,12 +191,12 @@ class HeldRows:
         last = torch.tensor([span.offset + span.count - 1 for span in spans], device=context.input_ids.device)
         return self._engine.model.forward(context, last)
 
-    def load(self, lengths: list[int], source: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def load(self, lengths: list[int], source: Callable[[LayerSpec, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Fill empty rows with keys and values computed elsewhere.
 
         Args:
             lengths: tokens per row.
-            source: `source(layer_idx, row)` gives keys [n, Hkv, Dk] and values [n, Hkv, Dv] of the row's last n tokens;
+            source: `source(layer, row)` gives keys [n, Hkv, Dk] and values [n, Hkv, Dv] of the row's last n tokens;
                 n is the length, or less where the layer does not look further back.
         """
         engine = self._engine
@@ -208,18 +209,18 @@ class HeldRows:
                 engine._runner.prepare(plan)
                 for row, _, part in work:
                     tables = self._sequences[row].block_tables
-                    for layer_idx, _ in engine._cache.layers:
-                        engine._cache.write(layer_idx, tables, len(part), *source(layer_idx, row))
+                    for spec in engine.model.layers:
+                        engine._cache.write(spec, tables, len(part), *source(spec, row))
             except BaseException:
                 self._held.rollback([self._sequences[row] for row, _, _ in work], draft)
                 raise
             self._held.commit(plan)
 
-    def read(self, layer_idx: int, row: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: LayerSpec, row: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] of the row's last n tokens, n being `most` or all there are."""
         sequence = self._sequences[row]
         with self._engine._lock:
-            return self._engine._cache.read(layer_idx, sequence.block_tables, sequence.num_computed, most)
+            return self._engine._cache.read(layer, sequence.block_tables, sequence.num_computed, most)
 
     def truncate(self, row: int, num_tokens: int) -> None:
         """Keep only the first `num_tokens` tokens of a row."""

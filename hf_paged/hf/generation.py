@@ -22,9 +22,10 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
 from .paged_call import CACHE_NAME, CACHE_NAMES, cache_of, paged_call
-from .paged_cache import PagedCache, fits_pages
+from .paged_cache import PagedCache
 from .rows import RowGeneration, rows_suffice
 from .spec import text_config
+from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
 from .swap import Swapped
 
 _KNOWN = {
@@ -167,7 +168,8 @@ class _Decoding:
     def must_be_stock(self) -> bool:
         """Whether pages do not have what this call needs. Told to the patch, which raises if it is strict."""
         for option, reason in self._reasons():
-            self.model._hf_paged.note_fallback(option, reason)
+            if not self.config.is_assistant:  # else these are guesses for another model, whose masks the caller never saw
+                self.model._hf_paged.note_fallback(option, reason)
             return True
         return False
 
@@ -191,8 +193,8 @@ class _Decoding:
                 yield name, "the engine has no place for it"
         cache = cache_of(kwargs)
         if cache is not None and not isinstance(cache, PagedCache):
-            reason = fits_pages(cache, layers, len(self.input_ids))
-            if reason:
+            reason = why_not_paged(cache, self.model._hf_paged, len(self.input_ids))
+            if reason and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
                 yield "past_key_values", reason
         yield from self._reasons_of_the_mask()
 
@@ -207,6 +209,14 @@ class _Decoding:
             yield "position_ids", f"it has {positions.dim()} dimensions"
 
     def on_stock(self, logits_processor, stopping_criteria, **options):
+        pages = cache_of(self.kwargs)
+        if isinstance(pages, PagedCache):  # earlier calls of whoever drafts were on pages
+            reason = why_not_stock(self.model._hf_paged)
+            if reason:
+                raise UnsupportedOption(f"past_key_values: {next(self._reasons())[0]} needs transformers' cache; {reason}")
+            self.kwargs |= {name: None for name in CACHE_NAMES if self.kwargs.get(name) is pages}
+            self.kwargs[CACHE_NAME] = to_stock(pages, whole=True)
+            pages.close()
         return self._run(logits_processor, stopping_criteria, **options)
 
     # -- stock's own loop on pages
@@ -239,7 +249,7 @@ class _Decoding:
         handed_out = False
         try:
             if given is not None and given is not pages and given.get_seq_length() > 0:
-                pages.fill(given, self.kwargs.get("attention_mask"))
+                to_pages(given, pages, self.kwargs.get("attention_mask"))
             if self.config.is_assistant:
                 pages.activate_past_recording()
             self.kwargs["use_cache"] = True
@@ -281,8 +291,7 @@ class _Decoding:
         if isinstance(given, PagedCache) or self.config.is_assistant:
             return pages  # whoever drafts goes on with it
         if given is not None and getattr(given, "_is_user_defined", False):
-            return pages.to_stock(into=given)
+            return to_stock(pages, into=given)
         if not (self.config.return_dict_in_generate and wanted):
             return None
-        stock = pages.to_stock()
-        return pages if stock is None else stock
+        return to_stock(pages) if why_not_stock(self.model._hf_paged) is None else pages

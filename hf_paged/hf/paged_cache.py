@@ -9,13 +9,10 @@ of the rows' own tokens, however they were padded.
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from ..base.errors import UnsupportedOption
 from ..engine.held import HeldRows
-
-WHOLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # the cache layers whose contents fit into pages, and back
 
 
 class PagedCache(Cache):
@@ -72,7 +69,7 @@ class PagedCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [layer.window is not None for layer in self.engine.model.layers]
+        return [layer.window is not None or layer.chunk is not None for layer in self.engine.model.layers]
 
     @property
     def is_linear(self) -> list[bool]:
@@ -140,87 +137,3 @@ class PagedCache(Cache):
         """Give the blocks back."""
         if self.rows is not None:
             self.rows.close()
-
-    # -- from and to transformers' own form
-
-    def fill(self, cache: Cache, attention_mask: torch.Tensor | None) -> None:
-        """Copy a stock cache into pages; its columns are the first of `attention_mask` [B, W], which tells the padding."""
-        batch, self.width = cache.layers[0].keys.shape[0], cache.get_seq_length()
-        padding = [0] * batch
-        if attention_mask is not None:
-            padding = (attention_mask[:, : self.width] == 0).sum(-1).tolist()
-        rows = self.open(batch, publish=False)
-        self.padding = padding
-        lengths = [self.width - count for count in padding]
-        rows.load(lengths, lambda index, row: _layer_row(cache.layers[index], row, lengths[row]))
-
-    def to_stock(self, into: Cache | None = None) -> Cache | None:
-        """The contents as a DynamicCache, padding filled with zeros. `into`: a stock cache, whose contents are replaced.
-
-        None if transformers keeps something else for this model than its pages hold.
-        """
-        specs = self.engine.model.layers
-        result = into
-        if into is None:
-            result = DynamicCache(config=self.engine.model.module.config.get_text_config(decoder=True))
-        while into is not None and len(result.layers) < len(specs):  # DynamicCache() gets its layers as they come
-            result.layers.append(DynamicLayer())
-        if any(spec.call for spec in specs) or [spec.layer_idx for spec in specs] != list(range(len(result.layers))):
-            return None
-        if not all(type(layer) in WHOLE_LAYERS for layer in result.layers):
-            return None
-        for index, layer in enumerate(result.layers):
-            self._fill_layer(layer, index)
-        return result
-
-    def _fill_layer(self, layer, index: int) -> None:
-        columns = self.width
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            columns = min(columns, layer.sliding_window - 1)
-        parts = [self.rows.read(index, row, columns) for row in range(len(self.padding))]
-        keys, values = (_stack([part[side] for part in parts], columns) for side in (0, 1))
-        dtype = self.engine.model.dtype
-        keys, values = keys.to(dtype), values.to(dtype)
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = self.width
-
-
-def fits_pages(cache: Cache, layers: list, batch: int) -> str | None:
-    """Why a stock cache cannot be copied into pages for layers of these specs, or None if it can."""
-    if getattr(cache, "offloading", False) or type(cache) is not DynamicCache:
-        return f"a {type(cache).__name__} cannot be copied into pages"
-    if cache.get_seq_length() == 0:
-        return None
-    if any(spec.call for spec in layers):
-        return "its layers run several times, each time with keys and values of their own"
-    if len(cache.layers) != len(layers):
-        return f"it has {len(cache.layers)} layers, the pages {len(layers)}"
-    for layer, spec in zip(cache.layers, layers):
-        if type(layer) not in WHOLE_LAYERS:
-            return f"a layer of it is a {type(layer).__name__}"
-        expected = (batch, spec.num_kv_heads, spec.head_dim, spec.value_dim)
-        if (*layer.keys.shape[:2], layer.keys.shape[-1], layer.values.shape[-1]) != expected:
-            return f"its layer {spec.layer_idx} holds keys of shape {list(layer.keys.shape)}"
-        if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window != spec.window:
-            return f"its layer {spec.layer_idx} has a window of {layer.sliding_window}, the model's {spec.window}"
-    return None
-
-
-def _layer_row(layer, row: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [n, Hkv, D] of a row's tokens, as many of the last as the layer has kept."""
-    kept = min(num_tokens, layer.keys.shape[-2])
-    first = layer.keys.shape[-2] - kept
-    return layer.keys[row, :, first:].transpose(0, 1), layer.values[row, :, first:].transpose(0, 1)
-
-
-def _stack(parts: list[torch.Tensor], columns: int) -> torch.Tensor:
-    """[n, H, D] per row, n at most `columns` -> [B, H, columns, D], rows aligned at their ends, zeros before."""
-    first = parts[0]
-    result = first.new_zeros(len(parts), columns, *first.shape[1:])
-    for row, part in enumerate(parts):
-        if len(part):
-            result[row, columns - len(part) :] = part
-    return result.transpose(1, 2)

@@ -129,18 +129,19 @@ def patch(
     check_supported(model)
     if draft_model is not None:
         check_draft(model, draft_model)
-    verification = Verification(model) if verify else None
-    undo = Patch(model, config, tokenizer, draft_model)
-    swap(model, PagedMixin, undo)
-    try:
-        undo.bind(model)
-        if verification is not None:
-            undo.largest_difference = verification.check(undo.adapter, config)
-        if config.strict:
-            explain(model).raise_on_fallback()
-    except BaseException:
-        unpatch(model)
-        raise
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):  # as in every step
+        verification = Verification(model) if verify else None
+        undo = Patch(model, config, tokenizer, draft_model)
+        swap(model, PagedMixin, undo)
+        try:
+            undo.bind(model)
+            if verification is not None:
+                undo.largest_difference = verification.check(undo.adapter, config)
+            if config.strict:
+                explain(model).raise_on_fallback()
+        except BaseException:
+            unpatch(model)
+            raise
     return model
 
 

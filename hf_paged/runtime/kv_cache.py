@@ -77,26 +77,29 @@ class KVCache:
                 ops.copy_blocks(layer.k_cache, layer.v_cache, tensor)
 
     def read(
-        self, layer_idx: int, block_tables: list[list[int]], length: int, most: int
+        self, spec: LayerSpec, block_tables: list[list[int]], length: int, most: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] of a sequence's last n = min(length, most) tokens, as copies."""
-        layer = self.layers[layer_idx, 0]
+        """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] of a sequence's last n = min(length, most) tokens, as copies.
+
+        Zeros where the layer gave back what no later query sees.
+        """
+        layer = self.layers[spec.layer_idx, spec.call]
         if not length:
-            spec = layer.spec
             return tuple(
                 torch.empty(0, spec.num_kv_heads, size, dtype=self.dtype, device=self.device)
                 for size in (spec.head_dim, spec.value_dim)
             )
         table = torch.tensor(block_tables[layer.group], dtype=torch.int64, device=self.device)
         first = max(0, length - most)
-        key, value = ops.gather_kv(layer.k_cache, layer.v_cache, table, length)
-        return key[first:], value[first:]
+        key, value = ops.gather_kv(layer.k_cache, layer.v_cache, table.clamp(min=0), length)
+        gone = (table < 0).repeat_interleave(self.block_size)[:length, None, None]
+        return key.masked_fill(gone, 0)[first:], value.masked_fill(gone, 0)[first:]
 
     def write(
-        self, layer_idx: int, block_tables: list[list[int]], length: int, key: torch.Tensor, value: torch.Tensor
+        self, spec: LayerSpec, block_tables: list[list[int]], length: int, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Store key [n, Hkv, Dk] and value [n, Hkv, Dv] as the last n of a sequence's first `length` tokens."""
-        layer = self.layers[layer_idx, 0]
+        layer = self.layers[spec.layer_idx, spec.call]
         table = torch.tensor(block_tables[layer.group], dtype=torch.int64, device=self.device)
         positions = torch.arange(length - len(key), length, device=self.device)
         slots = table[positions // self.block_size] * self.block_size + positions % self.block_size

@@ -20,7 +20,7 @@ from . import alibi, softmax
 from .base import Layer, Positions
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
 
-__all__ = ["Adaptations", "LatentAttention", "adapt"]
+__all__ = ["LATENT", "Adaptations", "LatentAttention", "adapt"]
 
 # "family.ClassName" of a module in transformers.models -> its mixin.
 _MIXINS: dict[str, type] = {
