@@ -20,7 +20,7 @@ class PromptLookup:
     def __init__(self, shortest: int, longest: int):
         assert 1 <= shortest <= longest, (shortest, longest)
         self._shortest, self._longest = shortest, longest
-        self._latest: dict[tuple[int, ...], int] = {}  # the `shortest` tokens before a position -> the last such position
+        self._latest: dict[tuple[int, ...], int] = {}  # `shortest` tokens -> the last position they come before
         self._earlier: list[int] = []  # of each position, the one before it with the same tokens; -1: none
 
     def guess(self, token_ids: list[int], count: int) -> list[int]:
@@ -52,14 +52,14 @@ class PromptLookup:
 
     def _best(self, token_ids: list[int]) -> int:
         """The position whose history agrees best with the end's; -1 if none does."""
-        end = len(token_ids)
+        end, longest = len(token_ids), self._longest
         position = self._latest.get(tuple(token_ids[max(0, end - self._shortest) :]), -1)
         best, most = -1, 0
         for _ in range(_MAX_CANDIDATES):
-            if position < 0 or most == self._longest:
+            if position < 0 or most == longest:
                 break
             agreed = self._shortest
-            while agreed < min(self._longest, position) and token_ids[position - agreed - 1] == token_ids[end - agreed - 1]:
+            while agreed < min(longest, position) and token_ids[position - agreed - 1] == token_ids[end - agreed - 1]:
                 agreed += 1
             if agreed > most:
                 best, most = position, agreed

@@ -155,6 +155,16 @@ class Sequence:
         )
 
 
+def append_tokens(seq: Sequence, tokens: list[int], max_model_len: int) -> tuple[str, int | None] | None:
+    """Append output tokens up to the first that ends `seq`; (finish reason, stop reason) if one does, else None."""
+    for token in tokens:
+        seq.append(token)
+        verdict = check_finished(seq, max_model_len)
+        if verdict is not None:
+            return verdict
+    return None
+
+
 def check_finished(seq: Sequence, max_model_len: int) -> tuple[str, int | None] | None:
     """(finish reason, stop reason) if the last output token ends `seq`, else None."""
     request, token, num_output = seq.request, seq.token_ids[-1], seq.num_output

@@ -4,8 +4,9 @@
               ^------ preempted, rolled back ------'
 
 `schedule` makes a StepPlan, `add_drafts` may add guessed tokens to it, and `commit` (or, if the forward failed,
-`rollback`) ends it: one plan at a time. Calls come from one thread. All sequences are ranked by the policy, first come first served or by priority. A step walks down
-that order; whoever lacks blocks takes them from the last in order, so the first always advances and all finish.
+`rollback`) ends it: one plan at a time. Calls come from one thread. All sequences are ranked by the policy, first come
+first served or by priority. A step walks down that order; whoever lacks blocks takes them from the last in order, so
+the first always advances and all finish.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..base.errors import InvalidArgument, QueueFull, RequestTooLarge
 from .held import HeldSequences
 from .plan import StepPlan
 from .queues import Queues
-from .request import Request, Sequence, SequenceStatus, check_finished
+from .request import Request, Sequence, SequenceStatus, append_tokens
 from .step import StepDraft
 from .tables import BlockTables, GroupSpec
 
@@ -174,18 +175,10 @@ class Scheduler:
         return plan
 
     def draftable(self) -> tuple[int, list[tuple[Sequence, int]]]:
-        """What the plan in flight has room for: (draft tokens in all, [(sequence, most draft tokens)]).
-
-        Only decodes carry drafts. A sequence gets no more than it may still output, less the token it samples anyway.
-        """
+        """What the plan in flight has room for: (draft tokens in all, [(sequence, most draft tokens)])."""
         assert not self.has_state, "a state cannot be taken back by the drafts that were wrong"
         step = self._in_flight[1]
-        found = []
-        for seq in step.decoding():
-            room = min(seq.request.max_tokens - seq.num_output, self.max_model_len - len(seq.token_ids)) - 1
-            if room > 0:
-                found.append((seq, room))
-        return step.budget, found
+        return step.budget, step.draftable(self.max_model_len)
 
     def add_drafts(self, drafts: Mapping[int, list[int]]) -> StepPlan:
         """Let the plan in flight compute draft tokens too, within what `draftable` says; returns the new plan.
@@ -228,29 +221,23 @@ class Scheduler:
             seq = self._sequences.get(seq_id)
             if seq is None or seq.status is not SequenceStatus.RUNNING:
                 continue
-            verdict = self._append(seq, tokens.get(seq_id, []), len(step.drafts.get(seq_id, ())))
-            if seq_id in tokens:
+            num_known, taken = len(seq.token_ids), tokens.get(seq_id, [])
+            verdict = append_tokens(seq, taken, self.max_model_len)
+            if seq_id in step.drafts:
+                num_accepted = min(max(len(taken) - 1, 0), len(seq.token_ids) - num_known)
+                self._settle_drafts(seq, num_known, len(step.drafts[seq_id]), num_accepted)
+            if taken:
                 advanced.append(seq)
             if verdict is not None:
                 self._end(seq, *verdict)
         return advanced
 
-    def _append(self, seq: Sequence, tokens: list[int], num_drafts: int) -> tuple[str, int | None] | None:
-        """Append tokens until one of them ends `seq`; returns (finish reason, stop reason) then, else None."""
-        num_known, verdict = len(seq.token_ids), None
-        for token in tokens:
-            seq.append(token)
-            verdict = check_finished(seq, self.max_model_len)
-            if verdict is not None:
-                break
-        if num_drafts:
-            self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
-            num_accepted = min(max(len(tokens) - 1, 0), len(seq.token_ids) - num_known)
-            seq.num_draft_tokens += num_drafts
-            seq.num_accepted_tokens += num_accepted
-            self._num_draft += num_drafts
-            self._num_accepted += num_accepted
-        return verdict
+    def _settle_drafts(self, seq: Sequence, num_known: int, num_drafts: int, num_accepted: int) -> None:
+        self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
+        seq.num_draft_tokens += num_drafts
+        seq.num_accepted_tokens += num_accepted
+        self._num_draft += num_drafts
+        self._num_accepted += num_accepted
 
     def rollback(self, plan: StepPlan) -> None:
         """The step of `plan` failed: its sequences lose all their blocks and wait again, in order.
@@ -427,7 +414,7 @@ class Scheduler:
             self._end(seq, reason, stop_reason)
 
     def cut(self, seq_id: int, num_output: int, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a sequence of the last commit after its first `num_output` output tokens, whatever the later ones brought."""
+        """End a sequence of the last commit after its first `num_output` output tokens; what the later brought is void."""
         seq = self.sequence(seq_id)
         del seq.token_ids[seq.num_prompt + num_output :]
         if seq.status is SequenceStatus.FINISHED:

@@ -70,12 +70,21 @@ class StepDraft:
         self.busy.add(seq.seq_id)
         self.budget -= count
 
-    def decoding(self) -> list[Sequence]:
-        """The sequences that compute one token and sample their own next one."""
-        return [seq for seq, count, samples in self._entries if count == 1 and samples == [seq.seq_id]]
+    def draftable(self, max_model_len: int) -> list[tuple[Sequence, int]]:
+        """[(sequence, most draft tokens)] for all that compute one token and sample their next.
+
+        They are as many as it may still output, less the one it samples anyway.
+        """
+        found = []
+        for seq, count, samples in self._entries:
+            if count == 1 and samples == [seq.seq_id]:
+                room = min(seq.request.max_tokens - seq.num_output, max_model_len - len(seq.token_ids)) - 1
+                if room > 0:
+                    found.append((seq, room))
+        return found
 
     def add_drafts(self, seq: Sequence, drafts: list[int]) -> None:
-        """`seq`, one of `decoding`, computes these guesses after its token."""
+        """`seq`, which is `draftable`, computes these guesses after its token."""
         self.drafts[seq.seq_id] = drafts
         self.budget -= len(drafts)
 

@@ -56,7 +56,7 @@ class DraftModel:
 
     def __init__(self, engine, num_rows: int):
         if engine.has_state:
-            raise UnsupportedOption("draft_model: its layers keep a state that cannot be taken back when a guess was wrong")
+            raise UnsupportedOption("draft_model: its layers keep a state that cannot be taken back after a wrong guess")
         self._engine = engine
         self._rows = engine.hold(num_rows, name="draft")
         self._rows.keep_past = True

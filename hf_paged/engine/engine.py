@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from tqdm.auto import tqdm
 
 from ..base.config import EngineConfig
@@ -30,15 +29,15 @@ from ..core.request import Request, Sequence
 from ..runtime.batch import SequenceHooks, StepContext
 from ..runtime.packed import Owner
 from ..runtime.runner import ModelRunner, PagedModel
-from ..runtime.sampler import Sampler, SampleResult, derive_seed
+from ..runtime.sampler import SampleResult, derive_seed
 from .build import build, build_speculator
+from .execute import Due, StepExecutor
 from .held import HeldRows
 from .isolation import Isolation
 from .lock import FairLock
 from .metrics import StepClock
 from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
-from .speculation import Due, due_in
 from .text import encode_bad_words
 
 HELD_WAIT = 0.001  # seconds
@@ -66,7 +65,6 @@ class BatchEngine:
         self._states: dict[str, RequestState] = {}
         self._touched: dict[str, RequestState] = {}
         self._isolation = Isolation()
-        self._sampler = Sampler()
         self._count = 0
         self._stepping = False
         self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
@@ -74,6 +72,7 @@ class BatchEngine:
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
+        self._executor = StepExecutor(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, self._scheduler, draft_engine)
         self.reset_stats()
 
@@ -301,7 +300,7 @@ class BatchEngine:
     def _run(self, plan: StepPlan) -> None:
         hooks = self._sequence_hooks(plan)
         try:
-            due, result = self._execute(plan, hooks)
+            due, result = self._executor.execute(plan, hooks, self._clock)
         except Exception as error:
             self._scheduler.rollback(plan)
             if self._speculator is not None and self._speculator.bar(plan):
@@ -318,73 +317,22 @@ class BatchEngine:
             self._fail(seq_id, error)
         self._commit(plan, due, result)
 
-    def _execute(self, plan: StepPlan, hooks: SequenceHooks) -> tuple[list[Due], SampleResult | None]:
-        """Forward and sampling. Nothing is committed yet, so a failure here can be taken back."""
-        mark = time.perf_counter()
-        due = due_in(plan, self._scheduler)
-        sampled = list(dict.fromkeys(row for row, _ in plan.samples))
-        prompt_rows = self._prompt_rows(plan)
-        rows = sampled + [row for span, _ in prompt_rows for row in span]
-        context = self._runner.prepare(plan, self._owner, hooks)
-        mark = self._clock.lap("build", mark)
-        logits = self._runner.forward(context, rows)
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
-        mark = self._clock.lap("model", mark)
-        place = {row: index for index, row in enumerate(sampled)}
-        selected = logits[: len(sampled)]
-        if len(plan.samples) != len(sampled):  # n completions start from one row
-            selected = selected[[place[row] for row, _ in plan.samples]]
-        rows_to_sample = [row for one in due for row in one.rows()]
-        result = self._sampler.sample(selected, rows_to_sample) if due else None
-        offset = len(sampled)
-        for span, state in prompt_rows:
-            self._record_prompt(state, logits[offset : offset + len(span)])
-            offset += len(span)
-        self._clock.lap("sample", mark)
-        return due, result
-
-    def _owner(self, seq_id: int) -> Owner:
-        sequence = self._scheduler.sequence(seq_id)
-        request = sequence.request
-        return Owner(request.request_id, sequence.index, request.state.hooks.row, sequence.num_prompt)
-
     def _sequence_hooks(self, plan: StepPlan) -> SequenceHooks:
         states = ((seq_id, self._scheduler.sequence(seq_id).request.state) for seq_id in plan.seq_ids)
         return SequenceHooks({seq_id: state.hooks.forward_hooks for seq_id, state in states if state.hooks.forward_hooks})
-
-    def _prompt_rows(self, plan: StepPlan) -> list[tuple[range, RequestState]]:
-        """Packed rows whose logits give log-probabilities of prompt tokens, per request that asked for them."""
-        spans, start = [], 0
-        for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context):
-            sequence = self._scheduler.sequence(seq_id)
-            state = sequence.request.state
-            if state.params.prompt_logprobs is not None and sequence.index == 0:
-                first = max(context, state.prompt_rows_done - 1)
-                last = min(context + new, sequence.num_prompt - 1)
-                if first < last:
-                    spans.append((range(start + first - context, start + last - context), state))
-            start += new
-        return spans
-
-    def _record_prompt(self, state: RequestState, logits: torch.Tensor) -> None:
-        first = state.prompt_rows_done
-        ids = state.request.prompt_token_ids[first : first + len(logits)]
-        entries = self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs)
-        state.record_prompt_logprobs(entries)
 
     def _commit(self, plan: StepPlan, due: list[Due], result: SampleResult | None) -> None:
         mark = time.perf_counter()
         tokens: dict[int, list[int]] = {}
         failures: list[tuple[Sequence, Exception]] = []
         for one in due:
-            taken, error = self._taken(one, result)
+            taken, error = one.taken(result)
             if taken:
                 tokens[one.sequence.seq_id] = taken
             if error is not None:
                 failures.append((one.sequence, error))
             if self._speculator is not None:
-                self._speculator.learn(one, max(len(taken) - 1, 0))
+                self._speculator.learn(one.sequence, len(one.drafts), max(len(taken) - 1, 0))
         committed = self._scheduler.commit(plan, tokens)
         self._clock.count(steps=1, tokens=plan.num_tokens)
         mark = self._clock.lap("schedule", mark)
@@ -403,30 +351,6 @@ class BatchEngine:
             if sequence.finish_reason is None:
                 self._fail(sequence.seq_id, error)
         self._clock.lap("detokenize", mark)
-
-    def _taken(self, due: Due, result: SampleResult) -> tuple[list[int], Exception | None]:
-        """(tokens a sequence gets, why it gets no more): the sampled ones, as long as each is what the next row assumes."""
-        tokens: list[int] = []
-        for index, guess in zip(due.samples, [*due.drafts, None], strict=True):
-            error = result.errors[index]
-            if error is None:
-                try:
-                    tokens.append(self._chosen(due.sequence, result, index))
-                except Exception as raised:
-                    error = raised
-            if error is not None:
-                return tokens, error
-            if tokens[-1] != guess:
-                break
-        return tokens, None
-
-    def _chosen(self, sequence: Sequence, result: SampleResult, index: int) -> int:
-        state: RequestState = sequence.request.state
-        if state.hooks.capture:
-            captured = (result.raw_logits[index], result.processed_logits[index])
-            state.sequence_state(sequence).captured.append(captured)
-        token = result.tokens[index]
-        return token if state.hooks.replace is None else state.hooks.replace(token)
 
     def _advance(self, sequence: Sequence, logprobs: list) -> None:
         """One completion got tokens: text, stop strings, the user's criteria, one token after the other."""
@@ -636,7 +560,8 @@ class BatchEngine:
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
         cache takes from the machine. `draft_tokens` were guessed, `accepted_tokens` of them were right and
-        `acceptance_rate` is their share (None if nothing was guessed). Times are in seconds; `time_model` is the forward, the rest is the engine's own
+        `acceptance_rate` is their share (None if nothing was guessed). Times are in seconds; `time_model` is the forward,
+        `time_draft` what guessing took, the rest is the engine's own
         (`time_build` packs the batch, and grows the cache when it must).
         """
         with self._lock:

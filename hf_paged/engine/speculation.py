@@ -1,14 +1,13 @@
-"""Speculative decoding: guess a sequence's next tokens, compute them all in one step, keep what would have been sampled.
+"""Speculative decoding: guess a sequence's next tokens, compute them in one step, keep what would have been sampled.
 
 A draw depends on the request's seed, the position and the logits only. So every row of a step that carries draft tokens
-is sampled as if the drafts before it were the output, and a sequence gets the sampled tokens up to the first that is not
-what was guessed: exactly those it would have got one step at a time, whatever was guessed.
+is sampled as if the drafts before it were the output, and a sequence gets the sampled tokens up to the first that is
+not what was guessed: exactly those it would have got one step at a time, whatever was guessed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +28,7 @@ class Proposer(Protocol):
     """Where guesses come from."""
 
     def propose(self, jobs: list[tuple[Sequence, SampleRow, int]]) -> list[list[int]]:
-        """Guesses for every (sequence, its row in the sampler, how many at most); fewer, or none, where it knows no more."""
+        """Guesses for every (sequence, its row in the sampler, how many at most); fewer or none where it knows no more."""
         ...
 
     def forget(self, seq_id: int) -> None:
@@ -94,42 +93,6 @@ class Pace:
             self.count = min(self.most, max(self.count, 2 * num_accepted))
 
 
-@dataclass(slots=True)
-class Due:
-    """What one sequence samples in a step: its next token, and one more after each of its drafts.
-
-    Attributes:
-        first: index of its first row among the step's samples.
-        drafts: the guesses that the rows after the first assume.
-    """
-
-    sequence: Sequence
-    first: int
-    drafts: list[int]
-
-    @property
-    def samples(self) -> range:
-        return range(self.first, self.first + len(self.drafts) + 1)
-
-    def rows(self) -> Iterator[SampleRow]:
-        """The sampler's row for each of them: the sequence's own, and copies that end with the drafts so far."""
-        state = self.sequence.request.state.sequence_state(self.sequence)
-        yield state.row
-        for count in range(1, len(self.drafts) + 1):
-            yield state.row.extended(self.drafts[:count])
-
-
-def due_in(plan: StepPlan, scheduler: Scheduler) -> list[Due]:
-    """Who samples what in a plan, in the order of its samples."""
-    due: list[Due] = []
-    for index, (row, seq_id) in enumerate(plan.samples):
-        if due and due[-1].sequence.seq_id == seq_id:
-            due[-1].drafts.append(plan.token_ids[row])
-        else:
-            due.append(Due(scheduler.sequence(seq_id), index, []))
-    return due
-
-
 class Speculator:
     """Adds draft tokens to plans: whose, how many, and whose no more.
 
@@ -154,12 +117,11 @@ class Speculator:
         budget = min(budget, self._max_step_tokens - plan.num_tokens)
         if budget < 1:
             return plan
-        wanted = [(sequence, min(most, self._pace(sequence).next())) for sequence, most in candidates if self._may(sequence)]
-        wanted = [(sequence, count) for sequence, count in wanted if count]
-        counts = share(budget, [count for _, count in wanted])
+        allowed = [(sequence, most) for sequence, most in candidates if self._may(sequence)]
+        counts = share(budget, [min(most, self._pace(sequence).next()) for sequence, most in allowed])
         jobs = [
             (sequence, sequence.request.state.sequence_state(sequence).row, count)
-            for (sequence, _), count in zip(wanted, counts, strict=True)
+            for (sequence, _), count in zip(allowed, counts, strict=True)
             if count
         ]
         guesses = self._ask(jobs)
@@ -176,15 +138,16 @@ class Speculator:
             self._trust.learn(1, 0)
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"speculation: no tokens could be guessed ({error!r}); requests go on without", stacklevel=2)
+                message = f"speculation: no tokens could be guessed ({error!r}); requests go on without"
+                warnings.warn(message, stacklevel=2)
             return [[] for _ in jobs]
         self._trust.learn(1, 1)
         return guesses
 
-    def learn(self, due: Due, num_accepted: int) -> None:
-        """A step found `num_accepted` of the drafts right."""
-        if due.drafts:
-            self._pace(due.sequence).learn(len(due.drafts), num_accepted)
+    def learn(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """A step found so many of so many guesses right."""
+        if num_drafts:
+            self._pace(sequence).learn(num_drafts, num_accepted)
 
     def bar(self, plan: StepPlan) -> bool:
         """A step failed: guess no more for those it guessed for, lest that is why. False if it guessed for nobody."""
@@ -212,7 +175,7 @@ class Speculator:
 
 
 def share(budget: int, wanted: list[int]) -> list[int]:
-    """Deal `budget` out one by one: everybody's first guess before anybody's second, since later ones are less likely right."""
+    """Deal `budget` out one by one: everybody's first guess before anybody's second, which is less likely right."""
     given = [0] * len(wanted)
     while budget:
         open_ = [index for index, count in enumerate(wanted) if given[index] < count][:budget]

@@ -16,7 +16,7 @@ def draft_config(config: EngineConfig, draft_model: torch.nn.Module | None) -> E
     """
     if draft_model is None:
         if config.speculation == "draft":
-            raise InvalidArgument("speculation='draft' needs a draft_model: hf_paged.patch(model, draft_model=smaller_model)")
+            raise InvalidArgument("speculation='draft' needs a draft_model: hf_paged.patch(model, draft_model=smaller)")
         return config
     if config.speculation == "ngram":
         raise InvalidArgument("speculation='ngram' uses no draft_model; leave out one of the two")
@@ -34,6 +34,6 @@ def check_draft(model: torch.nn.Module, draft_model: torch.nn.Module) -> None:
     sizes = [each.get_input_embeddings().weight.shape[0] for each in (draft_model, model)]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
-            f"draft_model: {type(draft_model).__name__} has a vocabulary of {sizes[0]} tokens, the model one of {sizes[1]}; "
-            "take a draft model with the same tokenizer and the same vocabulary size"
+            f"draft_model: {type(draft_model).__name__} has a vocabulary of {sizes[0]} tokens, the model one of "
+            f"{sizes[1]}; take a draft model with the same tokenizer and the same vocabulary size"
         )

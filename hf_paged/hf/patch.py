@@ -116,7 +116,7 @@ def patch(
             compare the outputs of its layers and its logits. Sliding windows beyond 512 tokens are not reached.
 
     Raises:
-        UnsupportedModel: this model's own tokens cannot be promised, or `draft_model` cannot be run; the message says why.
+        UnsupportedModel: this model's own tokens cannot be promised, or `draft_model` cannot run; the message says why.
         InvalidArgument: an option is unknown or wrong.
         VerificationFailed: what `verify` compared differs. The model is left unpatched.
     """

@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 
 import hf_paged
-from hf_paged import Engine, EngineClosed, EngineConfig, InvalidArgument, SamplingParams, UnsupportedModel, UnsupportedOption
+from hf_paged import Engine, EngineClosed, EngineConfig, InvalidArgument, SamplingParams, UnsupportedModel
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=3, n=2, max_tokens=30, logprobs=1, ignore_eos=True)
@@ -172,7 +172,7 @@ def test_a_draft_model_without_memory_hurts_nobody(model):
     draft = tiny_model("qwen3")
     hf_paged.patch(draft, kv_cache_memory=3 * 16 * 3 * 2 * 2 * 12 * 4, block_size=16)  # three blocks
     try:
-        with Engine(model, draft_model=draft) as engine, pytest.warns(UserWarning, match="speculation: .*no blocks left"):
+        with pytest.warns(UserWarning, match="speculation: .*no blocks left"), Engine(model, draft_model=draft) as engine:
             outputs = engine.generate(jobs, GREEDY)
         assert contents(outputs) == plain(model, jobs, GREEDY)
         hf_paged.engine_of(draft).check_integrity()
@@ -266,7 +266,7 @@ def test_a_draft_model_may_serve_requests_of_its_own(model):
     "options, error, message",
     [
         (dict(draft_model=tiny_model("qwen3", vocab_size=201)), InvalidArgument, "draft_model: .*201 tokens.*199"),
-        (dict(draft_model=tiny_model("qwen3"), speculation="ngram"), InvalidArgument, "speculation='ngram' uses no draft_model"),
+        (dict(draft_model=tiny_model("qwen3"), speculation="ngram"), InvalidArgument, "'ngram' uses no draft_model"),
         (dict(speculation="draft"), InvalidArgument, "needs a draft_model"),
         (dict(draft_model=torch.nn.Linear(2, 2)), UnsupportedModel, "^draft_model: Linear"),
     ],

@@ -191,7 +191,7 @@ class World:
         changed = self.scheduler.add_drafts(self.drafts)
         planned = dict(zip(changed.seq_ids, changed.num_drafts))
         assert set(planned) == set(plan.seq_ids) and changed.copies == plan.copies
-        self.drafts = {seq_id: tokens[: planned[seq_id]] for seq_id, tokens in self.drafts.items()}  # for want of blocks
+        self.drafts = {seq_id: tokens[: planned[seq_id]] for seq_id, tokens in self.drafts.items()}  # blocks may lack
         return changed
 
     def accepted(self, seq):

@@ -62,7 +62,8 @@ def test_drafts_that_were_wrong_leave_no_trace(right):
     drafts = [1, 2, 3, 4, 5]
     step(scheduler, {0: drafts}, {0: [*drafts[:right], 77]})
     assert seq.output_ids == [9, *drafts[:right], 77]
-    assert seq.num_computed == 8 + right and len(seq.block_tables[0]) == in_use(scheduler) == 2 + (right > 0) + (right > 4)
+    num_blocks = 2 + (right > 0) + (right > 4)
+    assert seq.num_computed == 8 + right and len(seq.block_tables[0]) == in_use(scheduler) == num_blocks
     plan = step(scheduler)
     assert (plan.token_ids, plan.num_context, plan.num_drafts) == ([77], [8 + right], [0])
 
@@ -129,7 +130,8 @@ def test_drafts_evict_no_cached_prefix():
 @pytest.mark.parametrize("end, reason, stop", [(2, "stop", None), (3, "stop", 3)])
 def test_a_token_that_ends_the_output_ends_it_among_right_drafts(end, reason, stop):
     scheduler = make()
-    (seq,) = start(scheduler, "a", eos_token_ids=frozenset([2]) if end == 2 else frozenset(), stop_token_ids=frozenset([3]))
+    eos = [2] if end == 2 else []
+    (seq,) = start(scheduler, "a", eos_token_ids=frozenset(eos), stop_token_ids=frozenset([3]))
     step(scheduler, {0: [1, 2, 3, 4]}, {0: [1, 2, 3, 4, 5]})
     assert (seq.output_ids, seq.finish_reason, seq.stop_reason) == ([9, *range(1, end + 1)], reason, stop)
     assert in_use(scheduler) == 0 and not scheduler.has_unfinished()
