@@ -112,14 +112,14 @@ class DraftModel:
         tokens, ready = {}, []
         for job in jobs:
             row, known = job.row, job.sequence.token_ids
-            if not self._rows.lengths[row]:
+            if not self._rows.token_ids(row):
                 self._rows.take_hit(row, known)
-            missing = known[self._rows.lengths[row] :]
-            tokens[row] = missing[:budget]
+            length = len(self._rows.token_ids(row))
+            tokens[row] = known[length : length + budget]
             budget -= len(tokens[row])
-            if len(tokens[row]) == len(missing):
+            if length + len(tokens[row]) == len(known):
                 ready.append(job)
-            self._guests[job.sequence.seq_id].agreed = self._rows.lengths[row] + len(tokens[row])
+            self._guests[job.sequence.seq_id].agreed = length + len(tokens[row])
         self._rows.forget_past([job.row for job in jobs])
         self._sample(ready, self._forward(tokens))
         return [job for job in ready if job.feeds]

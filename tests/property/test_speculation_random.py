@@ -12,6 +12,7 @@ from oracle import consult
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
+import hf_paged
 from hf_paged import Engine, EngineConfig, SamplingParams
 
 VOCAB = 320
@@ -63,7 +64,7 @@ REQUESTS = st.fixed_dictionaries(
 def model(name: str):
     model = tiny_model(name, vocab_size=VOCAB)
     model.generation_config.eos_token_id = 2
-    return model
+    return hf_paged.patch(model)
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def run(name, jobs, requests, config, expected, source) -> dict:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(REQUESTS, min_size=2, max_size=7),
     policy=st.sampled_from(["fcfs", "priority"]),
