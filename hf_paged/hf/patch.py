@@ -10,6 +10,7 @@ import torch
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, KernelUnavailable
 from ..engine.build import check_backend
+from ..runtime.runner import as_in_a_step
 from .adapters import adapt
 from .draft import check_draft, draft_config
 from .explain import Explanation, explain_patch
@@ -45,12 +46,14 @@ class Patch:
         self._engine = None
         self._lock = threading.Lock()
 
-    def bind(self, model: torch.nn.Module) -> None:
+    def bind(self, model: torch.nn.Module, *, check: bool) -> None:
+        """Look at the model; with `check`, compare one packed forward with the model's own."""
         with without_hooks(model):
             observed = observe(model, self.adaptations)
             self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed.visibility)
             check_backend(self.config.attention_backend, self.adapter.device)
-            check_forward(self.adapter, observed, self.config)
+            if check:
+                check_forward(self.adapter, observed, self.config)
         self.adapter.weights_replaced()  # with its hooks
 
     @property
@@ -129,12 +132,12 @@ def patch(
     check_supported(model)
     if draft_model is not None:
         check_draft(model, draft_model)
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):  # as in every step
+    with as_in_a_step(next(model.parameters()).device):
         verification = Verification(model) if verify else None
         undo = Patch(model, config, tokenizer, draft_model)
         swap(model, PagedMixin, undo)
         try:
-            undo.bind(model)
+            undo.bind(model, check=not verify)
             if verification is not None:
                 undo.largest_difference = verification.check(undo.adapter, config)
             if config.strict:

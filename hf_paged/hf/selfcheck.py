@@ -47,7 +47,7 @@ def observe(model: torch.nn.Module, adaptations: Adaptations) -> Observed:
     visibility = Visibility()
     # Modules with a softmax of their own, whose adapters know what they see, may ask for the implementation's name.
     configs = [] if adaptations.layers else attention_configs(model)
-    with torch.no_grad(), evaluating(model), paged_attention(configs), observing(visibility):
+    with evaluating(model), paged_attention(configs), observing(visibility):
         output = model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=device)[None], use_cache=False)
     return Observed(ids, output.logits[0], visibility)
 

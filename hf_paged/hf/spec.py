@@ -74,7 +74,7 @@ def probe_layers(model: torch.nn.Module, adaptations: Adaptations, visibility: V
     device = next(model.parameters()).device
     probe = _Probe(position_ids=torch.arange(3, device=device)[None])
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    with torch.no_grad(), evaluating(model), paged_attention(attention_configs(model)), activate(probe):
+    with evaluating(model), paged_attention(attention_configs(model)), activate(probe):
         model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)
     expected, found = config.num_hidden_layers, sorted({layer for layer, _ in probe.seen})
     if found != list(range(expected)) and len(probe.seen) != expected:  # a looped model counts every pass as a layer

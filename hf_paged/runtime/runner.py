@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -54,6 +55,13 @@ class PagedModel(Protocol):
         ...
 
 
+@contextmanager
+def as_in_a_step(device: torch.device):
+    """Without autograd, inference mode or autocast, whatever the caller has on."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 class ModelRunner:
     """Owns the KV cache of one model and executes plans on it."""
 
@@ -83,9 +91,8 @@ class ModelRunner:
         return self.run(context, lambda context: self.model.forward(context, index))
 
     def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:
-        """Call `execute` on a prepared batch the way a forward of a step runs: without autograd or autocast."""
-        device = self.cache.device
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        """Call `execute` on a prepared batch the way a forward of a step runs."""
+        with as_in_a_step(self.cache.device):
             return execute(context)
 
     def close(self) -> None:
