@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -345,5 +346,43 @@ def test_pages_can_be_neither_copied_nor_pickled(model):
         for taking in (copy.deepcopy, pickle.dumps):
             with pytest.raises(UnsupportedOption, match="past_key_values"):
                 taking(cache)
+    finally:
+        hf_paged.unpatch(model)
+
+
+def test_return_sequences_share_the_prompt_s_blocks(model):
+    ids = make_batch()["input_ids"][:1].repeat(1, 4)
+    hf_paged.patch(model, block_size=16)
+    try:
+        engine = hf_paged.engine_of(model)
+        torch.manual_seed(0)
+        out = model.generate(ids, num_return_sequences=6, max_new_tokens=3, do_sample=True)
+        assert len(set(map(tuple, out.tolist()))) > 1
+        layers = hf_paged.hf.patch.patch_of(model).adapter.layers
+        tokens = engine.stats()["kv_bytes_peak"] / sum(layer.bytes_per_token(4) for layer in layers)
+        assert tokens <= 148 + 7 * 16
+    finally:
+        hf_paged.unpatch(model)
+
+
+def test_decoding_modes_side_by_side_in_threads(model, batch):
+    """Beams, candidates and plain rows at once on one model: each gets what it gets alone."""
+    calls = [
+        dict(num_beams=3, max_new_tokens=12),
+        dict(max_new_tokens=20),
+        dict(num_beams=2, max_new_tokens=9, num_return_sequences=2),
+        dict(max_new_tokens=14, guidance_scale=1.4),
+    ]
+    expected = [model.generate(**batch, **call, do_sample=False) for call in calls]
+    hf_paged.patch(model, block_size=16, max_batch_tokens=48)
+    try:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            futures = [pool.submit(model.generate, **batch, **call, do_sample=False) for call in calls * 2]
+            for future, stock in zip(futures, expected * 2):
+                assert torch.equal(future.result(), stock)
+        engine = hf_paged.engine_of(model)
+        engine.step()
+        engine.check_integrity()
+        assert engine.stats()["kv_bytes_in_use"] == 0
     finally:
         hf_paged.unpatch(model)
