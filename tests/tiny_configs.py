@@ -82,6 +82,16 @@ GENERIC = dict(
     decoder_layerdrop=0.0,
 )
 MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MAMBA = dict(mamba_n_heads=6, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=8, mamba_chunk_size=16)
+DELTA = dict(
+    num_hidden_layers=4,
+    layer_types=["linear_attention", "full_attention"] * 2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+)
+CONV = dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2)
 LLAMA3_ROPE = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -177,6 +187,59 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neo": ("gpt_neo", dict(num_layers=4, attention_types=[[["global", "local"], 2]], window_size=20)),
     "gptj": ("gptj", dict(rotary_dim=8)),
     "mpt-6-heads": ("mpt", dict(n_heads=6, attn_config=dict(clip_qkv=1.5, softmax_scale=0.2))),
+    # layers that keep a state
+    "mamba": ("mamba", dict(state_size=8, time_step_rank=4)),
+    "mamba2": ("mamba2", dict(num_heads=6, head_dim=16, n_groups=2, state_size=8, chunk_size=16)),
+    "falcon_mamba": ("falcon_mamba", dict(state_size=8, time_step_rank=4)),
+    "jamba": (
+        "jamba",
+        dict(
+            num_hidden_layers=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=0,
+            mamba_d_state=8,
+            mamba_dt_rank=4,
+        ),
+    ),
+    "bamba": ("bamba", dict(num_hidden_layers=4, attn_layer_indices=[1, 3], **MAMBA)),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2, shared_intermediate_size=32, **MAMBA),
+    ),
+    "falcon_h1": ("falcon_h1", dict(mamba_d_ssm=96, **MAMBA)),
+    "nemotron_h": (
+        "nemotron_h",
+        dict(
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "attention", "moe", "mamba"],
+            mamba_num_heads=6,
+            mamba_head_dim=16,
+            n_groups=2,
+            ssm_state_size=8,
+            chunk_size=16,
+            time_step_min=0.4,  # many time steps are shorter, so where stock limits them shows
+            time_step_max=0.8,
+        ),
+    ),
+    "qwen3_next": ("qwen3_next", DELTA),
+    "qwen3_5_text": ("qwen3_5_text", DELTA),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA),
+    "olmo_hybrid": ("olmo_hybrid", {**DELTA, "linear_num_key_heads": 4}),
+    "kimi_linear": (
+        "kimi_linear",
+        dict(
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            linear_num_heads=4,
+            linear_head_dim=16,
+            num_key_value_heads=4,
+        ),
+    ),
+    "lfm2": ("lfm2", dict(block_auto_adjust_ff_dim=False, **CONV)),
+    "lfm2_moe": ("lfm2_moe", dict(num_dense_layers=1, **CONV)),
+    "lfm3": ("lfm3", CONV),
 }
 
 # Names of which there is no tiny model that generates from text, and why.

@@ -20,14 +20,16 @@ class EngineConfig:
 
     Attributes:
         block_size: tokens per KV block. Default 16 on CPU, 64 on CUDA.
-        kv_cache_memory: most bytes the KV cache may take, as an int or a string such as "2GiB". By default a share
-            of the memory that is free (`memory_fraction`). On CPU the cache starts small and grows on demand.
+        kv_cache_memory: most bytes the KV cache may take, states of layers that keep one included, as an int or a string
+            such as "2GiB". By default a share of the memory that is free (`memory_fraction`). On CPU the cache starts
+            small and grows on demand.
         memory_fraction: share of free memory used when `kv_cache_memory` is None. In (0, 1).
         kv_dtype: "float32", "bfloat16" or "float16"; default the model's own dtype.
-        max_batch_tokens: token budget of one step, decodes and prefill chunks together.
+        max_batch_tokens: token budget of one step, decodes and prefill chunks together. Exceeded by prompts that the model
+            cannot compute in chunks (`explain` tells).
         max_num_seqs: most sequences running at once.
         max_model_len: most tokens (prompt and output) of one sequence; default what the model's config allows.
-        prefix_cache: reuse KV blocks of equal prefixes.
+        prefix_cache: reuse KV blocks of equal prefixes; not done for models with layers that keep a state.
         policy: "fcfs", or "priority" (lower number first, then first come).
         max_queue: most requests waiting; more raise `QueueFull`. None: unbounded.
         attention_backend: "auto", "cpu" (the C++ kernel) or "reference" (plain torch).

@@ -39,12 +39,15 @@ class Scheduler:
         max_num_seqs: most running sequences.
         max_model_len: most tokens of a sequence, prompt and output.
         max_slots: most states of sequences at a time; 0 if the model keeps no state.
+        whole_prompts: compute every prompt in one step, even where it exceeds the token budget: for layers whose state
+            can only be taken up by a single token. Not for sliding groups, which could not hold it.
         prefix_cache: share blocks of equal prefixes; not for models that keep a state.
         policy: "fcfs", or "priority": lower numbers first, and waiting sequences preempt running ones of a higher one.
         max_queue: most sequences waiting; `add` raises QueueFull beyond. None: unbounded.
 
     Attributes:
         requests: unfinished requests by id.
+        whole_prompts: as above.
         held: sequences that somebody else drives on the same blocks.
     """
 
@@ -59,6 +62,7 @@ class Scheduler:
         max_num_seqs: int,
         max_model_len: int,
         max_slots: int = 0,
+        whole_prompts: bool = False,
         prefix_cache: bool = True,
         policy: str = "fcfs",
         max_queue: int | None = None,
@@ -66,10 +70,12 @@ class Scheduler:
         if policy not in ("fcfs", "priority"):
             raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {policy!r}")
         assert max_batch_tokens >= 1 and max_num_seqs >= 1
+        assert not whole_prompts or all(group.window is None for group in groups)
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.max_queue = max_queue
+        self.whole_prompts = whole_prompts
         self.requests: dict[str, Request] = {}
         self._by_priority = policy == "priority"
         self._prefix_cache = prefix_cache
@@ -266,8 +272,11 @@ class Scheduler:
         want = min(remaining, draft.spare_budget)
         if want < 1:
             return
+        least = 1
+        if self.whole_prompts and seq.num_computed < seq.num_prompt:
+            least = want = seq.num_prompt
         self._tables.release_unseen(seq)
-        while (count := self._tables.room(seq, want)) == 0:
+        while (count := self._tables.room(seq, want)) < least:
             victim = self._victim(draft, seq, admitting=False)
             if victim is None:
                 return  # it keeps what it has and waits for blocks

@@ -65,10 +65,13 @@ class StepDraft:
         return self.only is None or seq.seq_id in self.only
 
     def add(self, seq: Sequence, count: int, samples: list[int]) -> None:
-        """`seq` computes `count` tokens; the sequences `samples` get a token from the last one's logits."""
+        """`seq` computes `count` tokens; the sequences `samples` get a token from the last one's logits.
+
+        A prompt that exceeds the budget takes what is left of it; the tokens reserved for decodes stay theirs.
+        """
         self._entries.append((seq, count, samples))
         self.busy.add(seq.seq_id)
-        self.budget -= count
+        self.budget -= min(count, self.spare_budget)
 
     def draftable(self, max_model_len: int) -> list[tuple[Sequence, int]]:
         """[(sequence, most draft tokens)] for all that compute one token and sample their next.

@@ -10,7 +10,7 @@ from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
 from ..runtime.kv_cache import KVCache
-from ..runtime.layout import blocks_for_budget, group_layers
+from ..runtime.layout import blocks_for_budget, group_layers, slots_for_budget
 from ..runtime.memory import default_fraction, free_memory
 from ..runtime.runner import PagedModel
 from .draft_model import DraftModel
@@ -30,6 +30,9 @@ def check_backend(name: str, device: torch.device) -> None:
 def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[KVCache, Scheduler]:
     """A cache within the configured memory, or a share of what is free, and its scheduler.
 
+    States of sequences may take up to half of it, the blocks get the rest. Models with states have no prefix cache:
+    blocks of their attention layers would be of use only together with the state at the blocks' end.
+
     Raises KernelUnavailable for an attention backend that cannot run here.
     """
     check_backend(config.attention_backend, model.device)
@@ -39,21 +42,25 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     dtype = getattr(torch, config.kv_dtype) if config.kv_dtype else model.dtype
     groups = group_layers(model.layers)
     fraction = config.memory_fraction or default_fraction(model.device)
+    budget = config.kv_cache_memory or int(free_memory(model.device) * fraction)
+    slot_bytes = sum(spec.num_bytes for spec in model.states)
+    slots = slots_for_budget(slot_bytes, budget // 2 if groups else budget, config.max_num_seqs)
     most = blocks_for_budget(
         groups,
-        budget=config.kv_cache_memory or int(free_memory(model.device) * fraction),
+        budget=budget - slots * slot_bytes,
         block_size=block_size,
         itemsize=dtype.itemsize,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
     )
-    cache = KVCache(groups, block_size=block_size, dtype=dtype, device=model.device)
+    cache = KVCache(groups, states=model.states, block_size=block_size, dtype=dtype, device=model.device)
     initial = [min(count, INITIAL_CPU_BLOCKS) for count in most]
     if cuda:
         # Beyond this there is nothing to keep but old prefixes. Taken at once, so that a lack of memory shows here and
         # not in somebody's request.
         most = initial = [min(count, config.max_num_seqs * -(-max_model_len // block_size)) for count in most]
         cache.ensure(most)
+        cache.states.ensure(min(slots, config.max_num_seqs))
     scheduler = Scheduler(
         groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in groups],
         block_size=block_size,
@@ -62,7 +69,9 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
-        prefix_cache=config.prefix_cache,
+        max_slots=slots,
+        whole_prompts=not all(spec.takes_chunks for spec in model.states),
+        prefix_cache=config.prefix_cache and not slots,
         policy=config.policy,
         max_queue=config.max_queue,
     )

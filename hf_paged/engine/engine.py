@@ -559,14 +559,14 @@ class BatchEngine:
         """Counts since the last `reset_stats`, and memory in bytes now.
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
-        cache takes from the machine. `draft_tokens` were guessed, `accepted_tokens` of them were right and
-        `acceptance_rate` is their share (None if nothing was guessed). Times are in seconds; `time_model` is the forward,
-        `time_draft` what guessing took, the rest is the engine's own
+        cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `draft_tokens` were guessed,
+        `accepted_tokens` of them were right and `acceptance_rate` is their share (None if nothing was guessed). Times are
+        in seconds; `time_model` is the forward, `time_draft` what guessing took, the rest is the engine's own
         (`time_build` packs the batch, and grows the cache when it must).
         """
         with self._lock:
             scheduler = self._scheduler.stats()
-            size = self._cache.bytes_per_block
+            size, slot_size = self._cache.bytes_per_block, self._cache.states.bytes_per_slot
             in_use, peak = scheduler.pop("blocks_in_use"), scheduler.pop("blocks_peak")
             drafted, accepted = scheduler["draft_tokens"], scheduler["accepted_tokens"]
             return {
@@ -576,6 +576,9 @@ class BatchEngine:
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
+                "state_bytes_allocated": self._cache.states.bytes_allocated,
+                "state_bytes_in_use": slot_size * scheduler["slots_in_use"],
+                "state_bytes_peak": slot_size * scheduler["slots_peak"],
             }
 
     def reset_stats(self) -> None:

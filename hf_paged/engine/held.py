@@ -148,16 +148,16 @@ class HeldRows:
                 )
 
     def _chunks(self, new_tokens: list[list[int]]):
-        """(row, start, tokens) lists of at most `max_batch_tokens` together."""
-        budget = self.max_batch_tokens
+        """(row, start, tokens) lists of at most `max_batch_tokens` together, unless rows must not be cut."""
+        budget, whole = self.max_batch_tokens, self._engine._scheduler.whole_prompts
         work, room = [], budget
         for row, tokens in enumerate(new_tokens):
             start = 0
             while start < len(tokens):
-                part = tokens[start : start + room]
+                part = tokens if whole else tokens[start : start + room]
                 work.append((row, start, part))
                 start, room = start + len(part), room - len(part)
-                if not room:
+                if room < 1:
                     yield work
                     work, room = [], budget
         if work:
@@ -223,7 +223,12 @@ class HeldRows:
             return self._engine._cache.read(layer, sequence.block_tables, sequence.num_computed, most)
 
     def truncate(self, row: int, num_tokens: int) -> None:
-        """Keep only the first `num_tokens` tokens of a row."""
+        """Keep only the first `num_tokens` tokens of a row.
+
+        Raises InvalidArgument if the model keeps a state: it cannot be taken back.
+        """
+        if self._engine.has_state and num_tokens != self.lengths[row]:
+            raise InvalidArgument("rows cannot be truncated: this model's layers keep a state that cannot be taken back")
         with self._engine._lock:
             self._held.truncate(self._sequences[row], num_tokens)
 

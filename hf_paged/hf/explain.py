@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hf_paged_kernels import ops
 
@@ -15,7 +15,10 @@ from .watch import hooked_modules
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One attention layer: its kind, its sizes, the kernel in use and, for a slower path, the reason."""
+    """One layer that keeps something: its kind, its sizes, the kernel in use and, for a slower path, the reason.
+
+    `heads` is query/key-value heads x head dim of an attention layer, bytes of one sequence's state of other layers.
+    """
 
     layer: int
     kind: str
@@ -58,8 +61,8 @@ class Explanation:
             raise KernelUnavailable(f"strict: {name} is off: {reason}")
 
     def __str__(self) -> str:
-        lines = [f"{self.model} ({self.dtype} on {self.device})", "", "layers  attention              heads           kernel"]
-        for first, last, layer in _runs(self.layers):
+        lines = [f"{self.model} ({self.dtype} on {self.device})", "", "layers  kind                   heads           kernel"]
+        for first, last, layer in sorted(_runs(self.layers), key=lambda run: run[0]):
             number = str(first) if first == last else f"{first}-{last}"
             lines.append(f"{number:<7} {layer.kind:<22} {layer.heads:<15} {layer.kernel}")
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
@@ -75,17 +78,11 @@ class Explanation:
 
 
 def _runs(layers: list[LayerExplanation]):
-    """Neighbouring layers that say the same, as (first, last, layer)."""
+    """Consecutive layers that say the same, as (first, last, layer)."""
     start = 0
     for index, layer in enumerate(layers):
         following = layers[index + 1] if index + 1 < len(layers) else None
-        same = following is not None and (following.kind, following.heads, following.kernel, following.reason) == (
-            layer.kind,
-            layer.heads,
-            layer.kernel,
-            layer.reason,
-        )
-        if not same:
+        if following is None or following != replace(layer, layer=layer.layer + 1):
             yield layers[start].layer, layer.layer, layer
             start = index + 1
 
@@ -107,11 +104,20 @@ def explain_patch(model, patch, config) -> Explanation:
         )
         for spec in adapter.layers
     ]
+    layers += [
+        LayerExplanation(spec.layer_idx, spec.kind, f"{spec.num_bytes} B", "stock's own, by sequence")
+        for spec in adapter.states
+    ]
     fallbacks = {"attention": reason} if reason else {}
     fallbacks |= patch.adaptations.notes | patch.fusions.notes | patch.fallbacks
     limits = [f"at most {adapter.max_model_len} tokens a sequence"] if adapter.max_model_len < NO_LIMIT else []
     if adapter.length_note:
         limits.append(adapter.length_note)
+    if adapter.states:
+        limits.append("no prefix cache: a prefix is of no use without the states at its end")
+    whole = dict.fromkeys(spec.kind for spec in adapter.states if not spec.takes_chunks)
+    if whole:
+        limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")
     implementation = model.config._attn_implementation
     if getattr(text_config(model), "attn_logit_softcapping", None) and drops_softcap(implementation):
         limits.append(f"softcap is ignored, as this transformers' {implementation!r} attention does; load with 'eager'")

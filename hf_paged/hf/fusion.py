@@ -12,6 +12,7 @@ when someone hooked a part that the fused form would bypass, the module's own fo
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -249,6 +250,7 @@ def _fuse_norm(module, fusions: Fusions) -> None:
     if (
         "RMSNorm" not in type(module).__name__
         or not can_swap(module)
+        or not _takes_one_input(module)
         or not isinstance(weight, nn.Parameter)
         or weight.dim() != 1
         or not isinstance(eps, float)
@@ -269,7 +271,7 @@ def _fuse_mlp(module, merged: Merged | None, fusions: Fusions) -> None:
     kind = ACTIVATIONS.get(type(activation).__name__)
     down = getattr(module, "down_proj", None)
     joined = getattr(module, "gate_up_proj", None)
-    if kind is None or not isinstance(down, nn.Linear) or not can_swap(module):
+    if kind is None or not isinstance(down, nn.Linear) or not can_swap(module) or not _takes_one_input(module):
         return
     if merged is not None:
         state = _MLP(kind, merged, (module.gate_proj, module.up_proj, activation))
@@ -286,6 +288,11 @@ def _fuse_mlp(module, merged: Merged | None, fusions: Fusions) -> None:
         fusions.swap(module, FusedMLP, state, "mlp")
     else:
         fusions.notes[type(module).__name__] = "its formula is not act(gate) * up"
+
+
+def _takes_one_input(module) -> bool:
+    """False for modules that compute more than our kernels know: gated norms, MLPs shared by several layers."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _rows(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
 from .paged_call import CACHE_NAME, CACHE_NAMES, cache_of, paged_call
-from .paged_cache import PagedCache
+from .paged_cache import PagedCache, begun
 from .rows import RowGeneration, rows_suffice
 from .spec import text_config
 from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
@@ -103,7 +103,7 @@ class PagedMixin(Swapped):
         **model_kwargs,
     ):
         call = _Decoding(self, super()._assisted_decoding, input_ids, generation_config, synced_gpus, model_kwargs)
-        run = call.on_stock if call.must_be_stock() else call.on_pages
+        run = call.on_stock if call.must_be_stock(takes_back=True) else call.on_pages
         return run(
             logits_processor,
             stopping_criteria,
@@ -165,17 +165,20 @@ class _Decoding:
 
     # -- stock's own loop on its own cache
 
-    def must_be_stock(self) -> bool:
-        """Whether pages do not have what this call needs. Told to the patch, which raises if it is strict."""
-        for option, reason in self._reasons():
+    def must_be_stock(self, *, takes_back: bool = False) -> bool:
+        """Whether pages do not have what this call needs. Told to the patch, which raises if it is strict.
+
+        `takes_back`: the method drops tokens again that it has computed.
+        """
+        for option, reason in self._reasons(takes_back or self.config.is_assistant):
             if not self.config.is_assistant:  # else these are guesses for another model, whose masks the caller never saw
                 self.model._hf_paged.note_fallback(option, reason)
             return True
         return False
 
-    def _reasons(self):
+    def _reasons(self, takes_back: bool):
         config, kwargs = self.config, self.kwargs
-        layers = self.model._hf_paged.adapter.layers
+        adapter = self.model._hf_paged.adapter
         if torch.is_autocast_enabled(self.model.device.type):
             yield "torch.autocast", "pages hold the model's own dtype"
         if self.synced_gpus:
@@ -186,15 +189,17 @@ class _Decoding:
             yield "use_mtp", "the model's multi-token heads keep a cache of their own"
         if config.cache_implementation is not None:
             yield "cache_implementation", f"{config.cache_implementation!r} was asked for instead of pages"
-        if text_config(self.model).num_hidden_layers != len(layers):
+        if text_config(self.model).num_hidden_layers != adapter.num_layers:
             yield "assistant_early_exit", "only some of the layers run"
+        if adapter.states and takes_back:
+            yield "assisted decoding", "the model's layers keep a state, which cannot be taken back by some tokens"
         for name, value in kwargs.items():
             if name not in _KNOWN and value is not None and value is not False:
                 yield name, "the engine has no place for it"
         cache = cache_of(kwargs)
         if cache is not None and not isinstance(cache, PagedCache):
             reason = why_not_paged(cache, self.model._hf_paged, len(self.input_ids))
-            if reason and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)):
+            if reason and (begun(cache) or getattr(cache, "_is_user_defined", False)):
                 yield "past_key_values", reason
         yield from self._reasons_of_the_mask()
 
@@ -248,7 +253,7 @@ class _Decoding:
         guided = self._guide(logits_processor)
         handed_out = False
         try:
-            if given is not None and given is not pages and given.get_seq_length() > 0:
+            if given is not None and given is not pages and begun(given):
                 to_pages(given, pages, self.kwargs.get("attention_mask"))
             if self.config.is_assistant:
                 pages.activate_past_recording()

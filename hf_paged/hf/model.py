@@ -13,7 +13,7 @@ from .adapters import Adaptations
 from .attention import attention_configs, paged_attention
 from .fusion import Fusions
 from .sequence_hooks import sequence_hooks
-from .spec import model_lengths, probe_layers
+from .spec import model_lengths, probe_layers, text_config
 from .swap import evaluating
 from .visibility import Visibility
 from .watch import Snapshot
@@ -25,7 +25,8 @@ class TransformersModel:
     def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, visibility: Visibility):
         self.module = model
         self.fusions = fusions
-        self.layers = probe_layers(model, adaptations, visibility)
+        self.num_layers = text_config(model).num_hidden_layers
+        self.layers, self.states = probe_layers(model, adaptations, visibility)
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model, adaptations)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -137,3 +137,11 @@ class PagedCache(Cache):
         """Give the blocks back."""
         if self.rows is not None:
             self.rows.close()
+
+
+def begun(cache: Cache) -> bool:
+    """Whether a cache holds keys and values, or states, of any token."""
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # transformers': it holds states only
+        return cache.has_previous_state()

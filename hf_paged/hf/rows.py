@@ -12,6 +12,7 @@ from transformers.generation import stopping_criteria as stopping
 from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
 from ..engine.request_state import RowHooks
+from .paged_cache import begun
 from .paged_call import cache_of
 
 # The sampler's own forms of stock's last processors, in the order stock applies them: type and attribute.
@@ -50,7 +51,7 @@ def rows_suffice(input_ids, processors, criteria, config, model_kwargs) -> bool:
         or config.is_assistant
         or config.prefill_chunk_size is not None
         or model_kwargs.get("inputs_embeds") is not None
-        or (cache is not None and (cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)))
+        or (cache is not None and (begun(cache) or getattr(cache, "_is_user_defined", False)))
     ):
         return False
     if not all(type(p).__module__ == stock.__name__ and type(p).__name__ in _BY_ROW for p in processors):

@@ -73,8 +73,9 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> None:
     tokens = observed.ids[0].tolist()
     lengths = [len(tokens), max(1, len(tokens) * 2 // 3)]
     bytes_per_token = sum(layer.bytes_per_token(adapter.dtype.itemsize) for layer in adapter.layers)
+    state_bytes = sum(spec.num_bytes for spec in adapter.states)
     small = config.replace(
-        block_size=None, kv_cache_memory=512 * max(1, bytes_per_token), memory_fraction=None, kv_dtype=None,
+        block_size=None, kv_cache_memory=512 * max(1, bytes_per_token) + 8 * state_bytes, memory_fraction=None, kv_dtype=None,
         max_batch_tokens=sum(lengths), max_num_seqs=2, prefix_cache=False, speculation=None,
     )  # fmt: skip
     cache, scheduler = build(adapter, small, max_model_len=len(tokens) + 1)

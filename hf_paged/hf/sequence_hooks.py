@@ -65,6 +65,15 @@ class _ModuleHook:
         if active_context() is not self.context:  # another thread runs the same model
             return None
         self.ran = True
+        states = self.context.states
+        if states is not None and states.running is not None:
+            self.fail_all(
+                InvalidArgument(
+                    f"forward_hooks: module {self.name!r} is part of {states.running!r}, which does not run on rows of "
+                    "single requests; name that module instead"
+                )
+            )
+            return None
         changed = None
         for seq_id, function in self.calls:
             if seq_id in self.context.hooks.errors:

@@ -1,4 +1,4 @@
-"""What a model is: whether its own tokens can be promised, its length, and its attention layers as a probe sees them."""
+"""What a model is: whether its own tokens can be promised, its length, and its layers as a probe sees them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import activate
 from ..runtime.layout import LayerSpec
+from ..runtime.states import StateSpec
 from . import supported
-from .adapters import Adaptations
+from .adapters import Adaptations, StateProbe
 from .attention import attention_configs, paged_attention
 from .swap import evaluating
 from .visibility import Rule, Visibility, check_cache
@@ -41,9 +42,10 @@ def check_supported(model: torch.nn.Module) -> None:
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
-    def __init__(self, position_ids: torch.Tensor):
+    def __init__(self, position_ids: torch.Tensor, states: StateProbe):
         self.position_ids = position_ids
         self.seen: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # by layer and call
+        self.states = states
         self.projections: dict = {}
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
@@ -64,26 +66,39 @@ def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
-def probe_layers(model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility) -> list[LayerSpec]:
-    """Runs three tokens through the model and returns its attention layers in order, with sizes from the tensors seen.
+def probe_layers(
+    model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility
+) -> tuple[list[LayerSpec], list[StateSpec]]:
+    """Runs three tokens through the model; returns its attention layers and those with a state, sizes from the tensors seen.
 
     Windows and chunks are those that stock's own forward showed (`visibility`), or an adapter's where only the module's
     code has them.
     """
     config = text_config(model)
     device = next(model.parameters()).device
-    probe = _Probe(position_ids=torch.arange(3, device=device)[None])
+    states = StateProbe(model)
+    probe = _Probe(torch.arange(3, device=device)[None], states)
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
     with evaluating(model), paged_attention(attention_configs(model)), activate(probe):
         model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)
-    expected, found = config.num_hidden_layers, sorted({layer for layer, _ in probe.seen})
-    if found != list(range(expected)) and len(probe.seen) != expected:  # a looped model counts every pass as a layer
-        raise UnsupportedModel(f"model: {type(model).__name__} has {expected} layers but attended in layers {found}")
+    attended, expected = {layer for layer, _ in probe.seen}, config.num_hidden_layers
+    found = sorted(attended | {spec.layer_idx for spec in states.seen})
+    keep_nothing = {i for i, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind in ("mlp", "moe")}
+    # a looped model counts every pass as a layer
+    if keep_nothing.union(found) != set(range(expected)) and len(probe.seen) != expected:
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} has {expected} layers but attended, or kept a state, in layers {found}"
+        )
     check_cache(config, visibility.layers)
-    return [
+    layers = [
         LayerSpec(layer, *sizes, *(_rule(visibility, layer, call) or (adaptations.window(layer), None)), call)
         for (layer, call), sizes in sorted(probe.seen.items())
     ]
+    if any(layer.window or layer.chunk for layer in layers) and not all(spec.takes_chunks for spec in states.seen):
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} has layers with a sliding window beside layers that need whole prompts"
+        )
+    return layers, states.seen
 
 
 def _rule(visibility: Visibility, layer_idx: int, call: int) -> Rule | None:

@@ -15,6 +15,7 @@ from hf_paged_kernels import ops
 
 from ..core.plan import StepPlan
 from .kv_cache import KVCache
+from .states import StepStates
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class StepContext:
         input_ids: [1, T] new tokens of all sequences, one after another.
         position_ids: [1, T] their positions in their own sequences.
         metadata: one AttentionMetadata per block group.
+        states: the layers that keep a state run through it.
         projections: results of merged projections waiting for the sibling module that asks next.
         calls: how often each layer has attended in this forward.
         owner: sequence id -> whose it is (`packed.Owner`).
@@ -46,8 +48,8 @@ class StepContext:
     """
 
     __slots__ = (
-        *("plan", "input_ids", "position_ids", "metadata", "projections", "owner", "logit_rows", "packed", "hooks"),
-        *("calls", "_layers", "_backend"),
+        *("plan", "input_ids", "position_ids", "metadata", "states", "projections", "owner", "logit_rows", "packed"),
+        *("hooks", "calls", "_layers", "_backend"),
     )
 
     def __init__(self, plan: StepPlan, cache: KVCache, backend: str, owner: Callable | None, hooks: SequenceHooks):
@@ -81,6 +83,7 @@ class StepContext:
             ops.AttentionMetadata(**shared, **_group_tables(tables, sequence, positions, block_size, device))
             for tables in plan.block_tables
         ]
+        self.states = StepStates(plan, cache.states) if plan.states else None
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
         """Write this step's keys and values into the pages, then attend. Shapes [T, heads, dim]; see ops.attention_."""

@@ -1,4 +1,4 @@
-"""The paged KV cache: one key and one value tensor a layer, cut into blocks, growing on demand."""
+"""The paged KV cache: one key and one value tensor a layer, cut into blocks, growing on demand; and slots for states."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from hf_paged_kernels import ops
 
 from .layout import BlockGroup, LayerSpec
+from .states import StateCache, StateSpec
 
 
 class LayerCache:
@@ -26,14 +27,26 @@ class KVCache:
 
     `ensure` grows a group to the number of blocks a plan asks for: block ids stay valid, contents are kept.
     `close` gives all memory back.
+
+    Attributes:
+        states: the slots of layers that keep a state instead.
     """
 
-    def __init__(self, groups: list[BlockGroup], *, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        groups: list[BlockGroup],
+        *,
+        states: list[StateSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.groups = groups
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
         self.num_blocks = [0] * len(groups)
+        self.states = StateCache(states, device)
         self.layers = {
             (spec.layer_idx, spec.call): LayerCache(spec, index)
             for index, group in enumerate(groups)
@@ -109,5 +122,6 @@ class KVCache:
         for layer in self.layers.values():
             layer.k_cache = layer.v_cache = None
         self.num_blocks = [0] * len(self.groups)
+        self.states.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # back to the device, not only to torch

@@ -53,6 +53,16 @@ def group_layers(layers: list[LayerSpec]) -> list[BlockGroup]:
     return [BlockGroup(*kind, tuple(members)) for kind, members in kinds.items()]
 
 
+def slots_for_budget(slot_bytes: int, budget: int, max_num_seqs: int) -> int:
+    """Most state slots within `budget` bytes: enough for all running sequences and as many rows held beside them.
+
+    At least one, whatever the budget; none if there is no state.
+    """
+    if not slot_bytes:
+        return 0
+    return max(1, min(2 * max_num_seqs, budget // slot_bytes))
+
+
 def blocks_for_budget(
     groups: list[BlockGroup], *, budget: int, block_size: int, itemsize: int, max_batch_tokens: int, max_num_seqs: int
 ) -> list[int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..base.errors import InvalidArgument
 from .batch import StepContext, active_context
 
 
@@ -98,7 +99,8 @@ def current_batch() -> PackedBatch | None:
 
     For forward hooks on modules of a patched model, which see the tokens of all requests of a step as one batch
     [1, T, H]. In the model's ordinary forward, and in callbacks that run between forwards (logits processors, stopping
-    criteria), there is none.
+    criteria), there is none. Layers that keep a state (state spaces, linear attention, convolutions) run their own code
+    on groups of sequences: hook such a layer as a whole.
 
         def hook(module, args, output):
             batch = hf_paged.current_batch()
@@ -109,6 +111,11 @@ def current_batch() -> PackedBatch | None:
     context = active_context()
     if not isinstance(context, StepContext):
         return None
+    if context.states is not None and context.states.running is not None:
+        raise InvalidArgument(
+            f"current_batch was called inside {context.states.running}, which does not run on the packed batch; "
+            "hook that module itself"
+        )
     if context.packed is None:
         context.packed = PackedBatch(context)
     return context.packed

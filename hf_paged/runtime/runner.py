@@ -13,6 +13,7 @@ from .batch import SequenceHooks, StepContext
 from .kv_cache import KVCache
 from .layout import LayerSpec
 from .packed import Owner
+from .states import StateSpec
 
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ class PagedModel(Protocol):
     """What the engine needs of a model; the hf room provides it for transformers models."""
 
     layers: list[LayerSpec]
+    states: list[StateSpec]  # layers that keep a state per sequence
     vocab_size: int
     max_model_len: int  # positions the model was made for
     length_limit: int  # most positions it may be given
@@ -82,6 +84,7 @@ class ModelRunner:
         # The cache outlives this call, so none of it may be an inference tensor, whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.ensure(plan.num_blocks)
+            self.cache.states.ensure(plan.num_slots)
             self.cache.copy_blocks(plan.copies)
             return StepContext(plan, self.cache, self.backend, owner, hooks or SequenceHooks())
 

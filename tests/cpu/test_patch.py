@@ -287,11 +287,11 @@ def test_explain_tells_what_runs(model):
 def test_models_that_cannot_be_right_are_refused_with_the_reason():
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    mamba = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    rwkv = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, num_hidden_layers=2, context_length=64)
     )
-    with pytest.raises(UnsupportedModel, match="recurrent state"):
-        hf_paged.patch(mamba)
+    with pytest.raises(UnsupportedModel, match="keep a state outside the cache"):
+        hf_paged.patch(rwkv)
     t5 = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
@@ -299,7 +299,7 @@ def test_models_that_cannot_be_right_are_refused_with_the_reason():
         hf_paged.patch(t5)
     with pytest.raises(UnsupportedModel, match="not a transformers model"):
         hf_paged.patch(torch.nn.Linear(2, 2))
-    assert is_plain(mamba) and is_plain(t5)
+    assert is_plain(rwkv) and is_plain(t5)
 
 
 def test_wrong_configuration_names_the_field(model):

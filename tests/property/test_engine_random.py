@@ -54,7 +54,7 @@ def alone(name: str, prompt: tuple, params: SamplingParams) -> list[list[int]]:
         return [list(completion.token_ids) for completion in engine.generate([list(prompt)], params)[0].outputs]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window", "mamba2", "jamba", "lfm2"])
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(request_strategy, min_size=2, max_size=9),
@@ -101,7 +101,7 @@ def test_random_traffic(name, requests, policy, budget, seats, memory_tokens):
                 advance()
         while engine.has_unfinished():
             advance()
-        assert engine.stats()["kv_bytes_in_use"] == 0
+        assert engine.stats()["kv_bytes_in_use"] == engine.stats()["state_bytes_in_use"] == 0
 
     for request_id, (prompt, params) in jobs.items():
         expected = alone(name, prompt, params)

@@ -290,13 +290,16 @@ class World:
 
     def check_plan(self, only):
         plan, scheduler = self.plan, self.scheduler
-        assert 0 < plan.num_tokens == sum(plan.num_new) <= scheduler.max_batch_tokens
+        assert 0 < plan.num_tokens == sum(plan.num_new)
+        over = max(plan.num_new) if scheduler.whole_prompts else 0  # the last prompt admitted may exceed the budget
+        assert plan.num_tokens <= max(scheduler.max_batch_tokens, scheduler.max_batch_tokens - 1 + over)
         assert len(set(plan.seq_ids)) == len(plan.seq_ids)
         assert scheduler.num_running <= scheduler.max_num_seqs
         assert only is None or set(plan.seq_ids) <= only
         assert plan.num_new == [n for n in plan.num_new if n == 1] + [n for n in plan.num_new if n > 1]
         packed = []
         for row, seq, begin, end in self.rows():
+            assert not scheduler.whole_prompts or begin >= seq.num_prompt or (begin, end) == (0, seq.num_prompt)
             packed += self.history(seq)[begin:end]
             assert (seq.seq_id in {i for _, i in plan.samples}) == (end == len(self.history(seq)))
             for tables in plan.block_tables:
@@ -351,7 +354,9 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, guesses, **limits) -> World:
+def make_world(
+    windows, block_size, max_blocks, max_slots, prefix_cache, guesses, whole_prompts=False, **limits
+) -> World:
     # smaller pools for sliding groups, so that each kind runs short now and then
     most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
     scheduler = Scheduler(
@@ -361,6 +366,7 @@ def make_world(windows, block_size, max_blocks, max_slots, prefix_cache, guesses
         max_blocks=most,
         max_model_len=MAX_MODEL_LEN,
         max_slots=max_slots,
+        whole_prompts=whole_prompts,
         prefix_cache=prefix_cache and not max_slots,
         **limits,
     )
@@ -425,11 +431,13 @@ def test_heavy_traffic_on_scarce_blocks(seed):
 def test_heavy_traffic_on_scarce_state_slots(seed):
     """Models with a state in every sequence, some without any keys and values."""
     random = Random(seed)
+    windows = random.choice([[], [], [None], [None, 4]])
     world = make_world(
-        windows=random.choice([[], [], [None], [None, 4]]),
+        windows=windows,
         block_size=2,
         max_blocks=random.choice([16, 32, 80]),
         max_slots=random.choice([4, 5, 8]),
+        whole_prompts=4 not in windows and random.random() < 0.5,
         max_batch_tokens=random.choice([1, 4, 8, 16, 64]),
         max_num_seqs=random.randint(2, 7),
         prefix_cache=False,

@@ -154,3 +154,33 @@ def test_held_sequences_fork_with_their_state_and_take_slots_from_running_ones()
     for sequence in list(held):
         held.release(sequence)
     assert slots_in_use(scheduler) == 0
+
+
+def test_whole_prompts_exceed_the_budget_but_take_nothing_from_decodes():
+    scheduler = make(groups=[GroupSpec(None)], max_batch_tokens=6, whole_prompts=True)
+
+    def sizes():
+        plan = scheduler.schedule()
+        names = [scheduler.sequence(seq_id).request.request_id for seq_id in plan.seq_ids]
+        scheduler.commit(plan, {seq_id: [9] for _, seq_id in plan.samples})
+        scheduler.check_integrity()
+        return dict(zip(names, plan.num_new, strict=True))
+
+    add(scheduler, "a", 3)
+    add(scheduler, "b", 20)
+    add(scheduler, "c", 5)
+    assert sizes() == {"a": 3, "b": 20}
+    assert sizes() == {"a": 1, "b": 1, "c": 5}
+    scheduler.rollback(scheduler.schedule())
+    assert sizes() == {"a": 3, "b": 20}  # again, up to the end of the prompt
+    assert sizes() == {"a": 2, "b": 2, "c": 5}
+
+
+def test_whole_prompts_wait_for_all_their_blocks():
+    scheduler = make(groups=[GroupSpec(None)], max_blocks=6, whole_prompts=True)
+    add(scheduler, "a", 7, max_tokens=6)
+    assert step(scheduler) == [("a", -1, 0)]
+    add(scheduler, "b", 15, max_tokens=2)
+    while scheduler.num_running:
+        assert [name for name, _, _ in step(scheduler)] == ["a"]
+    assert step(scheduler) == [("b", -1, 0)]

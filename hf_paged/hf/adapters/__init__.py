@@ -1,10 +1,11 @@
-"""Attention modules that do not reach the paged kernel through transformers' attention interface, or gain by more.
+"""Modules that do not reach the paged kernel through transformers' attention interface, or gain by more.
 
 `adapt` swaps mixins onto them, active inside a step only. One module here per mechanism:
 
 - softmax.py: modules with a softmax of their own.
 - alibi.py: those with a bias by distance.
 - mla.py: multi-head latent attention, whose pages hold latents.
+- state.py: layers that keep a state per sequence instead of keys and values.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from ..swap import can_swap, restore, swap
 from . import alibi, softmax
 from .base import Layer, Positions
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
+from .state import Mixer, PagedMixer, StateProbe, as_mixer
 
-__all__ = ["LATENT", "Adaptations", "LatentAttention", "adapt"]
+__all__ = ["LATENT", "Adaptations", "LatentAttention", "StateProbe", "adapt"]
 
 # "family.ClassName" of a module in transformers.models -> its mixin.
 _MIXINS: dict[str, type] = {
@@ -54,7 +56,7 @@ class Adaptations:
     max_positions: int | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
-    def swap(self, module: nn.Module, mixin: type, state: Layer | Positions | None) -> None:
+    def swap(self, module: nn.Module, mixin: type, state: Layer | Positions | Mixer | None) -> None:
         if not can_swap(module):
             raise UnsupportedModel(
                 f"model: the forward of its {type(module).__name__} was replaced (device_map hooks?); load it without"
@@ -65,7 +67,7 @@ class Adaptations:
             self.layers[state.layer_idx] = state
             if state.kind is not None:
                 self.kinds[state.layer_idx] = state.kind
-        if state is not None and state.max_positions is not None:
+        if isinstance(state, Layer | Positions) and state.max_positions is not None:
             self.max_positions = min(state.max_positions, self.max_positions or state.max_positions)
 
     def window(self, layer_idx: int) -> int | None:
@@ -83,10 +85,12 @@ def adapt(model: nn.Module) -> Adaptations:
     """Swap the adapters onto `model`'s modules. Raises UnsupportedModel for one that cannot be adapted."""
     adaptations = Adaptations()
     try:
-        for module in list(model.modules()):
-            mixin = _mixin(module)
+        for name, module in list(model.named_modules()):
+            mixin, mixer = _mixin(module), as_mixer(name, module)
             if mixin is not None:
                 adaptations.swap(module, mixin, mixin.describe(module, len(adaptations.layers)))
+            elif mixer is not None:
+                adaptations.swap(module, PagedMixer, mixer)
             elif is_latent_attention(module):
                 _adapt_latent(adaptations, module)
     except BaseException:

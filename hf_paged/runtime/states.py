@@ -1,0 +1,165 @@
+"""States of sequences in layers that keep no keys and values: state spaces, linear attention, convolutions.
+
+Such a layer carries a few tensors of fixed size from token to token. They live in slots, one per sequence, that the
+scheduler hands out (core.tables). A step splits the packed rows by sequence and lets the layer's own code advance each
+one's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..base.errors import UnsupportedModel
+from ..core.plan import StepPlan
+
+# (hidden states [S, n, H] of S sequences, their states or None at the start) -> (output [S, n, H], their new states)
+Advance = Callable[[torch.Tensor, "list[torch.Tensor] | None"], tuple[torch.Tensor, list[torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One layer that keeps a state, as seen when the model ran.
+
+    Attributes:
+        layer_idx: the number the model gives its layer.
+        name: the layer's path in the model.
+        kind: what the layer is, for people.
+        tensors: (shape, dtype) of every tensor of one sequence's state.
+        takes_chunks: whether it goes on from a state by several tokens at once, with the same result as one by one. If
+            not, a prompt is computed in one step (Scheduler.whole_prompts), and what follows it token by token.
+    """
+
+    layer_idx: int
+    name: str
+    kind: str
+    tensors: tuple[tuple[torch.Size, torch.dtype], ...]
+    takes_chunks: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one sequence's state."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.tensors)
+
+
+class StateCache:
+    """The state tensors [slots, ...] of every layer, growing on demand."""
+
+    def __init__(self, specs: list[StateSpec], device: torch.device):
+        self.specs = {spec.name: spec for spec in specs}
+        self.device = device
+        self.num_slots = 0
+        self._tensors: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @property
+    def bytes_allocated(self) -> int:
+        return self.num_slots * self.bytes_per_slot
+
+    def ensure(self, num_slots: int) -> None:
+        """Grow to at least `num_slots` slots; contents are kept."""
+        if num_slots > self.num_slots:
+            self._allocate(num_slots)
+
+    def _allocate(self, num_slots: int) -> None:
+        for name, spec in self.specs.items():  # layer by layer, so little is held twice
+            new = [torch.zeros((num_slots, *shape), dtype=dtype, device=self.device) for shape, dtype in spec.tensors]
+            for old, tensor in zip(self._tensors.get(name, []), new):
+                tensor[: self.num_slots].copy_(old[: self.num_slots])
+            self._tensors[name] = new
+        self.num_slots = num_slots
+
+    def read(self, name: str, slots: torch.Tensor) -> list[torch.Tensor]:
+        """Copies of a layer's states in `slots` [S]."""
+        return [tensor.index_select(0, slots) for tensor in self._tensors[name]]
+
+    def write(self, name: str, slots: torch.Tensor, states: list[torch.Tensor]) -> None:
+        for tensor, state in zip(self._tensors[name], states, strict=True):
+            tensor.index_copy_(0, slots, state.to(tensor.dtype))
+
+    def close(self) -> None:
+        self._tensors.clear()
+        self.num_slots = 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of a step that a layer advances together: equally many new tokens, all at their start or none.
+
+    Attributes:
+        rows: [S * n] packed rows, sequence by sequence.
+        shape: (S, n).
+        reads: [S] slots to read; None at the start.
+        writes: [S] slots to write.
+    """
+
+    rows: torch.Tensor
+    shape: tuple[int, int]
+    reads: torch.Tensor | None
+    writes: torch.Tensor
+
+
+class StepStates:
+    """One step's sequences, as the layers with a state see them.
+
+    Attributes:
+        running: the layer whose own code is running, which sees no packed batch; None outside.
+    """
+
+    def __init__(self, plan: StepPlan, cache: StateCache):
+        self.running: str | None = None
+        self._cache = cache
+        self._done: set[str] = set()
+        members: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
+        start = 0
+        for count, (read, write) in zip(plan.num_new, plan.states, strict=True):
+            members.setdefault((count, read < 0), []).append((start, read, write))
+            start += count
+        self._groups = [self._group(count, fresh, entries) for (count, fresh), entries in members.items()]
+
+    def _group(self, count: int, fresh: bool, entries: list[tuple[int, int, int]]) -> _Group:
+        starts, reads, writes = torch.tensor(entries, dtype=torch.int64, device=self._cache.device).unbind(1)
+        rows = starts[:, None] + torch.arange(count, device=self._cache.device)
+        return _Group(rows.flatten(), (len(entries), count), None if fresh else reads, writes)
+
+    def advance(self, name: str, hidden: torch.Tensor, advance: Advance) -> torch.Tensor:
+        """Run a layer over the packed `hidden` [1, T, H]: every sequence goes on from its own state, and leaves it."""
+        if name in self._done:
+            raise UnsupportedModel(f"{name} ran twice in one step; its state can go on only once")
+        self._done.add(name)
+        self.running = name
+        try:
+            return self._advance(name, hidden, advance)
+        finally:
+            self.running = None
+
+    def _advance(self, name: str, hidden: torch.Tensor, advance: Advance) -> torch.Tensor:
+        cache, takes_chunks = self._cache, self._cache.specs[name].takes_chunks
+        # all reads come before any write: a slot may be read by one sequence and written by another
+        states = [None if group.reads is None else cache.read(name, group.reads) for group in self._groups]
+        output = None
+        for group, state in zip(self._groups, states):
+            part = hidden[0, group.rows].unflatten(0, group.shape)
+            result, state = _advance_group(part, state, advance, takes_chunks)
+            cache.write(name, group.writes, state)
+            if len(self._groups) == 1:  # then its rows are all rows, in order
+                return result.flatten(0, 1)[None]
+            if output is None:
+                output = result.new_empty(1, hidden.shape[1], result.shape[-1])
+            output[0, group.rows] = result.flatten(0, 1)
+        return output
+
+
+def _advance_group(hidden, state, advance: Advance, takes_chunks: bool):
+    if takes_chunks or state is None or hidden.shape[1] == 1:
+        return advance(hidden, state)
+    outputs = []
+    for token in hidden.split(1, dim=1):
+        output, state = advance(token, state)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), state
