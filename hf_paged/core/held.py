@@ -13,7 +13,7 @@ from collections.abc import Sequence as AbstractSequence
 from ..base.errors import CacheFull
 from .plan import StepPlan
 from .request import Request, Sequence, SequenceStatus
-from .step import StepDraft
+from .step import StepBuilder
 from .tables import BlockTables
 
 _ORDER = (0, 0)  # held sequences stand in no queue, so nothing sorts them
@@ -102,7 +102,7 @@ class HeldSequences:
 
     def plan(
         self, work: AbstractSequence[tuple[Sequence, list[int]]], *, release_unseen: bool
-    ) -> tuple[StepPlan, StepDraft]:
+    ) -> tuple[StepPlan, StepBuilder]:
         """Give every sequence the blocks for its new tokens and pack them.
 
         Args:
@@ -111,19 +111,19 @@ class HeldSequences:
 
         Raises CacheFull if the cache cannot hold them; the sequences are to be released.
         """
-        draft = StepDraft(sum(len(tokens) for _, tokens in work), None, len(self._tables.pools))
+        step = StepBuilder(sum(len(tokens) for _, tokens in work), None, len(self._tables.pools))
         try:
             for sequence, tokens in work:
                 sequence.token_ids += tokens
-                self._extend(sequence, len(tokens), draft, release_unseen)
+                self._extend(sequence, len(tokens), step, release_unseen)
         except CacheFull:
-            self.rollback([sequence for sequence, _ in work], draft)
+            self.rollback([sequence for sequence, _ in work], step)
             raise
         finally:
-            draft.changes.release_sources()
-        return draft.pack(self._new_step(), self._tables), draft
+            step.changes.release_sources()
+        return step.pack(self._new_step(), self._tables), step
 
-    def _extend(self, sequence: Sequence, count: int, draft: StepDraft, release_unseen: bool) -> None:
+    def _extend(self, sequence: Sequence, count: int, step: StepBuilder, release_unseen: bool) -> None:
         if release_unseen:
             self._tables.release_unseen(sequence)
         while self._tables.room(sequence, count) < count:
@@ -132,8 +132,8 @@ class HeldSequences:
                     f"{sequence.request.request_id}: the KV cache has no blocks left for {count} more tokens beside "
                     f"{sequence.num_computed}; raise kv_cache_memory, or use fewer or shorter rows"
                 )
-        self._tables.extend(sequence, count, draft.changes)
-        draft.add(sequence, count, [])
+        self._tables.extend(sequence, count, step.changes)
+        step.add(sequence, count, [])
 
     def commit(self, plan: StepPlan) -> None:
         """The plan was computed."""
@@ -142,9 +142,9 @@ class HeldSequences:
             if sequence is not None:
                 sequence.num_computed += count
 
-    def rollback(self, sequences: Iterable[Sequence], draft: StepDraft) -> None:
+    def rollback(self, sequences: Iterable[Sequence], step: StepBuilder) -> None:
         """The plan failed: nobody may find the blocks it was to fill, and its sequences are good for `release` only."""
-        draft.changes.unpublish()
+        step.changes.unpublish()
         for sequence in sequences:
             self.truncate(sequence, sequence.num_computed)
 

@@ -11,17 +11,18 @@ the first always advances and all finish.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
-import time
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import InvalidArgument, QueueFull, RequestTooLarge
 from .held import HeldSequences
 from .plan import StepPlan
+from .planner import Counts, Planner
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus, append_tokens
-from .step import StepDraft
+from .step import StepBuilder
 from .tables import BlockTables, GroupSpec
 
 __all__ = ["GroupSpec", "Scheduler"]
@@ -81,17 +82,27 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache, max_slots)
         self._queues = Queues()
+        self._counts = Counts()
+        self._planner = Planner(
+            self._tables,
+            self._queues,
+            self._counts,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            whole_prompts=whole_prompts,
+            by_priority=self._by_priority,
+            new_sequence=self._new_sequence,
+            has_held=lambda: bool(self.held),
+        )
         self.held = HeldSequences(
-            self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._preempt_last
+            self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._planner.preempt_last
         )
         self._sequences: dict[int, Sequence] = {}
         self._ended: dict[int, Sequence] = {}  # of requests dropped since the last `schedule`
         self._deadlines: list[tuple[float, int, Request]] = []  # heap; ended requests leave it lazily
         self._next_seq_id = 0
         self._num_steps = 0
-        self._in_flight: tuple[StepPlan, StepDraft] | None = None
-        self._blocked: tuple[int, int] | None = None  # (seq_id, num_releases) of a sequence that found no blocks
-        self.reset_stats()
+        self._in_flight: tuple[StepPlan, StepBuilder] | None = None
 
     # -- requests in
 
@@ -164,20 +175,11 @@ class Scheduler:
         if self._in_flight is not None:
             self.rollback(self._in_flight[0])
         self._ended.clear()
-        draft = StepDraft(self.max_batch_tokens, only, len(self._tables.pools))
-        running = [seq for seq in self._queues.running if draft.may_run(seq)]
-        draft.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
-        for seq in running:
-            if self._queues.waiting:
-                self._admit_before(draft, seq.order)
-            if seq.status is SequenceStatus.RUNNING:  # not preempted by one before it
-                self._advance(draft, seq)
-        self._admit_before(draft, None)
-        draft.changes.release_sources()
-        plan = draft.pack(self._num_steps + 1, self._tables)
+        step = self._planner.plan(only)
+        plan = step.pack(self._num_steps + 1, self._tables)
         if plan is not None:
             self._take_step()
-            self._in_flight = (plan, draft)
+            self._in_flight = (plan, step)
         return plan
 
     def draftable(self) -> tuple[int, list[tuple[Sequence, int]]]:
@@ -242,8 +244,8 @@ class Scheduler:
         self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
         seq.num_draft_tokens += num_drafts
         seq.num_accepted_tokens += num_accepted
-        self._num_draft += num_drafts
-        self._num_accepted += num_accepted
+        self._counts.draft_tokens += num_drafts
+        self._counts.accepted_tokens += num_accepted
 
     def rollback(self, plan: StepPlan) -> None:
         """The step of `plan` failed: its sequences lose all their blocks and wait again, in order.
@@ -251,165 +253,17 @@ class Scheduler:
         Blocks the step was to fill leave the prefix cache; those of earlier steps stay. Siblings forked by the plan
         remain and compute the prompt for themselves (from the prefix cache, as a rule). Not counted as preemption.
         """
-        draft = self._land(plan)
-        draft.changes.unpublish()
-        for seq in [self._sequences.get(seq_id) for seq_id in plan.seq_ids] + draft.forked:
+        step = self._land(plan)
+        step.changes.unpublish()
+        for seq in [self._sequences.get(seq_id) for seq_id in plan.seq_ids] + step.forked:
             if seq is not None and seq.status is SequenceStatus.RUNNING:
-                self._send_back(seq)
+                self._planner.send_back(seq)
 
-    def _land(self, plan: StepPlan) -> StepDraft:
+    def _land(self, plan: StepPlan) -> StepBuilder:
         assert self._in_flight is not None and self._in_flight[0] is plan, "not the plan that schedule() made last"
-        draft = self._in_flight[1]
+        step = self._in_flight[1]
         self._in_flight = None
-        return draft
-
-    # -- planning
-
-    def _advance(self, draft: StepDraft, seq: Sequence) -> None:
-        """Schedule the running `seq` for as many tokens as budget and blocks allow; preempt others if for none."""
-        draft.decodes.discard(seq.seq_id)
-        remaining = seq.num_remaining
-        want = min(remaining, draft.spare_budget)
-        if want < 1:
-            return
-        least = 1
-        if self.whole_prompts and seq.num_computed < seq.num_prompt:
-            least = want = seq.num_prompt
-        self._tables.release_unseen(seq)
-        while (count := self._tables.room(seq, want)) < least:
-            victim = self._victim(draft, seq, admitting=False)
-            if victim is None:
-                return  # it keeps what it has and waits for blocks
-            self._preempt_in(draft, victim)
-        self._tables.extend(seq, count, draft.changes)
-        if count < remaining:
-            draft.add(seq, count, [])
-            draft.prefills.append((seq, seq.num_computed + count))
-            return
-        draft.add(seq, count, list(range(seq.seq_id, seq.seq_id + seq.seats)))
-        if seq.pending_forks:
-            self._fork(draft, seq)
-
-    def _admit_before(self, draft: StepDraft, order: tuple[int, int] | None) -> None:
-        """Admit waiting sequences in order while that works: those that rank before `order`, or all."""
-        while draft.admitting and draft.cursor < len(self._queues.waiting):
-            seq = self._queues.waiting[draft.cursor]
-            if order is not None and seq.order > order:
-                return
-            if not draft.may_run(seq):
-                draft.cursor += 1
-            elif seq.seq_id in draft.preempted or draft.spare_budget < 1 or not self._admit(draft, seq):
-                draft.admitting = False
-
-    def _admit(self, draft: StepDraft, seq: Sequence) -> bool:
-        """Seat and schedule the waiting `seq`, or hold it back. False: it lacks seats or blocks."""
-        tables = self._tables
-        if self._queues.running and draft.only is None and self._blocked == (seq.seq_id, tables.num_releases):
-            return False
-        if not self._free_seats(draft, seq):
-            return False
-        num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
-        if self._is_coming(draft, seq, num_hit):
-            draft.cursor += 1
-            return True
-        tables.take_hit(seq, num_hit)
-        while not self._fits(draft, seq):
-            victim = self._victim(draft, seq, admitting=True)
-            if victim is None:
-                tables.release(seq)
-                self._blocked = (seq.seq_id, tables.num_releases)
-                return False
-            self._preempt_in(draft, victim)
-        self._queues.seat(seq)
-        seq.publishable = seq.request.write_prefix_cache
-        self._note_admission(seq)
-        self._advance(draft, seq)
-        assert seq.seq_id in draft.busy, "admitted without room: it might share blocks whose step fails"
-        return True
-
-    def _free_seats(self, draft: StepDraft, seq: Sequence) -> bool:
-        """Whether `seq` finds seats, for the siblings it will fork too; preempts for them if that is enough."""
-        lacking = self._queues.seats_used + seq.seats - self.max_num_seqs
-        if lacking <= 0:
-            return True
-        victims = [other for other in self._queues.running if self._yields(draft, other, seq, admitting=True)]
-        if sum(victim.seats for victim in victims) < lacking:
-            return False
-        while self._queues.seats_used + seq.seats > self.max_num_seqs:
-            self._preempt_in(draft, victims.pop())
-        return True
-
-    def _fits(self, draft: StepDraft, seq: Sequence) -> bool:
-        """Whether there are blocks for all of `seq`'s known tokens and one more for every seat taken.
-
-        Admitting more would only preempt somebody a few steps later. What runs alone always fits: `add` saw to that.
-        """
-        if not self._queues.running and not self.held:
-            return True
-        chunk = min(draft.spare_budget, seq.num_remaining)
-        return self._tables.fits(seq, chunk, headroom=self._queues.seats_used + seq.pending_forks)
-
-    def _is_coming(self, draft: StepDraft, seq: Sequence, num_hit: int) -> bool:
-        """Whether a prefill of this very step will soon compute the next block of `seq`'s prompt.
-
-        It is worth waiting for. Only prefills that advance in this step count, so nobody waits for nothing.
-        """
-        if not self._tables.prefix_cache or not seq.request.read_prefix_cache:
-            return False
-        block_size = self._tables.block_size
-        if (num_hit + 1) * block_size >= len(seq.token_ids):
-            return False
-        return any(
-            leader.publishable
-            and end < (num_hit + 1) * block_size <= len(leader.token_ids)
-            and leader.block_keys[num_hit] == seq.block_keys[num_hit]
-            for leader, end in draft.prefills
-        )
-
-    def _victim(self, draft: StepDraft, seq: Sequence, admitting: bool) -> Sequence | None:
-        """The running sequence, last in order, that must give its blocks to `seq`; None if there is none."""
-        if draft.only is not None:
-            candidates = self._queues.running
-        else:
-            candidates = self._queues.running[-1:]  # if the last does not yield, nobody does
-        return next((other for other in reversed(candidates) if self._yields(draft, other, seq, admitting)), None)
-
-    def _preempt_last(self) -> bool:
-        """Preempt the running sequence that is last in order, for a held one. False if none runs."""
-        if not self._queues.running:
-            return False
-        self._preempt(self._queues.running[-1])
-        return True
-
-    def _yields(self, draft: StepDraft, other: Sequence, seq: Sequence, admitting: bool) -> bool:
-        """Whether the running `other` may be preempted for `seq`: never if it is part of this step already."""
-        if other.seq_id in draft.busy or other is seq:
-            return False
-        if not draft.may_run(other):
-            return True
-        if admitting:  # a newcomer takes only from a lower class, or equals would push each other out
-            return self._by_priority and other.order[0] > seq.order[0]
-        return other.order > seq.order
-
-    def _fork(self, draft: StepDraft, leader: Sequence) -> None:
-        """The step completes the prompt: its siblings come into being, sharing every block."""
-        for index in range(1, leader.request.n):
-            sibling = self._new_sequence(leader.request, index, leader.seq_id + index)
-            self._tables.fork(leader, sibling)
-            sibling.num_cached_tokens = leader.num_cached_tokens
-            self._queues.seat_sibling(sibling, leader)
-            draft.forked.append(sibling)
-            draft.busy.add(sibling.seq_id)
-
-    def _note_admission(self, seq: Sequence) -> None:
-        request = seq.request
-        if request.first_scheduled is not None:
-            return
-        request.first_scheduled = time.monotonic()
-        seq.num_cached_tokens = seq.num_computed
-        if self._tables.prefix_cache and request.read_prefix_cache:
-            self._num_hit += seq.num_computed
-            self._num_queried += len(seq.token_ids)
+        return step
 
     # -- ends
 
@@ -423,7 +277,7 @@ class Scheduler:
             self._end(seq, reason, stop_reason)
 
     def cut(self, seq_id: int, num_output: int, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a sequence of the last commit after its first `num_output` output tokens; what the later brought is void."""
+        """End a sequence of the last commit after `num_output` output tokens, whatever the later ones brought."""
         seq = self.sequence(seq_id)
         del seq.token_ids[seq.num_prompt + num_output :]
         if seq.status is SequenceStatus.FINISHED:
@@ -465,29 +319,12 @@ class Scheduler:
             for ended in request.sequences:
                 self._ended[ended.seq_id] = self._sequences.pop(ended.seq_id)
 
-    # -- state changes
-
     def _new_sequence(self, request: Request, index: int, seq_id: int) -> Sequence:
         order = (request.priority if self._by_priority else 0, seq_id)
         seq = Sequence(seq_id, request, index, order, len(self._tables.pools))
         request.sequences.append(seq)
         self._sequences[seq_id] = seq
         return seq
-
-    def _send_back(self, seq: Sequence) -> None:
-        """Back to waiting, with nothing computed."""
-        self._queues.send_back(seq)
-        self._tables.release(seq)
-
-    def _preempt_in(self, draft: StepDraft, victim: Sequence) -> None:
-        draft.decodes.discard(victim.seq_id)
-        draft.preempted.add(victim.seq_id)
-        self._preempt(victim)
-
-    def _preempt(self, victim: Sequence) -> None:
-        victim.num_preemptions += 1
-        self._num_preemptions += 1
-        self._send_back(victim)
 
     # -- weights and hooks
 
@@ -518,7 +355,7 @@ class Scheduler:
             self.rollback(self._in_flight[0])
         self.reset_prefix_cache()
         for seq in list(self._queues.running):
-            self._send_back(seq)
+            self._planner.send_back(seq)
 
     # -- looking in
 
@@ -560,16 +397,12 @@ class Scheduler:
             "slots_in_use": slots.num_in_use,
             "slots_total": slots.max_blocks,
             "slots_peak": slots.peak_in_use,
-            "prefix_hit_tokens": self._num_hit,
-            "prefix_queried_tokens": self._num_queried,
-            "preemptions": self._num_preemptions,
-            "draft_tokens": self._num_draft,
-            "accepted_tokens": self._num_accepted,
+            **dataclasses.asdict(self._counts),
         }
 
     def reset_stats(self) -> None:
         """Start the counters and the peak anew."""
-        self._num_hit = self._num_queried = self._num_preemptions = self._num_draft = self._num_accepted = 0
+        self._counts.reset()
         for pool in [*self._tables.pools, self._tables.slots]:
             pool.reset_peak()
 
@@ -583,11 +416,11 @@ class Scheduler:
         live += self.held
         num_tokens = {seq.seq_id: seq.num_computed for seq in live}
         if self._in_flight is not None:
-            plan, draft = self._in_flight
+            plan, step = self._in_flight
             for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context, strict=True):
                 if seq_id in num_tokens and self._sequences[seq_id].status is SequenceStatus.RUNNING:
                     num_tokens[seq_id] = context + new
-            for seq in draft.forked:
+            for seq in step.forked:
                 if seq.status is SequenceStatus.RUNNING:
                     num_tokens[seq.seq_id] = seq.num_prompt
         self._tables.check_integrity(live, num_tokens)

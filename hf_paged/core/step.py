@@ -9,7 +9,7 @@ from .request import Sequence
 from .tables import BlockTables, TableChanges
 
 
-class StepDraft:
+class StepBuilder:
     """Collects what one step computes.
 
     Attributes:

@@ -19,12 +19,22 @@ from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramPropos
 INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
 
 
-def check_backend(name: str, device: torch.device) -> None:
-    """Raise KernelUnavailable if the attention backend asked for cannot run on `device`."""
+def check_config(model: PagedModel, config: EngineConfig) -> None:
+    """Raise unless an engine of `config` can run `model`.
+
+    Raises:
+        KernelUnavailable: the attention backend asked for cannot run on the model's device.
+        UnsupportedOption: speculation, for a model whose sequences cannot take tokens back.
+    """
     try:
-        ops.resolve_backend(name, device)
+        ops.resolve_backend(config.attention_backend, model.device)
     except ValueError as error:
         raise KernelUnavailable(f"attention_backend: {error}") from error
+    if config.speculation is not None and model.states:
+        raise UnsupportedOption(
+            f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
+            "guess was wrong; use speculation=None"
+        )
 
 
 def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[KVCache, Scheduler]:
@@ -33,9 +43,9 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     States of sequences may take up to half of it, the blocks get the rest. Models with states have no prefix cache:
     blocks of their attention layers would be of use only together with the state at the blocks' end.
 
-    Raises KernelUnavailable for an attention backend that cannot run here.
+    Raises what `check_config` does.
     """
-    check_backend(config.attention_backend, model.device)
+    check_config(model, config)
     cuda = model.device.type == "cuda"
     block_size = config.block_size or (64 if cuda else 16)
     max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
@@ -78,21 +88,16 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     return cache, scheduler
 
 
-def build_speculator(model: PagedModel, config: EngineConfig, scheduler: Scheduler, draft_engine) -> Speculator | None:
+def build_speculator(model: PagedModel, config: EngineConfig, draft_engine) -> Speculator | None:
     """What guesses tokens ahead in an engine of `config`, if anything does.
 
     Args:
         draft_engine: the BatchEngine of the draft model, for "draft".
 
-    Raises UnsupportedOption for a model whose sequences cannot take tokens back.
+    Raises UnsupportedOption for a draft model that keeps a state.
     """
     if config.speculation is None:
         return None
-    if scheduler.has_state:
-        raise UnsupportedOption(
-            f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
-            "guess was wrong; use speculation=None"
-        )
     if config.speculation == "ngram":
         proposer = NgramProposer(*config.ngram_range)
     else:

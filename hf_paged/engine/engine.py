@@ -73,7 +73,7 @@ class BatchEngine:
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
         self._executor = StepExecutor(self._runner, self._scheduler)
-        self._speculator = build_speculator(model, config, self._scheduler, draft_engine)
+        self._speculator = build_speculator(model, config, draft_engine)
         self.reset_stats()
 
     # Requests in

@@ -166,7 +166,7 @@ class HeldRows:
     def _run(self, work: list[tuple[int, int, list[int]]], execute) -> Chunk:
         engine = self._engine
         engine._begin_held()
-        plan, draft = self._held.plan(
+        plan, step = self._held.plan(
             [(self._sequences[row], part) for row, _, part in work], release_unseen=not self.keep_past
         )
         starts = {self._sequences[row].seq_id: (row, start) for row, start, _ in work}
@@ -177,7 +177,7 @@ class HeldRows:
         try:
             result = engine._execute_held(plan, lambda context: execute(context, spans), self._owner)
         except BaseException:
-            self._held.rollback([self._sequences[row] for row, _, _ in work], draft)
+            self._held.rollback([self._sequences[row] for row, _, _ in work], step)
             raise
         self._held.commit(plan)
         return Chunk(spans, result)
@@ -204,7 +204,7 @@ class HeldRows:
         self._check([[UNKNOWN] * length for length in lengths])
         with engine._lock:
             engine._begin_held()
-            plan, draft = self._held.plan([(self._sequences[row], part) for row, _, part in work], release_unseen=False)
+            plan, step = self._held.plan([(self._sequences[row], part) for row, _, part in work], release_unseen=False)
             try:
                 engine._runner.prepare(plan)
                 for row, _, part in work:
@@ -212,7 +212,7 @@ class HeldRows:
                     for spec in engine.model.layers:
                         engine._cache.write(spec, tables, len(part), *source(spec, row))
             except BaseException:
-                self._held.rollback([self._sequences[row] for row, _, _ in work], draft)
+                self._held.rollback([self._sequences[row] for row, _, _ in work], step)
                 raise
             self._held.commit(plan)
 

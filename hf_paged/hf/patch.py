@@ -9,7 +9,7 @@ import torch
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, KernelUnavailable
-from ..engine.build import check_backend
+from ..engine.build import check_config
 from ..runtime.runner import as_in_a_step
 from .adapters import adapt
 from .draft import check_draft, draft_config
@@ -51,7 +51,7 @@ class Patch:
         with without_hooks(model):
             observed = observe(model, self.adaptations)
             self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed.visibility)
-            check_backend(self.config.attention_backend, self.adapter.device)
+            check_config(self.adapter, self.config)
             if check:
                 check_forward(self.adapter, observed, self.config)
         self.adapter.weights_replaced()  # with its hooks

@@ -13,7 +13,7 @@ from tiny_models import CACHE, tiny_model
 from transformers import DynamicCache
 
 import hf_paged
-from hf_paged import EngineConfig, InvalidArgument, RequestFailed, SamplingParams
+from hf_paged import EngineConfig, InvalidArgument, RequestFailed, SamplingParams, UnsupportedOption
 
 # Each kind of layer, alone and beside attention, that goes on by chunks and that needs whole prompts; `make models`
 # does the same for all families.
@@ -272,3 +272,14 @@ def test_hooks_on_parts_of_a_layer_with_a_state_are_told_to_hook_the_layer(kind)
             engine.generate([[5, 6, 7]], GREEDY)
         handle.remove()
         assert engine.generate(kind.jobs[0], GREEDY)[0].outputs[0].token_ids == kind.expected[0][0]
+
+
+def test_nothing_can_be_guessed_where_a_state_cannot_be_taken_back():
+    model, attending = tiny_model("lfm2"), tiny_model("llama")
+    with pytest.raises(UnsupportedOption, match="^speculation='ngram': this model's layers keep a state"):
+        hf_paged.patch(model, speculation="ngram")
+    with pytest.raises(UnsupportedOption, match="^speculation='draft': this model's layers keep a state"):
+        hf_paged.Engine(model, draft_model=attending)
+    with pytest.raises(UnsupportedOption, match="^draft_model: its layers keep a state"):
+        hf_paged.Engine(attending, draft_model=model)
+    assert not any(map(hf_paged.hf.patch.is_patched, (model, attending)))

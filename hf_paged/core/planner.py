@@ -1,0 +1,244 @@
+"""Planning a step: who runs on how many tokens, who is admitted, who gives way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass, fields
+
+from .queues import Queues
+from .request import Request, Sequence, SequenceStatus
+from .step import StepBuilder
+from .tables import BlockTables
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a scheduler counts from one `reset` to the next, in tokens and preemptions."""
+
+    prefix_hit_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def reset(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, 0)
+
+
+class Planner:
+    """Walks down the order of all sequences and gives each what budget, seats and blocks allow.
+
+    Args:
+        max_batch_tokens, max_num_seqs, whole_prompts: as the scheduler's.
+        by_priority: waiting sequences preempt running ones of a lower class.
+        new_sequence: `new_sequence(request, index, seq_id)` brings a sibling into being.
+        has_held: whether held sequences share the blocks.
+    """
+
+    def __init__(
+        self,
+        tables: BlockTables,
+        queues: Queues,
+        counts: Counts,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        whole_prompts: bool,
+        by_priority: bool,
+        new_sequence: Callable[[Request, int, int], Sequence],
+        has_held: Callable[[], bool],
+    ):
+        self._tables = tables
+        self._queues = queues
+        self._counts = counts
+        self._max_batch_tokens = max_batch_tokens
+        self._max_num_seqs = max_num_seqs
+        self._whole_prompts = whole_prompts
+        self._by_priority = by_priority
+        self._new_sequence = new_sequence
+        self._has_held = has_held
+        self._blocked: tuple[int, int] | None = None  # (seq_id, num_releases) of a sequence that found no blocks
+
+    def plan(self, only: Container[int] | None) -> StepBuilder:
+        """What the next step computes. With `only`, no other sequence ids run."""
+        step = StepBuilder(self._max_batch_tokens, only, len(self._tables.pools))
+        running = [seq for seq in self._queues.running if step.may_run(seq)]
+        step.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
+        for seq in running:
+            if self._queues.waiting:
+                self._admit_before(step, seq.order)
+            if seq.status is SequenceStatus.RUNNING:  # not preempted by one before it
+                self._advance(step, seq)
+        self._admit_before(step, None)
+        step.changes.release_sources()
+        return step
+
+    def send_back(self, seq: Sequence) -> None:
+        """From running to waiting, with nothing computed."""
+        self._queues.send_back(seq)
+        self._tables.release(seq)
+
+    def preempt(self, victim: Sequence) -> None:
+        """`send_back`, counted as preemption."""
+        victim.num_preemptions += 1
+        self._counts.preemptions += 1
+        self.send_back(victim)
+
+    def preempt_last(self) -> bool:
+        """Preempt the running sequence that is last in order, for a held one. False if none runs."""
+        if not self._queues.running:
+            return False
+        self.preempt(self._queues.running[-1])
+        return True
+
+    # -- those that run
+
+    def _advance(self, step: StepBuilder, seq: Sequence) -> None:
+        """Schedule the running `seq` for as many tokens as budget and blocks allow; preempt others if for none."""
+        step.decodes.discard(seq.seq_id)
+        remaining = seq.num_remaining
+        want = min(remaining, step.spare_budget)
+        if want < 1:
+            return
+        least = 1
+        if self._whole_prompts and seq.num_computed < seq.num_prompt:
+            least = want = seq.num_prompt
+        self._tables.release_unseen(seq)
+        while (count := self._tables.room(seq, want)) < least:
+            victim = self._victim(step, seq, admitting=False)
+            if victim is None:
+                return  # it keeps what it has and waits for blocks
+            self._preempt(step, victim)
+        self._tables.extend(seq, count, step.changes)
+        if count < remaining:
+            step.add(seq, count, [])
+            step.prefills.append((seq, seq.num_computed + count))
+            return
+        step.add(seq, count, list(range(seq.seq_id, seq.seq_id + seq.seats)))
+        if seq.pending_forks:
+            self._fork(step, seq)
+
+    # -- those that wait
+
+    def _admit_before(self, step: StepBuilder, order: tuple[int, int] | None) -> None:
+        """Admit waiting sequences in order while that works: those that rank before `order`, or all."""
+        while step.admitting and step.cursor < len(self._queues.waiting):
+            seq = self._queues.waiting[step.cursor]
+            if order is not None and seq.order > order:
+                return
+            if not step.may_run(seq):
+                step.cursor += 1
+            elif seq.seq_id in step.preempted or step.spare_budget < 1 or not self._admit(step, seq):
+                step.admitting = False
+
+    def _admit(self, step: StepBuilder, seq: Sequence) -> bool:
+        """Seat and schedule the waiting `seq`, or hold it back. False: it lacks seats or blocks."""
+        tables = self._tables
+        if self._queues.running and step.only is None and self._blocked == (seq.seq_id, tables.num_releases):
+            return False
+        if not self._free_seats(step, seq):
+            return False
+        num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
+        if self._is_coming(step, seq, num_hit):
+            step.cursor += 1
+            return True
+        tables.take_hit(seq, num_hit)
+        while not self._fits(step, seq):
+            victim = self._victim(step, seq, admitting=True)
+            if victim is None:
+                tables.release(seq)
+                self._blocked = (seq.seq_id, tables.num_releases)
+                return False
+            self._preempt(step, victim)
+        self._queues.seat(seq)
+        seq.publishable = seq.request.write_prefix_cache
+        self._note_admission(seq)
+        self._advance(step, seq)
+        assert seq.seq_id in step.busy, "admitted without room: it might share blocks whose step fails"
+        return True
+
+    def _free_seats(self, step: StepBuilder, seq: Sequence) -> bool:
+        """Whether `seq` finds seats, for the siblings it will fork too; preempts for them if that is enough."""
+        lacking = self._queues.seats_used + seq.seats - self._max_num_seqs
+        if lacking <= 0:
+            return True
+        victims = [other for other in self._queues.running if self._yields(step, other, seq, admitting=True)]
+        if sum(victim.seats for victim in victims) < lacking:
+            return False
+        while self._queues.seats_used + seq.seats > self._max_num_seqs:
+            self._preempt(step, victims.pop())
+        return True
+
+    def _fits(self, step: StepBuilder, seq: Sequence) -> bool:
+        """Whether there are blocks for all of `seq`'s known tokens and one more for every seat taken.
+
+        Admitting more would only preempt somebody a few steps later. What runs alone always fits: `add` saw to that.
+        """
+        if not self._queues.running and not self._has_held():
+            return True
+        chunk = min(step.spare_budget, seq.num_remaining)
+        return self._tables.fits(seq, chunk, headroom=self._queues.seats_used + seq.pending_forks)
+
+    def _is_coming(self, step: StepBuilder, seq: Sequence, num_hit: int) -> bool:
+        """Whether a prefill of this very step will soon compute the next block of `seq`'s prompt.
+
+        It is worth waiting for. Only prefills that advance in this step count, so nobody waits for nothing.
+        """
+        if not self._tables.prefix_cache or not seq.request.read_prefix_cache:
+            return False
+        block_size = self._tables.block_size
+        if (num_hit + 1) * block_size >= len(seq.token_ids):
+            return False
+        return any(
+            leader.publishable
+            and end < (num_hit + 1) * block_size <= len(leader.token_ids)
+            and leader.block_keys[num_hit] == seq.block_keys[num_hit]
+            for leader, end in step.prefills
+        )
+
+    # -- who gives way
+
+    def _victim(self, step: StepBuilder, seq: Sequence, admitting: bool) -> Sequence | None:
+        """The running sequence, last in order, that must give its blocks to `seq`; None if there is none."""
+        if step.only is not None:
+            candidates = self._queues.running
+        else:
+            candidates = self._queues.running[-1:]  # if the last does not yield, nobody does
+        return next((other for other in reversed(candidates) if self._yields(step, other, seq, admitting)), None)
+
+    def _yields(self, step: StepBuilder, other: Sequence, seq: Sequence, admitting: bool) -> bool:
+        """Whether the running `other` may be preempted for `seq`: never if it is part of this step already."""
+        if other.seq_id in step.busy or other is seq:
+            return False
+        if not step.may_run(other):
+            return True
+        if admitting:  # a newcomer takes only from a lower class, or equals would push each other out
+            return self._by_priority and other.order[0] > seq.order[0]
+        return other.order > seq.order
+
+    def _fork(self, step: StepBuilder, leader: Sequence) -> None:
+        """The step completes the prompt: its siblings come into being, sharing every block."""
+        for index in range(1, leader.request.n):
+            sibling = self._new_sequence(leader.request, index, leader.seq_id + index)
+            self._tables.fork(leader, sibling)
+            sibling.num_cached_tokens = leader.num_cached_tokens
+            self._queues.seat_sibling(sibling, leader)
+            step.forked.append(sibling)
+            step.busy.add(sibling.seq_id)
+
+    def _note_admission(self, seq: Sequence) -> None:
+        request = seq.request
+        if request.first_scheduled is not None:
+            return
+        request.first_scheduled = time.monotonic()
+        seq.num_cached_tokens = seq.num_computed
+        if self._tables.prefix_cache and request.read_prefix_cache:
+            self._counts.prefix_hit_tokens += seq.num_computed
+            self._counts.prefix_queried_tokens += len(seq.token_ids)
+
+    def _preempt(self, step: StepBuilder, victim: Sequence) -> None:
+        step.decodes.discard(victim.seq_id)
+        step.preempted.add(victim.seq_id)
+        self.preempt(victim)
