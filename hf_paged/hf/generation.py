@@ -75,7 +75,7 @@ class PagedMixin(Swapped):
         if rows_suffice(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
             rows = RowGeneration(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
             start = _start.get()
-            if start is None:
+            if start is None or streamer is not None:
                 return rows.run(streamer)
             rows.start(alone=start.alone)
             return rows
@@ -103,7 +103,8 @@ class PagedMixin(Swapped):
         **model_kwargs,
     ):
         call = _Decoding(self, super()._assisted_decoding, input_ids, generation_config, synced_gpus, model_kwargs)
-        run = call.on_stock if call.must_be_stock(takes_back=True) else call.on_pages
+        without = not model_kwargs.get("use_cache", True)  # refused by stock
+        run = call.on_stock if without or call.must_be_stock(takes_back=True) else call.on_pages
         return run(
             logits_processor,
             stopping_criteria,
@@ -146,7 +147,7 @@ def start_generate(model, *, alone: bool = False, **kwargs):
     """`model.generate(**kwargs)` of a patched model, up to where its rows are in the engine.
 
     Returns the RowGeneration, for the caller to step and collect beside others; or the result itself where decoding is
-    not a matter of independent rows (beam search, an assistant model) and has been done.
+    not a matter of independent rows (beam search, an assistant model) or had to be streamed, and is done.
 
     Args:
         alone: a single sampled row draws from torch's generator, as stock does. Otherwise each row draws from a seed of
@@ -189,6 +190,8 @@ class _Decoding:
             yield "use_mtp", "the model's multi-token heads keep a cache of their own"
         if config.cache_implementation is not None:
             yield "cache_implementation", f"{config.cache_implementation!r} was asked for instead of pages"
+        if config.return_dict_in_generate and config.output_hidden_states and not kwargs.get("use_cache", True):
+            yield "use_cache", "without a cache every step shows the hidden states of whole rows"
         if text_config(self.model).num_hidden_layers != adapter.num_layers:
             yield "assistant_early_exit", "only some of the layers run"
         if adapter.states and takes_back:

@@ -25,8 +25,6 @@ from ...hf.generation import start_generate
 from ...hf.patch import engine_of, is_patched, patch, patch_of, unpatch
 from .ahead import Ahead, Started
 
-# A user's own objects may keep state from one prompt to the next: with them prompts run in turn, as in transformers.
-_IN_TURN = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 # What shapes a call's result has no meaning in a stream of text.
 _NOT_IN_STREAM = (
     *("return_full_text", "return_tensors", "return_text", "return_type"),
@@ -48,7 +46,8 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
     - The model is patched (see `hf_paged.patch`) until `close`, or the end of a `with` block, takes that back.
 
     An error in one of several prompts carries a note that says which one; the results of a generator or a dataset can
-    be read on after it. With a `streamer`, processors or criteria of your own, prompts run one after another.
+    be read on after it. Prompts run one after another, as in transformers, with a `streamer`, with processors or criteria
+    of your own (they may have a memory), and where decoding is other than greedy search or sampling without scores.
 
     Args:
         engine_config: an EngineConfig for the model's engine; default EngineConfig(), or that of a patched model.
@@ -126,7 +125,7 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         forwards = results.loader  # it applies `forward` to what a DataLoader collates
         forwards.loader = Ahead(
             forwards.loader,
-            partial(self._start, partial(self._begin_generate, alone), forward_params),
+            partial(self._start, alone, forward_params),
             most_rows=engine_of(self.model).config.max_num_seqs,
             batch_size=batch_size,
             whole=isinstance(inputs, list),
@@ -135,17 +134,12 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         forwards.infer = self._finish
         return results
 
-    def _begin_generate(self, alone: bool, **kwargs):
-        if any(kwargs.get(name) is not None for name in _IN_TURN):
-            return self.model.generate(**kwargs)
-        return start_generate(self.model, alone=alone, **kwargs)
-
-    def _start(self, generate, forward_params: dict, model_inputs) -> Started:
-        """`forward` as far as its `generate`, of which the one given takes the arguments."""
+    def _start(self, alone: bool, forward_params: dict, model_inputs) -> Started:
+        """`forward` as far as its `generate` is started."""
         started = Started(model_inputs)
 
         def begin(**kwargs):
-            started.take(generate(**kwargs))
+            started.take(start_generate(self.model, alone=alone, **kwargs))
             return torch.empty((started.num_prompts, 0), dtype=torch.int64)  # `forward` wants a result
 
         self._forward_with(begin, forward_params, model_inputs)
@@ -164,7 +158,7 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         """Yield the new text of one prompt or chat piece by piece, as it is made.
 
         Together the pieces are the text of `pipe(text_inputs, return_full_text=False, **kwargs)`, spaces not cleaned up.
-        Beam search and assisted decoding give one piece, at their end. Leaving the loop ends the request.
+        What runs one prompt after another (see the class) gives one piece, at its end. Leaving the loop ends the request.
 
         Args:
             text_inputs: a string, or a chat as a list of messages.
@@ -191,7 +185,7 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         model_inputs = self.preprocess(prompt, **{**self._preprocess_params, **preprocess_params})
         detokenizer = self._detokenizer({**self._postprocess_params, **postprocess_params})
         shown = model_inputs["input_ids"].shape[1]
-        started = self._start(partial(start_generate, self.model, alone=True), forward_params, model_inputs)
+        started = self._start(True, forward_params, model_inputs)
         try:
             if started.num_rows != 1:
                 raise UnsupportedOption("num_return_sequences: stream shows one sequence; make it 1")

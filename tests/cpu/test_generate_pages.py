@@ -315,6 +315,20 @@ def test_use_cache_changes_no_token(model, batch, use_cache):
     assert (paged.get(CACHE) is None) == (stock.get(CACHE) is None)
 
 
+def test_hidden_states_without_a_cache_are_of_whole_rows(model, batch):
+    options = dict(use_cache=False, return_dict_in_generate=True, output_hidden_states=True)
+    with pytest.warns(UserWarning, match="use_cache"):
+        stock, paged = both(model, **batch, **options, max_new_tokens=3, do_sample=False)
+    assert paged.hidden_states[2][0].shape[1] == WIDTH + 2
+    check_dict(stock, paged)
+
+
+def test_nothing_is_guessed_without_a_cache(model):
+    for one in (model, hf_paged.patch(copy.deepcopy(model))):
+        with pytest.raises((RuntimeError, ValueError), match="cache"):
+            one.generate(**make_batch(1), use_cache=False, prompt_lookup_num_tokens=2, max_new_tokens=3)
+
+
 class Remembers(LogitsProcessor):
     """Depends on the calls before: every token may come once in the whole batch."""
 

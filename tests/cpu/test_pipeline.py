@@ -147,6 +147,9 @@ def test_kinds_of_input(stock, paged, inputs, options):
         dict(truncation=True, max_length=9, max_new_tokens=4),
         dict(tokenizer_encode_kwargs=dict(truncation=True, max_length=5)),
         dict(generation_config=GenerationConfig(max_new_tokens=7, do_sample=False, eos_token_id=[30, 40], pad_token_id=0)),
+        dict(num_beams=3),
+        dict(num_beams=4, num_return_sequences=2, batch_size=2, return_tensors=True),
+        dict(prompt_lookup_num_tokens=3),
         dict(prefix_allowed_tokens_fn=lambda row, ids: [*range(int(ids[-1]) % 7 + 3, VOCAB, 7)]),
     ],
     ids=lambda options: "-".join(options),
@@ -247,6 +250,18 @@ def test_a_tokenizer_without_padding(stock):
     with pipeline("text-generation", model=model, tokenizer=tokenizer, backend="paged") as pipe:
         assert pipe(PROMPTS, **GREEDY) == expected
         assert list(pipe((prompt for prompt in PROMPTS), **GREEDY)) == expected
+
+
+@pytest.mark.parametrize("inputs", ["hello", PROMPTS], ids=["str", "list"])
+def test_an_assistant_model(stock, inputs):
+    helper = tiny_model("qwen2", vocab_size=VOCAB, num_hidden_layers=1)
+    expected = stock(inputs, **GREEDY)
+    with pipeline(
+        "text-generation", model=small_model(), tokenizer=small_tokenizer(), assistant_model=helper, backend="paged"
+    ) as pipe:
+        assert pipe(inputs, **GREEDY) == expected
+        pieces = "".join(pipe.stream("hello", **GREEDY))
+    assert pieces == stock("hello", return_full_text=False, **GREEDY)[0]["generated_text"]
 
 
 def test_a_list_runs_side_by_side(paged):
@@ -394,7 +409,9 @@ def test_an_iterator_streamer(stock, paged):
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS, "", CHATS[1], CHATS[2]], ids=str)
-@pytest.mark.parametrize("options", [{}, dict(skip_special_tokens=False), dict(stop_sequence="t")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(skip_special_tokens=False), dict(stop_sequence="t"), dict(num_beams=2)], ids=str
+)
 def test_streamed_pieces_make_the_text(stock, paged, prompt, options):
     options = {**GREEDY, "max_new_tokens": 30, **options}
     expected = stock(prompt, return_full_text=False, **options)[0]["generated_text"]
@@ -435,6 +452,7 @@ def test_a_sampled_stream_draws_what_stock_draws(stock, paged):
         ("a", dict(return_tensors=True), "return_tensors"),
         ("a", dict(streamer=print), "streamer"),
         ("a", dict(do_sample=True, num_return_sequences=2), "num_return_sequences"),
+        ("a", dict(num_beams=2, num_return_sequences=2), "num_return_sequences"),
         ("x" * 600, {}, "exceed"),
     ],
     ids=lambda value: str(value)[:30],
