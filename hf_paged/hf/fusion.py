@@ -28,6 +28,7 @@ from .watch import is_hooked, version_of
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+ALIGNMENT = 64  # bytes
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 
 
@@ -221,7 +222,7 @@ def _tied_parameters(model: nn.Module) -> set[int]:
 
 
 def _merge(module, names: tuple[str, ...], tied: set[int], fusions: Fusions) -> Merged | None:
-    layers = [getattr(module, name, None) for name in names]
+    layers = [_inner_layer(getattr(module, name, None)) for name in names]
     if not all(type(layer) is nn.Linear and can_swap(layer) for layer in layers):
         return None
     first = layers[0]
@@ -232,11 +233,18 @@ def _merge(module, names: tuple[str, ...], tied: set[int], fusions: Fusions) -> 
             and layer.weight.device == first.weight.device
             and (layer.bias is None) == (first.bias is None)
         )
-        if not same or layer.weight.data_ptr() in tied or type(layer.weight) is not nn.Parameter:
+        # a view begins where torch would allocate, or the layer's own forward might give other last bits
+        aligned = layer.weight.numel() * layer.weight.element_size() % ALIGNMENT == 0
+        if not same or not aligned or layer.weight.data_ptr() in tied or type(layer.weight) is not nn.Parameter:
             return None
     merged = Merged(layers)
     fusions.merged.append(merged)
     return merged
+
+
+def _inner_layer(layer):
+    """The linear layer that a PEFT adapter is wrapped around; any other layer itself."""
+    return getattr(layer, "base_layer", layer)
 
 
 def _fuse_linear(module, fusions: Fusions) -> None:
@@ -271,7 +279,10 @@ def _fuse_mlp(module, merged: Merged | None, fusions: Fusions) -> None:
     kind = ACTIVATIONS.get(type(activation).__name__)
     down = getattr(module, "down_proj", None)
     joined = getattr(module, "gate_up_proj", None)
-    if kind is None or not isinstance(down, nn.Linear) or not can_swap(module) or not _takes_one_input(module):
+    if kind is None or not isinstance(_inner_layer(down), nn.Linear) or not can_swap(module) or not _takes_one_input(module):
+        return
+    if merged is not None and merged.layers != [module.gate_proj, module.up_proj]:
+        fusions.notes[type(module).__name__] = "an adapter is on its gate_proj or up_proj"
         return
     if merged is not None:
         state = _MLP(kind, merged, (module.gate_proj, module.up_proj, activation))

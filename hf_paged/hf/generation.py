@@ -23,6 +23,7 @@ from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
 from .paged_call import CACHE_NAME, CACHE_NAMES, cache_of, paged_call
 from .paged_cache import PagedCache, begun
+from .peft import obstacles, replaces_preparation
 from .rows import RowGeneration, rows_suffice
 from .spec import text_config
 from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
@@ -205,6 +206,9 @@ class _Decoding:
             if reason and (begun(cache) or getattr(cache, "_is_user_defined", False)):
                 yield "past_key_values", reason
         yield from self._reasons_of_the_mask()
+        yield from obstacles(self.model)
+        if replaces_preparation(self.model):
+            yield "prepare_inputs_for_generation", "it was replaced on the model, as PEFT's prompt learning does"
 
     def _reasons_of_the_mask(self):
         mask, positions = self.kwargs.get("attention_mask"), self.kwargs.get("position_ids")

@@ -7,11 +7,12 @@ import inspect
 
 import torch
 
-from ..base.errors import InvalidArgument, UnsupportedModel
+from ..base.errors import InvalidArgument, UnsupportedModel, UnsupportedOption
 from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention
 from .fusion import Fusions
+from .peft import obstacles
 from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers, text_config
 from .swap import evaluating
@@ -52,12 +53,15 @@ class TransformersModel:
 
         `options` go to the model's forward; `inputs_embeds` [1, T, H] takes the place of the token ids.
         """
+        if self._obstacle is not None:
+            name, reason = self._obstacle
+            raise UnsupportedOption(f"{name} cannot be used while the model runs on pages: {reason}")
         context.logit_rows = rows if self._keeps_logits else None
         inputs = {} if "inputs_embeds" in options else {"input_ids": context.input_ids}
         if self._keeps_logits:
             inputs["logits_to_keep"] = rows
         with (
-            evaluating(self.module),
+            evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
             activate(context),
             sequence_hooks(self.module, context),
@@ -104,6 +108,7 @@ class TransformersModel:
     def _look(self) -> None:
         self.fusions.rejoin()
         self._seen = Snapshot(self.module)
+        self._obstacle = next(obstacles(self.module), None)
         device = self._seen.device
         if getattr(self, "device", device) != device:
             raise UnsupportedModel(

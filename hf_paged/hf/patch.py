@@ -17,9 +17,10 @@ from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse
 from .generation import PagedMixin
 from .model import TransformersModel
+from .peft import base_model
 from .selfcheck import check_forward, observe
 from .spec import check_supported
-from .swap import ATTRIBUTE, Swapped, restore, swap
+from .swap import ATTRIBUTE, Swapped, evaluating, restore, swap
 from .verify import Verification
 from .watch import without_hooks
 
@@ -35,7 +36,7 @@ class Patch:
         self.adaptations = adapt(model)
         try:
             if config.fuse:
-                with without_hooks(model):
+                with evaluating(model), without_hooks(model):
                     self.fusions = fuse(model)
         except BaseException:
             self.adaptations.undo()
@@ -110,7 +111,8 @@ def patch(
     `unpatch` takes everything back. Patching a patched model again replaces its configuration and closes its engine.
 
     Args:
-        model: a loaded decoder-only transformers model on one device.
+        model: a loaded decoder-only transformers model on one device, or a PeftModel around one, whose base model is
+            then patched. (Adapters may also come later: `get_peft_model` and `load_adapter` take a patched model.)
         config: an EngineConfig; `overrides` are its fields by name.
         tokenizer: used for stop strings and text by the model's engine; `generate` itself needs none.
         draft_model: a smaller model with the same vocabulary, to guess tokens ahead (`EngineConfig.speculation`). It is
@@ -126,6 +128,11 @@ def patch(
     if config is not None and not isinstance(config, EngineConfig):
         raise InvalidArgument(f"config must be an EngineConfig, got {type(config).__name__}")
     config = draft_config((config or EngineConfig()).replace(**overrides), draft_model)
+    _patch(base_model(model), config, tokenizer, base_model(draft_model), verify)
+    return model
+
+
+def _patch(model: torch.nn.Module, config: EngineConfig, tokenizer, draft_model, verify: bool) -> None:
     if is_patched(model):
         tokenizer = tokenizer or patch_of(model).tokenizer
         unpatch(model)
@@ -145,7 +152,6 @@ def patch(
         except BaseException:
             unpatch(model)
             raise
-    return model
 
 
 def unpatch(model: torch.nn.Module):
@@ -156,18 +162,19 @@ def unpatch(model: torch.nn.Module):
         engine.close()
     undo.fusions.undo()
     undo.adaptations.undo()
-    restore(model)
+    restore(base_model(model))
     return model
 
 
 def is_patched(model) -> bool:
+    model = base_model(model)
     return isinstance(model, Swapped) and isinstance(model.__dict__.get(ATTRIBUTE), Patch)
 
 
 def patch_of(model) -> Patch:
     if not is_patched(model):
         raise InvalidArgument(f"model: this {type(model).__name__} is not patched; call hf_paged.patch(model) first")
-    return model.__dict__[ATTRIBUTE]
+    return base_model(model).__dict__[ATTRIBUTE]
 
 
 def engine_of(model):
@@ -178,5 +185,5 @@ def engine_of(model):
 def explain(model) -> Explanation:
     """Per layer, which kernels run and why any slower path is taken. `str()` of the result is a table."""
     undo = patch_of(model)
-    return explain_patch(model, undo, undo.config if undo.live_engine is None else undo.live_engine.config)
+    return explain_patch(undo.adapter.module, undo, undo.config if undo.live_engine is None else undo.live_engine.config)
 

@@ -12,6 +12,7 @@ from ..runtime.states import StateSpec
 from . import supported
 from .adapters import Adaptations, StateProbe
 from .attention import attention_configs, paged_attention
+from .peft import obstacles
 from .swap import evaluating
 from .visibility import Rule, Visibility, check_cache
 
@@ -19,8 +20,6 @@ from .visibility import Rule, Visibility, check_cache
 def check_supported(model: torch.nn.Module) -> None:
     """Raises UnsupportedModel, with the reason, unless hf_paged can promise this model's own tokens."""
     name = type(model).__name__
-    if hasattr(model, "get_base_model"):
-        raise UnsupportedModel(f"model: {name} wraps another model; patch model.get_base_model() instead")
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise UnsupportedModel(f"model: {name} is not a transformers model with generate()")
     config = model.config
@@ -37,6 +36,8 @@ def check_supported(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"model: {name} is spread over several devices (device_map); load it on one device")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModel(f"model: {name} has weights on the meta device; load them first")
+    for what, reason in obstacles(model):
+        raise UnsupportedModel(f"model: {name} has {what} on it: {reason}")
 
 
 class _Probe:

@@ -49,9 +49,13 @@ def restore(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module):
-    """Every module in eval mode while inside; afterwards each is as it was."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+def evaluating(model: torch.nn.Module, modules: list[torch.nn.Module] | None = None):
+    """Every module in eval mode while inside; afterwards each is as it was.
+
+    `modules`: those of the model, if they are at hand. They may differ: PEFT puts layers in train mode into a model that
+    is not.
+    """
+    training = [module for module in (model.modules() if modules is None else modules) if module.training]
     for module in training:
         module.training = False
     try:

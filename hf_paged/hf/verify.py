@@ -7,7 +7,7 @@ of every decoder layer and the logits of every new token are compared.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from .watch import without_hooks
 
 NUM_NEW = 5  # the first comes with the prompt, then four decode steps
 LENGTHS = (21, 45)
+LOGITS = "the logits"
 LONGEST_WINDOW = 512  # prompts reach beyond sliding windows up to this one
 # Largest difference of two rows as a share of their size. Narrow types round differently in every kernel, which adds up
 # over the layers, and a router of experts near a tie then sends a row elsewhere: of those, the median row counts.
@@ -36,12 +37,11 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, tor
 
 @dataclass
 class _Trace:
-    """What one sequence gave: per layer name its rows [n, H] in pieces, and per new token its logits [V]."""
+    """What one sequence gave: by layer its rows [n, H] in pieces, and last the logits [V] of every new token."""
 
     prompt: list[int]
     new: list[int] = field(default_factory=list)
     layers: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
-    logits: list[torch.Tensor] = field(default_factory=list)
 
 
 class Verification:
@@ -65,7 +65,7 @@ class Verification:
             pieces.append(rows[-1:] if pieces else rows)  # a model without a cache computes all of them every time
 
         ids = torch.tensor([trace.prompt], device=model.device)
-        with _recording(self._layers, record):
+        with _recording(model, self._layers, record):
             result = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -75,7 +75,7 @@ class Verification:
                 return_dict_in_generate=True,
             )
         trace.new = result.sequences[0, ids.shape[1] :].tolist()
-        trace.logits = [logits[0] for logits in result.logits]
+        trace.layers[LOGITS] = [logits[0] for logits in result.logits]
 
     def check(self, adapter: TransformersModel, config: EngineConfig) -> float:
         """Run the patched model. Returns the largest difference found, as a share of a row's size (see `_difference`).
@@ -86,13 +86,11 @@ class Verification:
         allowed = max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in (adapter.dtype, kv_dtype))
         actual = self._run_paged(adapter, config)
         worst = 0.0
-        for expected, trace in zip(self._expected, actual):
-            expected.layers["the logits"], trace.layers["the logits"] = expected.logits, trace.logits
-        for name in [*self._layers, "the logits"]:
+        for name in self._expected[0].layers:  # in the order in which they ran
             for expected, trace in zip(self._expected, actual):
                 error, row = _difference(expected.layers[name], trace.layers[name], narrow=allowed > 1e-3)
                 if not error <= allowed:
-                    position = row if name in self._layers else len(expected.prompt) - 1 + row
+                    position = row + (len(expected.prompt) - 1 if name == LOGITS else 0)
                     raise VerificationFailed(
                         f"model: patched, this {type(adapter.module).__name__} gives other results, first in {name}: off "
                         f"by {error:.2g} of its size (allowed for {adapter.dtype}: {allowed:g}), most at position "
@@ -120,7 +118,7 @@ class Verification:
         )
         engine = BatchEngine(adapter, None, private)
         try:
-            with without_hooks(adapter.module), _recording(self._layers, record):
+            with without_hooks(adapter.module), _recording(adapter.module, self._layers, record):
                 states = [
                     engine.submit(trace.prompt, _PARAMS, request_id=name, hooks=_forcing(trace.new))
                     for name, trace in zip(traces, self._expected)
@@ -129,7 +127,7 @@ class Verification:
                     engine.step()
             for state in states:
                 state.raise_error()
-                traces[state.request.request_id].logits = [raw for raw, _ in state.captured()]
+                traces[state.request.request_id].layers[LOGITS] = [raw for raw, _ in state.captured()]
         except RequestFailed as error:
             raise VerificationFailed(
                 f"model: patched, this {type(adapter.module).__name__} fails where it did not before: "
@@ -175,17 +173,22 @@ def _decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 @contextmanager
-def _recording(layers: dict[str, torch.nn.Module], record: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def _recording(
+    model: torch.nn.Module, layers: dict[str, torch.nn.Module], record: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
     """While inside, `record(name, rows [T, H])` gets the output of every layer that runs."""
+    calls: Counter = Counter()  # of each layer in the forward that runs: some models go round
 
     def hook(name: str):
         def forward_hook(module, args, output):
+            calls[name] += 1
             output = output[0] if isinstance(output, (tuple, list)) else output
-            record(name, output[0].detach())
+            record(name if calls[name] == 1 else f"{name} (pass {calls[name]})", output[0].detach())
 
         return forward_hook
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [model.register_forward_pre_hook(lambda *_: calls.clear())]
+    handles += [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -196,14 +199,17 @@ def _recording(layers: dict[str, torch.nn.Module], record: Callable[[str, torch.
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor], *, narrow: bool) -> tuple[float, int]:
     """(largest difference of two rows as a share of their size, the row); infinite where a number is not finite.
 
-    `narrow`: the largest of the medians of the early rows, the later ones and those that were decoded.
+    Rows that are not finite in `expected` say nothing. `narrow`: the largest of the medians of the early rows, the later ones and those that were decoded.
     """
+    if not actual:
+        return float("inf"), 0
     rows, others = (torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces]) for pieces in (expected, actual))
     if rows.shape != others.shape:
         return float("inf"), min(len(rows), len(others)) - 1
     rows, others = rows.double(), others.double()
     size = rows.norm(dim=-1).clamp_min(1e-30)
     share = ((rows - others).norm(dim=-1) / size).nan_to_num(float("inf"))
+    share[~rows.isfinite().all(-1)] = 0.0
     groups = [share]
     if narrow and len(share) > 2 * NUM_NEW:
         groups = [*share[: 1 - NUM_NEW].chunk(2), share[1 - NUM_NEW :]]

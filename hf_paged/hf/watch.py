@@ -19,11 +19,12 @@ class Snapshot:
     """A model as it was when this object was made.
 
     Attributes:
+        modules: its modules.
         hooked: whether a forward hook of the user's was there, on a module of the model or on all modules.
     """
 
     def __init__(self, model: torch.nn.Module):
-        modules = list(model.modules())
+        modules = self.modules = list(model.modules())
         self._tensors = [
             (tensors, name, tensor, version_of(tensor), tensor.data_ptr())
             for module in modules

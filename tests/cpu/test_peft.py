@@ -1,0 +1,344 @@
+"""PEFT adapters on a patched model: their effect, every way of changing it, training them, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from tiny_models import tiny_model
+
+import hf_paged
+from hf_paged import Engine, KernelUnavailable, RequestFailed, SamplingParams, UnsupportedModel
+from hf_paged.hf.patch import is_patched
+from hf_paged.hf.peft import BY_TOKEN
+from hf_paged.hf.swap import Swapped
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT's own, on transformers 5.24
+    "ignore:Detected that the base layer has no bias term",  # and what some of its adapters say of themselves
+    "ignore:Failed to load the CUDA extension",
+    "ignore:Sparse invariant checks are implicitly disabled",
+    "ignore:Unsupported layer type",
+    "ignore:Setting boft_n_butterfly_factor",
+)
+
+PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20] * 2])
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+LAYERS = dict(target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def shake(model, seed: int = 1) -> None:
+    """Give every trainable parameter a value of its own: fresh adapters add nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def with_adapter(config: str = "LoraConfig", **options) -> torch.nn.Module:
+    model = tiny_model("llama")
+    options = options or dict(r=4, lora_dropout=0.1, **LAYERS)
+    wrapped = peft.get_peft_model(model, getattr(peft, config)(task_type="CAUSAL_LM", **options))
+    shake(wrapped)
+    return wrapped.eval()
+
+
+def greedy(model, **options) -> torch.Tensor:
+    return model.generate(input_ids=PROMPT, max_new_tokens=8, do_sample=False, **options)
+
+
+def stock(model) -> torch.Tensor:
+    """What an unpatched copy of the model says."""
+    plain = copy.deepcopy(model)
+    assert not any(isinstance(module, Swapped) for module in plain.modules())
+    return greedy(plain)
+
+
+@pytest.fixture
+def model():
+    model = with_adapter()
+    yield model
+    if is_patched(model):
+        hf_paged.unpatch(model)
+
+
+def test_a_wrapped_model_is_patched_inside_and_unpatched(model):
+    expected, plain = greedy(model), greedy(tiny_model("llama"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    types = [type(module) for module in model.modules()]
+    assert hf_paged.patch(model) is model
+    engine = hf_paged.engine_of(model)
+    assert engine is hf_paged.engine_of(model.get_base_model())
+    assert torch.equal(greedy(model), expected) and not torch.equal(expected, plain)
+    assert engine.stats()["steps"] > 0
+    report = hf_paged.explain(model)
+    assert not report.fallbacks and report.fused["qkv"] == 9  # the layers inside the adapters are merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    hf_paged.patch(model, block_size=32)
+    assert engine.closed and hf_paged.engine_of(model).config.block_size == 32
+    assert hf_paged.unpatch(model) is model and not is_patched(model)
+    assert [type(module) for module in model.modules()] == types
+    assert torch.equal(greedy(model), expected)
+
+
+def test_an_engine_takes_a_wrapped_model(model):
+    expected = greedy(model)[0, PROMPT.shape[1] :].tolist()
+    with Engine(model) as engine:
+        assert engine.generate([PROMPT[0].tolist()], GREEDY)[0].outputs[0].token_ids == expected
+    assert not is_patched(model)
+
+
+def test_verify_and_copies(model):
+    hf_paged.patch(model, verify=True)
+    expected = greedy(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not is_patched(other) and torch.equal(greedy(other), expected)
+        hf_paged.patch(other)
+        assert torch.equal(greedy(other), expected)
+
+
+def add_second(model, tmp_path) -> None:
+    model.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", r=2, **LAYERS))
+    model.set_adapter("second")
+    shake(model, seed=2)
+    model.set_adapter("default")
+
+
+def load(model, tmp_path) -> None:
+    other = with_adapter(r=3, **LAYERS)
+    shake(other, seed=5)
+    other.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "loaded")
+    model.set_adapter("loaded")
+
+
+def train(model, tmp_path) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    optimizer.step()
+
+
+def scale(model, tmp_path) -> None:
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.set_scale("default", 0.1)
+
+
+CHANGES = {
+    "set_adapter": lambda model, _: model.set_adapter("second"),
+    "both": lambda model, _: model.base_model.set_adapter(["default", "second"]),
+    "disable": lambda model, _: model.base_model.disable_adapter_layers(),
+    "merge": lambda model, _: model.merge_adapter(),
+    "safe_merge": lambda model, _: model.merge_adapter(safe_merge=True),
+    "load": load,
+    "train": train,
+    "scale": scale,
+    "delete": lambda model, _: (model.set_adapter("second"), model.delete_adapter("default")),
+    "weighted": lambda model, _: (
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.6], "mix", combination_type="cat"),
+        model.set_adapter("mix"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("running", [False, True], ids=["idle", "running"])
+def test_every_change_of_adapters_reaches_the_next_token(model, tmp_path, change, running):
+    """While a request runs, too: the prompt's blocks in the prefix cache are those of the adapter before."""
+    add_second(model, tmp_path)
+    hf_paged.patch(model)
+    engine = hf_paged.engine_of(model)
+    before = greedy(model)
+    if running:
+        engine.add(list(range(3, 20)), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), request_id="long")
+        engine.step()
+    CHANGES[change](model, tmp_path)
+    model.eval()  # parts of a new adapter are in train mode
+    if change not in ("merge", "safe_merge"):
+        assert not torch.equal(greedy(model), before)
+    for _ in range(2):  # the second time from the prefix cache
+        assert torch.equal(greedy(model), stock(model))
+    assert engine.has_unfinished() == running
+    engine.abort("long")
+    if change == "disable":
+        model.base_model.enable_adapter_layers()
+        assert torch.equal(greedy(model), before)
+    if change == "merge":
+        model.unmerge_adapter()
+        assert torch.equal(greedy(model), stock(model))
+
+
+def test_disable_adapter_as_a_context(model):
+    hf_paged.patch(model)
+    expected = greedy(model)
+    with model.disable_adapter():
+        assert torch.equal(greedy(model), greedy(tiny_model("llama")))
+    assert torch.equal(greedy(model), expected)
+
+
+def test_adapters_put_on_a_patched_model():
+    model = tiny_model("llama")
+    hf_paged.patch(model)
+    plain = greedy(model)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "gate_proj", "lm_head"])
+    outer = peft.get_peft_model(model, config)
+    assert torch.equal(greedy(outer), plain)  # a fresh adapter adds nothing
+    shake(outer)
+    outer.eval()
+    assert torch.equal(greedy(outer), stock(outer)) and not torch.equal(greedy(outer), plain)
+    assert "model.layers.0.mlp" in hf_paged.explain(outer).off["fused mlp"]
+    merged = outer.merge_and_unload()
+    assert merged is model and is_patched(model) and not hf_paged.explain(model).off
+    assert torch.equal(greedy(model), stock(model)) and not torch.equal(greedy(model), plain)
+
+
+# Every kind of adapter that is let through
+
+TUNERS = {
+    "lora": ("LoraConfig", dict(r=4, **LAYERS)),
+    "lora-dora": ("LoraConfig", dict(r=4, use_dora=True, **LAYERS)),
+    "ia3": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "trainable_tokens": ("TrainableTokensConfig", dict(target_modules=["embed_tokens"], token_indices=[5, 9, 11])),
+    "adalora": ("AdaLoraConfig", dict(total_step=10, init_r=4, **LAYERS)),
+    "adaption_prompt": ("AdaptionPromptConfig", dict(adapter_layers=2, adapter_len=4)),
+    "beft": ("BeftConfig", LAYERS),
+    "boft": ("BOFTConfig", dict(boft_block_size=4, **LAYERS)),
+    "c3a": ("C3AConfig", dict(block_size=4, **LAYERS)),
+    "deft": ("DeftConfig", LAYERS),
+    "delora": ("DeloraConfig", LAYERS),
+    "fourierft": ("FourierFTConfig", dict(n_frequency=50, **LAYERS)),
+    "frod": ("FrodConfig", LAYERS),
+    "glora": ("GloraConfig", LAYERS),
+    "gralora": ("GraloraConfig", dict(r=4, gralora_k=2, **LAYERS)),
+    "hira": ("HiraConfig", LAYERS),
+    "hra": ("HRAConfig", LAYERS),
+    "ln_tuning": ("LNTuningConfig", dict(target_modules=["input_layernorm", "norm"])),
+    "loha": ("LoHaConfig", LAYERS),
+    "lokr": ("LoKrConfig", LAYERS),
+    "miss": ("MissConfig", dict(r=4, **LAYERS)),
+    "oft": ("OFTConfig", dict(oft_block_size=4, **LAYERS)),
+    "osf": ("OSFConfig", LAYERS),
+    "peanut": ("PeanutConfig", LAYERS),
+    "psoft": ("PsoftConfig", dict(r=4, **LAYERS)),
+    "pvera": ("PveraConfig", LAYERS),
+    "randlora": ("RandLoraConfig", dict(r=4, **LAYERS)),
+    "road": ("RoadConfig", dict(group_size=12, **LAYERS)),
+    "shira": ("ShiraConfig", dict(r=4, **LAYERS)),
+    "supertuning": ("SupertuningConfig", LAYERS),
+    "tinylora": ("TinyLoraConfig", LAYERS),
+    "unilora": ("UniLoraConfig", LAYERS),
+    "vblora": ("VBLoRAConfig", dict(vector_length=4, num_vectors=16, **LAYERS)),
+    "vera": ("VeraConfig", dict(r=4, **LAYERS)),
+    "waveft": ("WaveFTConfig", dict(n_frequency=50, **LAYERS)),
+}
+QUICK = ("lora", "lora-dora", "ia3", "trainable_tokens")
+
+
+def test_the_list_of_adapters_is_what_is_tested():
+    assert {name.partition("-")[0] for name in TUNERS} == BY_TOKEN
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TUNERS]
+)
+def test_adapters_in_a_packed_batch_equal_stock_row_by_row(name):
+    config, options = TUNERS[name]
+    model = with_adapter(config, **options)
+    generator = torch.Generator().manual_seed(0)
+    jobs = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in (33, 7, 21)]
+
+    def each(one) -> list[list[int]]:
+        rows = (one.generate(input_ids=torch.tensor([job]), max_new_tokens=8, do_sample=False) for job in jobs)
+        return [row[0, len(job) :].tolist() for row, job in zip(rows, jobs)]
+
+    expected = each(model)
+    assert expected != each(tiny_model("llama"))
+    with Engine(model, config=hf_paged.EngineConfig(max_batch_tokens=16)) as engine:
+        assert [output.outputs[0].token_ids for output in engine.generate(jobs, GREEDY)] == expected
+
+
+# Refusals
+
+PROMPT_LEARNING = {
+    "PROMPT_TUNING": ("PromptTuningConfig", dict(num_virtual_tokens=4)),
+    "PREFIX_TUNING": ("PrefixTuningConfig", dict(num_virtual_tokens=4)),
+    "P_TUNING": ("PromptEncoderConfig", dict(num_virtual_tokens=4, encoder_hidden_size=16)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported", "ignore:Both `past_key_values` and `cache`")
+@pytest.mark.parametrize("name", PROMPT_LEARNING)
+def test_prompt_learning_is_refused_by_name_and_stock_on_a_patched_base(name):
+    config, options = PROMPT_LEARNING[name]
+    model = with_adapter(config, **options)
+    for _ in range(5):  # a large effect
+        shake(model)
+    base, ids = model.get_base_model(), torch.tensor([[5, 9, 11]])
+
+    def short(one) -> torch.Tensor:
+        return one.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+
+    expected = short(model)
+    for use in (hf_paged.patch, Engine, hf_paged.engine_of):
+        with pytest.raises(UnsupportedModel, match=f"'default' is {name}.*get_base_model"):
+            use(model)
+    hf_paged.patch(base)
+    with pytest.warns(UserWarning, match="prepare_inputs_for_generation: runs on transformers' own path"):
+        assert torch.equal(short(model), expected)
+    plain = short(tiny_model("llama"))
+    assert torch.equal(short(base), plain)
+    if name != "PREFIX_TUNING":  # whose prefixes PEFT 0.21 hands to transformers 5.24 in vain
+        assert not torch.equal(plain, expected)
+    hf_paged.patch(base, strict=True)
+    with pytest.raises(KernelUnavailable, match="strict: prepare_inputs_for_generation"):
+        short(model)
+
+
+def test_adapter_names_give_every_row_its_own_on_stock_s_path(model, tmp_path):
+    add_second(model, tmp_path)
+    ids = PROMPT.repeat(3, 1)
+    options = dict(max_new_tokens=8, do_sample=False, adapter_names=["default", "second", "__base__"])
+    expected = model.generate(input_ids=ids, **options)
+    assert len({tuple(row.tolist()) for row in expected}) == 3
+    hf_paged.patch(model)
+    with pytest.warns(UserWarning, match="adapter_names: runs on transformers' own path"):
+        assert torch.equal(model.generate(input_ids=ids, **options), expected)
+    assert "adapter_names" in hf_paged.explain(model).fallbacks
+    assert torch.equal(greedy(model), stock(model))
+    with model._enable_peft_forward_hooks(adapter_names=["second"]):
+        with pytest.raises(RequestFailed, match="UnsupportedOption: adapter_names cannot be used"):
+            hf_paged.engine_of(model).generate([PROMPT[0].tolist()], GREEDY)
+    assert torch.equal(greedy(model), stock(model))
+
+
+def test_activated_lora_is_refused_by_name():
+    options = dict(r=4, alora_invocation_tokens=[14, 15], **LAYERS)
+    model = with_adapter(**options)
+    with pytest.raises(UnsupportedModel, match="alora_invocation_tokens"):
+        hf_paged.patch(model)
+    expected = greedy(model)
+    base = tiny_model("llama")
+    hf_paged.patch(base)
+    late = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    late.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="alora_.*: runs on transformers' own path"):
+        assert torch.equal(greedy(late), expected)
+
+
+def test_adapters_that_look_at_the_batch_are_refused_by_name():
+    model = with_adapter("LilyConfig", **LAYERS)
+    with pytest.raises(UnsupportedModel, match="PEFT's lily .*model.layers.0"):
+        hf_paged.patch(model)
+    expected = greedy(model)
+    base = tiny_model("llama")
+    hf_paged.patch(base)
+    late = peft.get_peft_model(base, peft.LilyConfig(task_type="CAUSAL_LM", **LAYERS)).eval()
+    late.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="PEFT's lily: runs on transformers' own path"):
+        assert torch.equal(greedy(late), expected)
+    with pytest.raises(RequestFailed, match="PEFT's lily cannot be used"):
+        hf_paged.engine_of(base).generate([PROMPT[0].tolist()], GREEDY)
