@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from tiny_models import CACHE
 
 import hf_paged
 from hf_paged import EngineConfig, SamplingParams
@@ -95,22 +98,19 @@ class Comparison:
         for row, prompt in enumerate(self.jobs):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
+        options = dict(attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+        stock = self.model.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
         hf_paged.patch(self.model, max_batch_tokens=64)
         try:
-            out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=NEW,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
+            shown = self.model.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
+            plain = self.model.generate(ids, **options)
         finally:
             hf_paged.unpatch(self.model)
-        for row, (tokens, logits) in enumerate(self.expected):
-            assert out.sequences[row, width:].tolist() == tokens, f"generate: row {row} has other tokens"
-            mine = torch.stack([step[row] for step in out.logits])
-            off = (mine - logits).abs().max().item() / max(1.0, logits.abs().max().item())
+        for row, (tokens, mine) in enumerate(zip(stock.sequences.tolist(), shown.sequences.tolist())):
+            assert mine == tokens, f"generate: row {row} has other tokens"
+            assert plain[row].tolist() == tokens, f"generate: row {row} has other tokens where no logits are shown"
+            theirs, mine = (torch.stack([step[row] for step in out.logits]) for out in (stock, shown))
+            off = (mine - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
             assert off <= TOLERANCE, f"generate: logits of row {row} are off by {off:.1e}"
 
     def _check_tokens(self, engine) -> None:
@@ -121,3 +121,30 @@ class Comparison:
                 first = next(i for i, (a, b) in enumerate(zip(mine, tokens)) if a != b)
                 raise AssertionError(f"engine: another token {first} after a prompt of {len(prompt)} tokens")
         engine.check_integrity()
+
+    def check_caches(self) -> None:
+        """A cache that generate returns, and one it goes on from, are transformers' own."""
+        padding = [0, 5]
+        ids = torch.tensor([self.jobs[0], [0] * 5 + self.jobs[0][:8]])
+        mask = torch.tensor([[0] * count + [1] * (ids.shape[1] - count) for count in padding])
+        options = dict(do_sample=False, return_dict_in_generate=True, max_new_tokens=5)
+        first = self.model.generate(ids, attention_mask=mask, **options)
+        longer = torch.cat([first.sequences, ids[:, -3:]], dim=1)
+        onward = dict(options, attention_mask=torch.nn.functional.pad(mask, (0, 8), value=1))
+        then = self.model.generate(longer, **onward, **{CACHE: copy.deepcopy(first[CACHE])})
+        hf_paged.patch(self.model)
+        try:
+            mine = self.model.generate(ids, attention_mask=mask, **options)
+            again = [
+                self.model.generate(longer, **onward, **{CACHE: copy.deepcopy(out[CACHE])}) for out in (first, mine)
+            ]
+        finally:
+            hf_paged.unpatch(self.model)
+        for theirs, ours in (first, mine), (then, again[0]), (then, again[1]):
+            assert torch.equal(ours.sequences, theirs.sequences), "with caches the tokens are others"
+            for a, b in zip(theirs[CACHE].layers, ours[CACHE].layers, strict=True):
+                for stock, paged in (a.keys, b.keys), (a.values, b.values):
+                    assert stock.shape == paged.shape, f"the returned cache has shape {list(paged.shape)}"
+                    for row, count in enumerate(padding):
+                        off = (stock - paged)[row, :, count:].abs().max() / max(1.0, stock.abs().max())
+                        assert off <= TOLERANCE, f"row {row} of the returned cache is off by {off:.1e}"

@@ -168,7 +168,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         dict(num_key_value_heads=4, q_lora_rank=None, rope_interleave=False, attention_bias=True),
     ),
     "longcat_flash": ("longcat_flash", dict(num_layers=2, num_key_value_heads=4, head_dim=8, zero_expert_num=2)),
+    # decoders of encoder-decoders: stock counts their layers by the encoder's
+    **{
+        name: (name, dict(encoder_layers=3, encoder_attention_heads=4, is_encoder_decoder=False))
+        for name in ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart")
+    },
     # attention by modules with a softmax of their own
+    "big_bird": ("big_bird", dict(attention_type="original_full")),
+    "megatron-bert": ("megatron-bert", dict(num_hidden_layers=2, num_attention_heads=2)),
+    "roformer-rotary-value": ("roformer", dict(rotary_value=True)),
     "bloom-6-heads": (
         "bloom",
         dict(n_head=6, apply_residual_connection_post_layernorm=True, tie_word_embeddings=False),

@@ -49,5 +49,5 @@ def tiny_model(label: str, *, seed: int = 0, dtype=torch.float32, **overrides):
     finally:
         torch.set_rng_state(generator_state)
     model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     return model

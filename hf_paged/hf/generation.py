@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ class PagedMixin(Swapped):
         if call.must_be_stock():
             return call.on_stock(logits_processor, stopping_criteria, streamer=streamer)
         call.check_inputs()
-        if rows_suffice(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
+        shift_free = self._hf_paged.adaptations.shift_free
+        if rows_suffice(
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, shift_free=shift_free
+        ):
             rows = RowGeneration(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
             start = _start.get()
             if start is None or streamer is not None:
@@ -252,6 +256,9 @@ class _Decoding:
             )
 
     def on_pages(self, logits_processor, stopping_criteria, **options):
+        if not any(name in inspect.signature(self.model.forward).parameters for name in CACHE_NAMES):
+            self.model._hf_paged.note_fallback("use_cache", f"{type(self.model).__name__} knows no cache")
+            return self.on_stock(logits_processor, stopping_criteria, **options)
         self.check_inputs()
         given, wanted = cache_of(self.kwargs), self.kwargs.get("use_cache")
         for name in CACHE_NAMES:

@@ -26,6 +26,7 @@ class TransformersModel:
     def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, visibility: Visibility):
         self.module = model
         self.fusions = fusions
+        self.adaptations = adaptations
         self.num_layers = text_config(model).num_hidden_layers
         self.layers, self.states = probe_layers(model, adaptations, visibility)
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model, adaptations)

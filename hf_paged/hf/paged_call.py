@@ -84,7 +84,9 @@ class _Call:
         width, columns = self.cache.width, self.columns
         own = torch.arange(width, width + columns)[None] - torch.tensor(self.padding)[:, None]
         if position_ids is None:
-            return None if not any(self.padding) else torch.arange(width, width + columns).expand(self.batch, columns)
+            if not any(self.padding) or self.cache.engine.model.adaptations.shift_free:
+                return None
+            return torch.arange(width, width + columns).expand(self.batch, columns)
         given = position_ids.cpu().expand(self.batch, columns)
         return None if bool(((given == own) | (own < 0)).all()) else given
 

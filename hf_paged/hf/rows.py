@@ -39,11 +39,12 @@ _CRITERIA = tuple(
 )
 
 
-def rows_suffice(input_ids, processors, criteria, config, model_kwargs) -> bool:
+def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift_free: bool) -> bool:
     """Whether rows that go their own way give what stock gives.
 
     Not if the caller is shown what happens at every step, brings callables (they see the whole batch in stock), or if
     finished rows go on: stock samples on where a row ended by another criterion than EOS and no EOS is set.
+    `shift_free`: the model sees differences of positions only, so that it does not matter where a row is counted from.
     """
     cache = cache_of(model_kwargs)
     if (
@@ -62,7 +63,8 @@ def rows_suffice(input_ids, processors, criteria, config, model_kwargs) -> bool:
     if max_new is None or (len(input_ids) > 1 and rest and not eos):
         return False
     padding = left_padding(input_ids, model_kwargs.get("attention_mask"))
-    return _counts_itself(model_kwargs.get("position_ids"), padding, input_ids)
+    positions = model_kwargs.get("position_ids")
+    return (shift_free and positions is None) or _counts_itself(positions, padding, input_ids)
 
 
 def left_padding(input_ids, mask) -> list[int]:

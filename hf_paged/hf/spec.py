@@ -43,8 +43,8 @@ def check_supported(model: torch.nn.Module) -> None:
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
-    def __init__(self, position_ids: torch.Tensor, states: StateProbe):
-        self.position_ids = position_ids
+    def __init__(self, positions: torch.Tensor, states: StateProbe):
+        self.positions, self.position_ids = positions, positions[None]
         self.seen: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # by layer and call
         self.states = states
         self.projections: dict = {}
@@ -78,7 +78,7 @@ def probe_layers(
     config = text_config(model)
     device = next(model.parameters()).device
     states = StateProbe(model)
-    probe = _Probe(torch.arange(3, device=device)[None], states)
+    probe = _Probe(torch.arange(3, device=device), states)
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
     with evaluating(model), paged_attention(attention_configs(model)), activate(probe):
         model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 SUPPORTED = frozenset(
     """
-    axk1 bamba bloom codegen deepseek_v2 deepseek_v3 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text glm4_moe_lite
-    gpt_neo gpt_neox_japanese gpt_oss gptj granitemoehybrid jamba kimi_linear lfm2 lfm2_moe llama longcat_flash mamba
-    mamba2 minicpm3 mistral mixtral mpt nemotron_h olmo2 olmo_hybrid openai-gpt phi3 qwen2 qwen3 qwen3_5_moe_text
-    qwen3_5_text qwen3_moe qwen3_next sarvam_mla xglm youtu
+    axk1 bamba bart big_bird blenderbot blenderbot-small bloom codegen deepseek_v2 deepseek_v3 falcon falcon_h1
+    falcon_mamba gemma gemma2 gemma3_text glm4_moe_lite gpt_neo gpt_neox_japanese gpt_oss gptj granitemoehybrid jamba
+    kimi_linear lfm2 lfm2_moe llama longcat_flash mamba mamba2 marian mbart megatron-bert minicpm3 mistral mixtral mpt
+    nemotron_h olmo2 olmo_hybrid openai-gpt pegasus phi3 plbart qwen2 qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
+    qwen3_next rembert roformer sarvam_mla trocr xglm youtu
     """.split()
 )
 

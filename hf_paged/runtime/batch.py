@@ -36,7 +36,8 @@ class StepContext:
 
     Attributes:
         input_ids: [1, T] new tokens of all sequences, one after another.
-        position_ids: [1, T] their positions in their own sequences.
+        positions: [T] their places in their own sequences.
+        position_ids: [1, T] the numbers the model is told: the positions, or a caller's own.
         metadata: one AttentionMetadata per block group.
         states: the layers that keep a state run through it.
         projections: results of merged projections waiting for the sibling module that asks next.
@@ -48,8 +49,8 @@ class StepContext:
     """
 
     __slots__ = (
-        *("plan", "input_ids", "position_ids", "metadata", "states", "projections", "owner", "logit_rows", "packed"),
-        *("hooks", "calls", "_layers", "_backend"),
+        *("plan", "input_ids", "positions", "position_ids", "metadata", "states", "projections", "owner", "logit_rows"),
+        *("packed", "hooks", "calls", "_layers", "_backend"),
     )
 
     def __init__(self, plan: StepPlan, cache: KVCache, backend: str, owner: Callable | None, hooks: SequenceHooks):
@@ -72,7 +73,8 @@ class StepContext:
         seq_lens = (context + num_new).astype(np.int32)
 
         self.input_ids = torch.tensor([plan.token_ids], dtype=torch.int64, device=device)
-        self.position_ids = torch.from_numpy(positions.astype(np.int64)).to(device)[None]
+        self.positions = torch.from_numpy(positions.astype(np.int64)).to(device)
+        self.position_ids = self.positions[None]
         shared = dict(
             cu_seqlens_q=torch.from_numpy(cu_seqlens).to(device),
             seq_lens=torch.from_numpy(seq_lens).to(device),

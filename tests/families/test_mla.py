@@ -41,6 +41,10 @@ def test_generate_returns_stock_tokens_and_logits(family):
     family.check_generate()
 
 
+def test_caches_given_and_returned_are_stock_s(family):
+    family.check_caches()
+
+
 def test_outside_a_step_the_model_is_stock_s_own_bits(family):
     model = family.model
 

@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 from family_checks import Comparison
-from tiny_models import tiny_model
+from tiny_models import CACHE, tiny_model
+from transformers import DynamicCache
 
 import hf_paged
 from hf_paged import EngineConfig, InvalidArgument, RequestTooLarge, SamplingParams, UnsupportedModel
@@ -36,8 +37,35 @@ def test_preemption(family):
     family.check_preemption()
 
 
+@pytest.mark.filterwarnings("ignore:use_cache")  # OpenAI GPT knows no cache: what shows logits runs on stock
 def test_generate_returns_stock_tokens_and_logits(family):
     family.check_generate()
+
+
+@pytest.mark.parametrize("label", ["bart", "trocr"])
+def test_families_that_count_padding_as_positions(label):
+    family = Comparison(tiny_model(label))
+    family.check_chunks_and_prefix_hits()
+    family.check_generate()
+    family.check_caches()
+
+
+@pytest.mark.parametrize("label", ["bloom-6-heads", "falcon-40b", "falcon-rw", "falcon-alibi-mqa", "xglm"])
+def test_caches_given_and_returned_are_stock_s(label):
+    Comparison(tiny_model(label)).check_caches()
+
+
+@pytest.mark.filterwarnings("ignore:past_key_values")
+def test_a_cache_of_all_positions_is_filled_by_stock_where_pages_have_a_window():
+    model = tiny_model("gpt_neo")
+    ids = torch.randint(3, 199, (1, 40))
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    stock = model.generate(ids, max_new_tokens=5, do_sample=False, **{CACHE: caches[0]})
+    with hf_paged.Engine(model):
+        paged = model.generate(ids, max_new_tokens=5, do_sample=False, **{CACHE: caches[1]})
+    assert torch.equal(stock, paged)
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
 
 
 def test_completions_of_one_prompt_share_it(family):
@@ -133,6 +161,23 @@ def test_a_hook_that_the_paged_kernel_would_bypass_is_refused_by_name():
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
     handle.remove()
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("label", ["rembert", "roformer-rotary-value"])
+def test_bert_like_decoders_are_right_or_refused_where_stock_attends_in_both_directions(label):
+    model = tiny_model(label)
+    ids = torch.randint(3, 199, (1, 12))
+    with torch.no_grad():
+        causal = torch.allclose(model(ids).logits[:, :5], model(ids[:, :5]).logits, atol=1e-4)
+    if causal:
+        family = Comparison(model)
+        family.check_chunks_and_prefix_hits()
+        family.check_generate()
+    else:
+        with pytest.raises(UnsupportedModel, match="attends in both directions, even as a decoder"):
+            hf_paged.patch(model)
+    with pytest.raises(UnsupportedModel, match="is_decoder=True"):
+        hf_paged.patch(tiny_model(label, is_decoder=False))
 
 
 def test_what_cannot_be_adapted_is_refused_by_name():

@@ -3,6 +3,7 @@
 `adapt` swaps mixins onto them, active inside a step only. One module here per mechanism:
 
 - softmax.py: modules with a softmax of their own.
+- positions.py: position embeddings that count the rows of the batch instead of taking positions.
 - alibi.py: those with a bias by distance.
 - mla.py: multi-head latent attention, whose pages hold latents.
 - state.py: layers that keep a state per sequence instead of keys and values.
@@ -17,25 +18,42 @@ from torch import nn
 
 from ...base.errors import UnsupportedModel
 from ..swap import can_swap, restore, swap
-from . import alibi, softmax
-from .base import Layer, Positions
+from . import alibi, positions, softmax
+from .base import Layer, Positions, StockForm
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
 from .state import Mixer, PagedMixer, StateProbe, as_mixer
 
-__all__ = ["LATENT", "Adaptations", "LatentAttention", "StateProbe", "adapt"]
+__all__ = ["Adaptations", "LatentAttention", "StateProbe", "StockForm", "adapt"]
 
 # "family.ClassName" of a module in transformers.models -> its mixin.
 _MIXINS: dict[str, type] = {
+    "big_bird.BigBirdSelfAttention": softmax.BertSelfAttention,
     "bloom.BloomAttention": alibi.BloomAttention,
     "codegen.CodeGenAttention": softmax.GPTJAttention,
     "falcon.FalconAttention": alibi.FalconAttention,
     "gpt_neo.GPTNeoSelfAttention": softmax.GPTNeoSelfAttention,
     "gpt_neox_japanese.GPTNeoXJapaneseAttention": softmax.GPTNeoXJapaneseAttention,
     "gptj.GPTJAttention": softmax.GPTJAttention,
+    "megatron_bert.MegatronBertSelfAttention": softmax.BertSelfAttention,
     "mpt.MptAttention": alibi.MptAttention,
     "openai.Attention": softmax.OpenAIGPTAttention,
+    "rembert.RemBertSelfAttention": softmax.BertSelfAttention,
+    "roformer.RoFormerSelfAttention": softmax.RoFormerSelfAttention,
+    "trocr.TrOCRAttention": softmax.XGLMAttention,
     "xglm.XGLMAttention": softmax.XGLMAttention,
-    "xglm.XGLMSinusoidalPositionalEmbedding": softmax.XGLMPositions,
+}
+_POSITION_MIXINS: dict[str, type] = {
+    "bart.BartLearnedPositionalEmbedding": positions.CountedPositions,
+    "blenderbot.BlenderbotLearnedPositionalEmbedding": positions.CountedPositions,
+    "blenderbot_small.BlenderbotSmallLearnedPositionalEmbedding": positions.CountedPositions,
+    "marian.MarianSinusoidalPositionalEmbedding": positions.CountedPositions,
+    "mbart.MBartLearnedPositionalEmbedding": positions.CountedPositions,
+    "pegasus.PegasusSinusoidalPositionalEmbedding": positions.CountedPositions,
+    "plbart.PLBartLearnedPositionalEmbedding": positions.CountedPositions,
+    "roformer.RoFormerSinusoidalPositionalEmbedding": positions.CountedPositions,
+    "trocr.TrOCRLearnedPositionalEmbedding": positions.CountedPositions,
+    "trocr.TrOCRSinusoidalPositionalEmbedding": positions.TrOCRSinusoidalPositions,
+    "xglm.XGLMSinusoidalPositionalEmbedding": positions.XGLMPositions,
 }
 
 
@@ -45,15 +63,19 @@ class Adaptations:
 
     Attributes:
         layers: attention layers with a softmax of their own, by number.
+        forms: how transformers' own cache keeps what the pages of a layer hold, where that is not the same.
         kinds: what `explain` says of a layer, by number.
         max_positions: the length of the model's shortest table of positions, or None.
+        shift_free: whether the model sees differences of positions only.
         notes: slower paths and their reasons.
     """
 
     swapped: list[nn.Module] = field(default_factory=list)
     layers: dict[int, Layer] = field(default_factory=dict)
+    forms: dict[int, StockForm] = field(default_factory=dict)
     kinds: dict[int, str] = field(default_factory=dict)
     max_positions: int | None = None
+    shift_free: bool = False
     notes: dict[str, str] = field(default_factory=dict)
 
     def swap(self, module: nn.Module, mixin: type, state: Layer | Positions | Mixer | None) -> None:
@@ -65,6 +87,8 @@ class Adaptations:
         self.swapped.append(module)
         if isinstance(state, Layer):
             self.layers[state.layer_idx] = state
+            self.forms[state.layer_idx] = module
+            self.shift_free |= state.shift_free
             if state.kind is not None:
                 self.kinds[state.layer_idx] = state.kind
         if isinstance(state, Layer | Positions) and state.max_positions is not None:
@@ -75,10 +99,14 @@ class Adaptations:
         layer = self.layers.get(layer_idx)
         return None if layer is None else layer.window
 
+    def form(self, layer_idx: int) -> StockForm:
+        """How transformers' own cache keeps what the pages of a layer hold."""
+        return self.forms.get(layer_idx, StockForm())
+
     def undo(self) -> None:
         for module in self.swapped:
             restore(module)
-        self.swapped = []
+        self.swapped, self.forms = [], {}
 
 
 def adapt(model: nn.Module) -> Adaptations:
@@ -103,9 +131,11 @@ def _mixin(module: nn.Module) -> type | None:
     for base in type(module).__mro__:
         parts = base.__module__.split(".")
         if parts[:2] == ["transformers", "models"]:
-            mixin = _MIXINS.get(f"{parts[2]}.{base.__name__}")
-            if mixin is not None and not hasattr(sys.modules[base.__module__], "ALL_ATTENTION_FUNCTIONS"):
-                return mixin  # this transformers' version of the family is not on the attention interface
+            name = f"{parts[2]}.{base.__name__}"
+            if name in _POSITION_MIXINS:
+                return _POSITION_MIXINS[name]
+            if name in _MIXINS and not hasattr(sys.modules[base.__module__], "ALL_ATTENTION_FUNCTIONS"):
+                return _MIXINS[name]  # in this transformers the family is not on the attention interface
     return None
 
 
@@ -115,6 +145,7 @@ def _adapt_latent(adaptations: Adaptations, module: nn.Module) -> None:
         reason = f"{type(module).__name__}.expand_kv is not the form that can be absorbed into the queries"
     if reason is None:
         adaptations.swap(module, LatentAttention, None)
+        adaptations.forms[module.layer_idx] = module
         adaptations.kinds[module.layer_idx] = LATENT
     else:
         adaptations.notes[f"latent attention of layer {module.layer_idx}"] = f"keys and values are expanded: {reason}"

@@ -19,21 +19,36 @@ from .base import Layer, PagedAttention, packed
 ALIBI = "ALiBi"
 
 
-def _attend_with_rounded_bias(module, context, query, key, value, bias) -> torch.Tensor:
-    """Attention of scores scale * q.k + bias[key, head]; bias [T, Hq] of the step's own tokens.
+class _RoundedBias(PagedAttention):
+    """Scores scale * q.k + bias[key, head], the bias kept with the keys.
 
     Head h of a group of G finds its bias in key dimension D + h: its query has 1 / scale there, 0 in the other G - 1.
     """
-    tokens = query.shape[0]
-    num_kv_heads = key.shape[1]
-    group = query.shape[1] // num_kv_heads
-    key = torch.cat((key, bias.view(tokens, num_kv_heads, group)), dim=-1)
-    picks = torch.eye(group, device=query.device).repeat(num_kv_heads, 1) / module._hf_paged.scale
-    query = torch.cat((query.float(), picks.expand(tokens, -1, -1)), dim=-1)
-    return module._attend(context, query, key, value)
+
+    def _bias(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """[n, Hq] stock's bias of keys at `positions` [n], if it must be kept."""
+        raise NotImplementedError
+
+    def _attend_biased(self, context, query, key, value) -> torch.Tensor:
+        """`_attend`, with the bias of the step's own tokens."""
+        group = query.shape[1] // key.shape[1]
+        picks = torch.eye(group, device=query.device).repeat(key.shape[1], 1) / self._hf_paged.scale
+        query = torch.cat((query.float(), picks.expand(len(query), -1, -1)), dim=-1)
+        return self._attend(context, query, self._with_bias(key, context.positions), value)
+
+    def _with_bias(self, key, positions):
+        """key [n, Hkv, D] -> [n, Hkv, D + G] if there is a bias to keep."""
+        bias = self._bias(positions, key.dtype)
+        return key if bias is None else torch.cat((key, bias.unflatten(1, (key.shape[1], -1))), dim=-1)
+
+    def to_stock(self, key, value):
+        return key[..., : self.head_dim], value
+
+    def from_stock(self, key, value, positions):
+        return self._with_bias(key, positions), value
 
 
-class BloomAttention(PagedAttention):
+class BloomAttention(_RoundedBias):
     BYPASSED = ("attention_dropout",)
 
     @classmethod
@@ -44,7 +59,7 @@ class BloomAttention(PagedAttention):
                 "set slow_but_exact to False"
             )
         slopes = _slopes("bloom", module.num_heads, module.query_key_value.weight.device)
-        return Layer(module.layer_idx, module.inv_norm_factor, kind=ALIBI, slopes=slopes)
+        return Layer(module.layer_idx, module.inv_norm_factor, kind=ALIBI, slopes=slopes, shift_free=True)
 
     def forward(self, hidden_states, residual, alibi, attention_mask, *args, **kwargs):
         context = self._step()
@@ -54,9 +69,11 @@ class BloomAttention(PagedAttention):
         if value.dtype == torch.float32:
             output = self._attend(context, query, key, value, slopes=self._hf_paged.slopes)
         else:
-            bias = (self._hf_paged.slopes * context.position_ids[0, :, None]).to(value.dtype)
-            output = _attend_with_rounded_bias(self, context, query, key, value, bias)
+            output = self._attend_biased(context, query, key, value)
         return self.dense(output) + residual, None
+
+    def _bias(self, positions, dtype):
+        return None if dtype == torch.float32 else (self._hf_paged.slopes * positions[:, None]).to(dtype)
 
 
 class MptAttention(PagedAttention):
@@ -70,6 +87,7 @@ class MptAttention(PagedAttention):
             kind=ALIBI,
             slopes=-bias[:, 0, 0].float(),
             max_positions=module.max_seq_length,
+            shift_free=True,
         )
 
     def forward(self, hidden_states, position_bias, *args, **kwargs):
@@ -83,7 +101,7 @@ class MptAttention(PagedAttention):
         return self.out_proj(self._attend(context, query, key, value, slopes=self._hf_paged.slopes)), None
 
 
-class FalconAttention(PagedAttention):
+class FalconAttention(_RoundedBias):
     BYPASSED = ("attention_dropout",)
 
     @classmethod
@@ -109,8 +127,7 @@ class FalconAttention(PagedAttention):
             query, key = rotate(query.transpose(0, 1)[None], key.transpose(0, 1)[None], *position_embeddings)
             output = self._attend(context, packed(query), packed(key), value)
         else:
-            bias = (self._hf_paged.slopes * context.position_ids[0, :, None]).to(value.dtype) / math.sqrt(self.head_dim)
-            output = _attend_with_rounded_bias(self, context, query, key, value, bias)
+            output = self._attend_biased(context, query, key, value)
         return self.dense(output), None
 
     def _packed_heads(self, qkv):
@@ -121,6 +138,23 @@ class FalconAttention(PagedAttention):
             num_kv_heads = 1 if self.multi_query else self.num_heads
         heads = qkv.view(len(qkv), num_kv_heads, self.num_heads // num_kv_heads + 2, self.head_dim)
         return heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
+
+    def _bias(self, positions, dtype):
+        slopes = self._hf_paged.slopes
+        return None if slopes is None else (slopes * positions[:, None]).to(dtype) / math.sqrt(self.head_dim)
+
+    def to_stock(self, key, value):
+        key, value = super().to_stock(key, value)
+        group = self._cached_group()
+        return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+
+    def from_stock(self, key, value, positions):
+        group = self._cached_group()
+        return super().from_stock(key[:, ::group], value[:, ::group], positions)
+
+    def _cached_group(self) -> int:
+        """How often stock's cache repeats each KV head."""
+        return self.num_heads // self.num_kv_heads if self.new_decoder_architecture else 1
 
 
 def _slopes(family: str, num_heads: int, device) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Layer:
         window: latest positions a query sees, where the module's own code says so and not `config.layer_types`.
         slopes: [Hq] ALiBi slopes, or None.
         max_positions: most positions the module has tables for; None: any.
+        shift_free: whether the model sees differences of positions only, so that left padding cannot change a row.
     """
 
     layer_idx: int
@@ -30,16 +31,31 @@ class Layer:
     window: int | None = None
     slopes: torch.Tensor | None = None
     max_positions: int | None = None
+    shift_free: bool = False
 
 
 @dataclass(frozen=True)
 class Positions:
-    """State of a swapped position embedding."""
+    """State of a swapped position embedding; the attribute as of Layer."""
 
     max_positions: int
 
 
-class PagedAttention(Swapped):
+class StockForm:
+    """How transformers' own cache keeps a layer's keys and values: here as the pages do."""
+
+    def to_stock(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] from pages -> as transformers caches them, [n, H, D] each."""
+        return key, value
+
+    def from_stock(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The way back, for tokens at `positions` [n]."""
+        return key, value
+
+
+class PagedAttention(StockForm, Swapped):
     """Mixin of attention modules that compute their own softmax. State: Layer.
 
     A subclass overrides the method that holds the softmax. Outside a step the module's own runs.

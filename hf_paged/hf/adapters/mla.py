@@ -18,13 +18,13 @@ from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
 from ..swap import Swapped
 from ..watch import is_hooked
-from .base import packed
+from .base import StockForm, packed
 
 LATENT = "latent (MLA)"
 _ATTRIBUTES = ("expand_kv", "kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
-class LatentAttention(Swapped):
+class LatentAttention(StockForm, Swapped):
     def expand_kv(self, kv_nope, k_rot):
         """Latents [B, 1, T, rank], rotary keys [B, 1, T, rope] -> keys and values, in a step the latents' own."""
         if active_context() is None:
@@ -46,6 +46,12 @@ class LatentAttention(Swapped):
             self.layer_idx, query.transpose(0, 1), packed(key), packed(value), scale=scale, **options
         )
         return torch.bmm(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+    def to_stock(self, key, value):
+        return value, key[..., value.shape[-1] :]
+
+    def from_stock(self, key, value, positions):
+        return torch.cat((key, value), dim=-1), key
 
 
 def is_latent_attention(module: nn.Module) -> bool:

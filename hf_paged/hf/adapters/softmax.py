@@ -1,16 +1,17 @@
 """Families whose attention modules hold an ordinary causal softmax of their own.
 
 GPT-Neo, GPT-NeoX Japanese and OpenAI GPT, and on older transformers GPT-J and CodeGen, have it in a method `_attn`,
-which is all that is replaced. XGLM has it in `forward`.
+which is all that is replaced. XGLM, TrOCR and the BERT-like families have it in `forward`.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 
+from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
-from ..swap import Swapped
-from .base import Layer, PagedAttention, Positions, packed
+from .base import Layer, PagedAttention, packed
 
 
 class _AttnMethod(PagedAttention):
@@ -64,6 +65,8 @@ class OpenAIGPTAttention(_AttnMethod):
 
 
 class XGLMAttention(PagedAttention):
+    """Also TrOCR's."""
+
     @classmethod
     def describe(cls, module, index):
         return Layer(module.layer_idx, module.scaling)
@@ -79,14 +82,43 @@ class XGLMAttention(PagedAttention):
         return self.out_proj(self._attend(context, query, key, value)), None
 
 
-class XGLMPositions(Swapped):
-    """Stock looks up rows of a table that it replaces by a longer one when the packed batch has more rows than it."""
+class BertSelfAttention(PagedAttention):
+    """BERT's, as other families have copied it."""
+
+    BYPASSED = ("dropout",)
 
     @classmethod
     def describe(cls, module, index):
-        return Positions(len(module.weights) - module.offset)
+        name = type(module).__name__
+        if not getattr(module, "is_decoder", True):
+            raise UnsupportedModel(f"model: {name} attends in both directions; set is_decoder=True in its config")
+        if not hasattr(sys.modules[type(module).forward.__module__], "create_causal_mask"):
+            raise UnsupportedModel(
+                f"model: in this transformers {name} attends in both directions, even as a decoder; newer ones have it "
+                "right"
+            )
+        return Layer(module.layer_idx, 1 / math.sqrt(module.attention_head_size))
 
-    def forward(self, position_ids=None, *args, **kwargs):
-        if active_context() is None:
-            return super().forward(position_ids, *args, **kwargs)
-        return self.weights[position_ids + self.offset]
+    def forward(self, hidden_states, attention_mask=None, *args, encoder_hidden_states=None, **kwargs):
+        context = self._step()
+        if context is None or encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states, attention_mask, *args, encoder_hidden_states=encoder_hidden_states, **kwargs
+            )
+        heads = self._packed_heads(hidden_states, **kwargs)
+        return self._attend(context, *heads), None
+
+    def _packed_heads(self, hidden_states, **kwargs):
+        """[1, T, H] -> query, key and value [T, heads, head size]."""
+        for project in (self.query, self.key, self.value):
+            yield project(hidden_states)[0].unflatten(-1, (-1, self.attention_head_size))
+
+
+class RoFormerSelfAttention(BertSelfAttention):
+    def _packed_heads(self, hidden_states, *, sinusoidal_pos, **kwargs):
+        query, key, value = (heads.transpose(0, 1)[None] for heads in super()._packed_heads(hidden_states))
+        if self.rotary_value:
+            rotated = self.apply_rotary_position_embeddings(sinusoidal_pos, query, key, value)
+        else:
+            rotated = *self.apply_rotary_position_embeddings(sinusoidal_pos, query, key), value
+        return map(packed, rotated)
