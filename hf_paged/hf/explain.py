@@ -33,7 +33,8 @@ class Explanation:
 
     Attributes:
         fused: kernel -> modules it stands in for.
-        fallbacks: every slower path that this model, this machine or a call made so far takes, with its reason.
+        fallbacks: every slower path that this model takes on this machine, with its reason.
+        calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
         largest_difference: that `patch(verify=True)` found between a row of a layer's output, or of the logits, and
@@ -48,13 +49,14 @@ class Explanation:
     layers: list[LayerExplanation]
     fused: dict[str, int]
     fallbacks: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, str] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
     largest_difference: float | None = None
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
 
     def raise_on_fallback(self) -> None:
-        """Raise KernelUnavailable if anything takes a slower path (`EngineConfig(strict=True)`)."""
+        """Raise KernelUnavailable if anything takes a slower path now (`EngineConfig(strict=True)`); past calls do not count."""
         for name, reason in self.fallbacks.items():
             raise KernelUnavailable(f"strict: {name} takes a slower path: {reason}")
         for name, reason in self.off.items():
@@ -69,7 +71,7 @@ class Explanation:
         lines += ["", f"fused   {fused or 'nothing'}"]
         if self.guesses:
             lines.append(f"guesses {self.guesses}")
-        lines += [f"slower  {name}: {reason}" for name, reason in self.fallbacks.items()]
+        lines += [f"slower  {name}: {reason}" for name, reason in {**self.fallbacks, **self.calls}.items()]
         lines += [f"off     {name}: {reason}" for name, reason in self.off.items()]
         if self.largest_difference is not None:
             lines.append(f"checked against the unpatched model: rows differ by at most {self.largest_difference:.1e} of their size")
@@ -109,7 +111,7 @@ def explain_patch(model, patch, config) -> Explanation:
         for spec in adapter.states
     ]
     fallbacks = {"attention": reason} if reason else {}
-    fallbacks |= patch.adaptations.notes | patch.fusions.notes | patch.fallbacks
+    fallbacks |= patch.adaptations.notes | patch.fusions.notes
     limits = [f"at most {adapter.max_model_len} tokens a sequence"] if adapter.max_model_len < NO_LIMIT else []
     if adapter.length_note:
         limits.append(adapter.length_note)
@@ -128,6 +130,7 @@ def explain_patch(model, patch, config) -> Explanation:
         layers=layers,
         fused=dict(patch.fusions.counts),
         fallbacks=fallbacks,
+        calls=dict(patch.calls),
         off=_resting(model, patch, config),
         largest_difference=patch.largest_difference,
         limits=limits,

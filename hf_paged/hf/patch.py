@@ -43,7 +43,7 @@ class Patch:
             raise
         self.adapter: TransformersModel | None = None
         self.largest_difference: float | None = None  # that `verify` found
-        self.fallbacks: dict[str, str] = {}  # options of calls so far that took a slower path, and why
+        self.calls: dict[str, str] = {}  # options of calls so far that took a slower path, and why
         self._engine = None
         self._lock = threading.Lock()
 
@@ -61,6 +61,10 @@ class Patch:
     def live_engine(self):
         return None if self._engine is None or getattr(self._engine, "closed", False) else self._engine
 
+    @property
+    def config_in_use(self) -> EngineConfig:
+        return self.config if self.live_engine is None else self.live_engine.config
+
     def engine(self):
         """The model's one engine, made on first use."""
         from .engine import Engine  # Engine patches models, so it stands above this module
@@ -72,10 +76,10 @@ class Patch:
 
     def note_fallback(self, option: str, reason: str) -> None:
         """A call takes a slower path: `explain` tells from now on, a warning once. Raises KernelUnavailable if strict."""
-        if self.config.strict:
+        if self.config_in_use.strict:
             raise KernelUnavailable(f"strict: {option} takes a slower path: {reason}")
-        if option not in self.fallbacks:
-            self.fallbacks[option] = reason
+        if option not in self.calls:
+            self.calls[option] = reason
             warnings.warn(f"{option}: runs on transformers' own path, not on pages: {reason}", stacklevel=5)
 
     def renew(self, model: torch.nn.Module) -> None:
@@ -185,5 +189,5 @@ def engine_of(model):
 def explain(model) -> Explanation:
     """Per layer, which kernels run and why any slower path is taken. `str()` of the result is a table."""
     undo = patch_of(model)
-    return explain_patch(undo.adapter.module, undo, undo.config if undo.live_engine is None else undo.live_engine.config)
+    return explain_patch(undo.adapter.module, undo, undo.config_in_use)
 

@@ -11,7 +11,7 @@ from transformers.generation import stopping_criteria as stopping
 
 from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
-from ..engine.request_state import RowHooks
+from ..engine.request_state import RowHooks, new_request_id
 from .paged_cache import begun
 from .paged_call import cache_of
 
@@ -100,6 +100,7 @@ class RowGeneration:
         self.params, self.row_processors = self._split_processors(list(processors))
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self.rows: list = []
+        self.name = new_request_id()
 
     def _split_processors(self, processors: list) -> tuple[SamplingParams, list]:
         """The last processors become the sampler's where it has the same; the others run on their row, in order."""
@@ -178,7 +179,7 @@ class RowGeneration:
             row=row,
         )
         ids = self.input_ids[row, self.padding[row] :].tolist()
-        return self.engine.submit_when_possible(ids, params, hooks=hooks)
+        return self.engine.submit_when_possible(ids, params, request_id=f"{self.name}/{row}", hooks=hooks)
 
     def _row_processor(self, row: int) -> tuple:
         if not self.row_processors:

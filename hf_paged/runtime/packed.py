@@ -26,7 +26,7 @@ class Segment:
     """Consecutive rows of a packed batch: the tokens that one sequence computes in this step.
 
     Attributes:
-        request_id: of the request it belongs to.
+        request_id: of the request it belongs to. Rows of one `model.generate` are named alike, up to "/" and the row.
         index: which of the request's `n` completions; 0 while its prompt is computed for all of them.
         row: for rows of `model.generate`, the row of its batch (of `input_ids` as decoding sees them: with
             `num_return_sequences` or beams every prompt stands there several times); None for requests of an engine.

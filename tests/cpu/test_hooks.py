@@ -145,6 +145,42 @@ def test_outside_a_step_there_is_no_batch(model):
     hf_paged.unpatch(model)
 
 
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 2}, {"output_scores": True, "return_dict_in_generate": True}])
+def test_rows_of_generate_are_told_by_their_number(model, stock, ways):
+    """A hook that changes one row of the batch does the same as in stock, where that row is an index."""
+    ids = torch.tensor([job[:10] for job in prompts(10, 10, 10)])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :1] = 0
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, **ways)
+    turned, names = 2, set()
+
+    def stock_hook(module, args, output):
+        return torch.cat([output[:turned], output[turned : turned + 1] * -0.5, output[turned + 1 :]])
+
+    def hook(module, args, output):
+        output = output.clone()
+        for segment in hf_paged.current_batch().segments:
+            names.add((segment.request_id, segment.row))
+            if segment.row == turned:
+                output[0, segment.rows] *= -0.5
+        return output
+
+    twin = copy.deepcopy(stock)
+    plain = twin.generate(ids, **options)
+    twin.get_submodule(LAYER).register_forward_hook(stock_hook)
+    expected = twin.generate(ids, **options)
+    hf_paged.patch(model)
+    model.generate(ids, **options)
+    model.get_submodule(LAYER).register_forward_hook(hook)
+    actual = model.generate(ids, **options)
+    sequences = [result if torch.is_tensor(result) else result.sequences for result in (actual, expected, plain)]
+    assert torch.equal(sequences[0], sequences[1]) and not torch.equal(sequences[1], sequences[2])
+    rows = 3 * ways.get("num_beams", 1)
+    assert {row for _, row in names} == set(range(rows))
+    assert len({name for name, _ in names}) == rows and all(name.endswith(f"/{row}") for name, row in names)
+    hf_paged.unpatch(model)
+
+
 # Hooks on modules, for all requests
 
 
@@ -450,3 +486,27 @@ def test_the_async_engine_takes_functions(model, stock):
 
     steered, plain = asyncio.run(main())
     assert tokens(steered) == greedy(stock, job, {LAYER: lambda x: x * -0.5}) and tokens(plain) == greedy(stock, job)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt_oss", "model.layers.1.mlp"),
+        ("bloom", "transformer.h.1"),
+        ("deepseek_v3", "model.layers.1.self_attn.o_proj"),
+        ("bamba", "model.layers.0.mamba"),
+        ("qwen3_next", "model.layers.2"),
+    ],
+)
+def test_functions_on_other_kinds_of_layers(family, name):
+    def bend(x):
+        return (bend(x[0]), *x[1:]) if isinstance(x, tuple) else x * torch.linspace(-1, 1.5, x.shape[-1])
+
+    model = tiny_model(family)
+    job, other = prompts(30, 30)
+    expected, plain = greedy(model, job, {name: bend}), greedy(model, other)
+    assert expected != greedy(model, job)
+    with Engine(model, config=CONFIG) as engine:
+        bent = {"request_id": "bent", "forward_hooks": {name: lambda x, positions: bend(x)}}
+        results = run(engine, [(other, {"request_id": "other"}), (job, bent)])
+    assert tokens(results["bent"]) == expected and tokens(results["other"]) == plain

@@ -284,6 +284,24 @@ def test_explain_tells_what_runs(model):
     assert is_plain(model)
 
 
+def test_a_call_s_own_slower_path_is_told_and_refused_where_that_is_strict(model):
+    options = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_attentions=True)
+    model.set_attn_implementation("eager")
+    expected = model.generate(PROMPT, **options)
+    hf_paged.patch(model)
+    with pytest.warns(UserWarning, match="output_attentions: runs on transformers' own path"):
+        result = model.generate(PROMPT, **options)
+    assert torch.equal(result.attentions[0][0], expected.attentions[0][0])
+    model.generate(PROMPT, **options)  # it warns once
+    report = hf_paged.explain(model)
+    assert "output_attentions" in report.calls and "slower  output_attentions" in str(report)
+    hf_paged.engine_of(model).close()
+    with hf_paged.Engine(model, config=EngineConfig(strict=True)):  # past calls do not count
+        with pytest.raises(hf_paged.KernelUnavailable, match="strict: output_attentions takes a slower path"):
+            model.generate(PROMPT, **options)
+        assert torch.equal(greedy(model, new=4), expected.sequences)
+
+
 def test_models_that_cannot_be_right_are_refused_with_the_reason():
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

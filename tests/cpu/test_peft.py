@@ -307,7 +307,7 @@ def test_adapter_names_give_every_row_its_own_on_stock_s_path(model, tmp_path):
     hf_paged.patch(model)
     with pytest.warns(UserWarning, match="adapter_names: runs on transformers' own path"):
         assert torch.equal(model.generate(input_ids=ids, **options), expected)
-    assert "adapter_names" in hf_paged.explain(model).fallbacks
+    assert "adapter_names" in hf_paged.explain(model).calls
     assert torch.equal(greedy(model), stock(model))
     with model._enable_peft_forward_hooks(adapter_names=["second"]):
         with pytest.raises(RequestFailed, match="UnsupportedOption: adapter_names cannot be used"):
