@@ -28,8 +28,8 @@ class TransformersModel:
         self.fusions = fusions
         self.adaptations = adaptations
         self.num_layers = text_config(model).num_hidden_layers
-        self.layers, self.states = probe_layers(model, adaptations, visibility)
-        self.max_model_len, self.length_limit, self.length_note = model_lengths(model, adaptations)
+        self.layers, self.states, table = probe_layers(model, adaptations, visibility)
+        self.max_model_len, self.length_limit, self.length_note = model_lengths(model, table or adaptations.max_positions)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -14,6 +14,7 @@ from .adapters import Adaptations, StateProbe
 from .attention import attention_configs, paged_attention
 from .peft import obstacles
 from .swap import evaluating
+from .tables import PositionTables
 from .visibility import Rule, Visibility, check_cache
 
 
@@ -69,8 +70,11 @@ def text_config(model: torch.nn.Module):
 
 def probe_layers(
     model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility
-) -> tuple[list[LayerSpec], list[StateSpec]]:
-    """Runs three tokens through the model; returns its attention layers and those with a state, sizes from the tensors seen.
+) -> tuple[list[LayerSpec], list[StateSpec], int | None]:
+    """Runs three tokens through the model.
+
+    Returns its attention layers and those with a state, with sizes from the tensors seen, and how many positions its
+    tables of positions have (None: it has no such table).
 
     Windows and chunks are those that stock's own forward showed (`visibility`), or an adapter's where only the module's
     code has them.
@@ -80,7 +84,8 @@ def probe_layers(
     states = StateProbe(model)
     probe = _Probe(torch.arange(3, device=device), states)
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    with evaluating(model), paged_attention(attention_configs(model)), activate(probe):
+    tables = PositionTables(probe.positions)
+    with evaluating(model), paged_attention(attention_configs(model)), activate(probe), tables:
         model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)
     attended, expected = {layer for layer, _ in probe.seen}, config.num_hidden_layers
     found = sorted(attended | {spec.layer_idx for spec in states.seen})
@@ -99,7 +104,7 @@ def probe_layers(
         raise UnsupportedModel(
             f"model: {type(model).__name__} has layers with a sliding window beside layers that need whole prompts"
         )
-    return layers, states.seen
+    return layers, states.seen, tables.max_positions
 
 
 def _rule(visibility: Visibility, layer_idx: int, call: int) -> Rule | None:
@@ -111,16 +116,14 @@ def _rule(visibility: Visibility, layer_idx: int, call: int) -> Rule | None:
 NO_LIMIT = 2**31 - 1
 
 
-def model_lengths(model: torch.nn.Module, adaptations: Adaptations) -> tuple[int, int, str | None]:
+def model_lengths(model: torch.nn.Module, table: int | None) -> tuple[int, int, str | None]:
     """(positions the model was made for, most positions it may be given, a note on the latter).
 
-    A table of positions ends where it ends.
-    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence of a batch once it passes the
+    A table of positions ends where it ends. Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence of a batch once it passes the
     original length. One long request would then change its neighbours' tokens, so the original length is the limit.
     """
-    table = adaptations.max_positions
     if table is not None:
-        return table, table, f"its table of positions has {table} rows"
+        return table, table, f"its table of positions ends at {table}"
     config = text_config(model)
     length = getattr(config, "max_position_embeddings", None) or NO_LIMIT
     rope = getattr(config, "rope_parameters", None) or {}

@@ -140,11 +140,11 @@ def test_explain_names_the_bias_and_the_window():
         assert {layer.kind for layer in hf_paged.explain(model).layers} == kinds
 
 
-@pytest.mark.parametrize("label", ["gpt_neo", "openai-gpt", "xglm", "mpt"])
+@pytest.mark.parametrize("label", ["gpt_neo", "openai-gpt", "xglm", "mpt", "bart", "gptj"])
 def test_a_table_of_positions_ends_where_it_ends(label):
     sizes = {"max_seq_len": 64} if label == "mpt" else {"max_position_embeddings": 64}
     model = tiny_model(label, **sizes)
-    with pytest.raises(InvalidArgument, match="table of positions has 64 rows"):
+    with pytest.raises(InvalidArgument, match="table of positions ends at 64"):
         hf_paged.Engine(model, config=EngineConfig(max_model_len=65))
     with hf_paged.Engine(model) as engine:
         with pytest.raises(RequestTooLarge):

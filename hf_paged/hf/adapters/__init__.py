@@ -19,7 +19,7 @@ from torch import nn
 from ...base.errors import UnsupportedModel
 from ..swap import can_swap, restore, swap
 from . import alibi, positions, softmax
-from .base import Layer, Positions, StockForm
+from .base import Layer, StockForm
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
 from .state import Mixer, PagedMixer, StateProbe, as_mixer
 
@@ -65,7 +65,7 @@ class Adaptations:
         layers: attention layers with a softmax of their own, by number.
         forms: how transformers' own cache keeps what the pages of a layer hold, where that is not the same.
         kinds: what `explain` says of a layer, by number.
-        max_positions: the length of the model's shortest table of positions, or None.
+        max_positions: the most positions its layers are made for, or None.
         shift_free: whether the model sees differences of positions only.
         notes: slower paths and their reasons.
     """
@@ -78,7 +78,7 @@ class Adaptations:
     shift_free: bool = False
     notes: dict[str, str] = field(default_factory=dict)
 
-    def swap(self, module: nn.Module, mixin: type, state: Layer | Positions | Mixer | None) -> None:
+    def swap(self, module: nn.Module, mixin: type, state: Layer | Mixer | None) -> None:
         if not can_swap(module):
             raise UnsupportedModel(
                 f"model: the forward of its {type(module).__name__} was replaced (device_map hooks?); load it without"
@@ -91,8 +91,7 @@ class Adaptations:
             self.shift_free |= state.shift_free
             if state.kind is not None:
                 self.kinds[state.layer_idx] = state.kind
-        if isinstance(state, Layer | Positions) and state.max_positions is not None:
-            self.max_positions = min(state.max_positions, self.max_positions or state.max_positions)
+            self.max_positions = state.max_positions
 
     def window(self, layer_idx: int) -> int | None:
         """The sliding window that only the attention module's code knows of."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
 from ..swap import Swapped
-from .base import Positions
 
 
-class CountedPositions(Swapped):
-    """RoFormer's, BART's and its relatives': they number the rows from the length of the cache on."""
-
+class _Positions(Swapped):
     @classmethod
-    def describe(cls, module, index):
-        return Positions(module.num_embeddings - getattr(module, "offset", 0))
+    def describe(cls, module, index) -> None:
+        """Nothing needs to be known of these modules. Raises UnsupportedModel."""
+
+
+class CountedPositions(_Positions):
+    """RoFormer's, BART's and its relatives': they number the rows from the length of the cache on."""
 
     def forward(self, input_ids, *args, **kwargs):
         context = active_context()
@@ -22,7 +23,7 @@ class CountedPositions(Swapped):
         return super().forward(input_ids, position_ids=context.position_ids[0])
 
 
-class TrOCRSinusoidalPositions(Swapped):
+class TrOCRSinusoidalPositions(_Positions):
     @classmethod
     def describe(cls, module, index):
         raise UnsupportedModel(
@@ -31,12 +32,8 @@ class TrOCRSinusoidalPositions(Swapped):
         )
 
 
-class XGLMPositions(Swapped):
+class XGLMPositions(_Positions):
     """Takes positions, but replaces its table by a longer one when the packed batch has more rows than it."""
-
-    @classmethod
-    def describe(cls, module, index):
-        return Positions(len(module.weights) - module.offset)
 
     def forward(self, position_ids=None, *args, **kwargs):
         if active_context() is None:

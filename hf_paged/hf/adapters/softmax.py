@@ -31,7 +31,7 @@ class GPTNeoSelfAttention(_AttnMethod):
     @classmethod
     def describe(cls, module, index):
         window = module.config.window_size if module.attention_type == "local" else None
-        return Layer(module.layer_id, 1.0, window=window, max_positions=module.bias.shape[-1])
+        return Layer(module.layer_id, 1.0, window=window)
 
 
 class GPTJAttention(_AttnMethod):
@@ -39,7 +39,7 @@ class GPTJAttention(_AttnMethod):
 
     @classmethod
     def describe(cls, module, index):
-        return Layer(module.layer_idx, 1 / module.scale_attn, max_positions=module.embed_positions.shape[0])
+        return Layer(module.layer_idx, 1 / module.scale_attn)
 
 
 class GPTNeoXJapaneseAttention(_AttnMethod):
@@ -56,7 +56,7 @@ class OpenAIGPTAttention(_AttnMethod):
     @classmethod
     def describe(cls, module, index):
         scale = 1 / math.sqrt(module.split_size // module.n_head) if module.scale else 1.0
-        return Layer(index, scale, max_positions=module.bias.shape[-1])
+        return Layer(index, scale)
 
     def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
         if active_context() is None:
