@@ -3,11 +3,12 @@
 Beam search, assisted decoding and draft models decide by rules of their own what every row computes, forks and takes
 back. They hold sequences here: the same pools and block tables as the scheduler's, but no queue and no seat. A held
 sequence is never preempted; one that lacks blocks takes them from the scheduler's running sequences, last in order.
+Only expendable ones, whose owner can do without what they hold, are emptied when anybody else lacks blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import CacheFull
@@ -42,6 +43,7 @@ class HeldSequences:
         self._new_step = new_step
         self._make_room = make_room
         self._sequences: dict[int, Sequence] = {}
+        self._expendable: set[int] = set()
 
     def __iter__(self):
         return iter(self._sequences.values())
@@ -49,13 +51,26 @@ class HeldSequences:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    @property
+    def holds_blocks(self) -> bool:
+        return any(map(_holds_blocks, self._sequences.values()))
+
     # -- life of a sequence
 
-    def new(self, name: str, *, cache_salt: str | bytes | None = None, publish: bool = True) -> Sequence:
-        """An empty sequence. `publish`: its blocks may enter the prefix cache."""
+    def new(
+        self, name: str, *, cache_salt: str | bytes | None = None, publish: bool = True, expendable: bool = False
+    ) -> Sequence:
+        """An empty sequence.
+
+        Args:
+            publish: its blocks may enter the prefix cache.
+            expendable: it may be emptied whenever somebody lacks blocks; its owner looks before each use.
+        """
         request = Request(request_id=name, prompt_token_ids=[], max_tokens=1, cache_salt=cache_salt)
         sequence = self._enter(request, 0)
         sequence.publishable = publish
+        if expendable:
+            self._expendable.add(sequence.seq_id)
         return sequence
 
     def fork(self, source: Sequence) -> Sequence:
@@ -63,6 +78,8 @@ class HeldSequences:
         sequence = self._enter(source.request, source.index)
         sequence.token_ids, sequence.num_prompt = list(source.token_ids), source.num_prompt
         self._tables.fork(source, sequence)
+        if source.seq_id in self._expendable:
+            self._expendable.add(sequence.seq_id)
         return sequence
 
     def release_unseen(self, sequence: Sequence) -> None:
@@ -82,8 +99,17 @@ class HeldSequences:
         """End a sequence and give its blocks back. Ending it twice is fine."""
         if self._sequences.pop(sequence.seq_id, None) is None:
             return
+        self._expendable.discard(sequence.seq_id)
         sequence.status = SequenceStatus.FINISHED
         self._tables.release(sequence)
+
+    def empty_one(self, keep: Container[int] = ()) -> bool:
+        """Empty an expendable sequence, none of `keep` (ids). False if there is none that holds blocks."""
+        for sequence in self._sequences.values():
+            if sequence.seq_id in self._expendable and sequence.seq_id not in keep and _holds_blocks(sequence):
+                self.truncate(sequence, 0)
+                return True
+        return False
 
     def stop_publishing(self) -> None:
         for sequence in self._sequences.values():
@@ -112,10 +138,15 @@ class HeldSequences:
         Raises CacheFull if the cache cannot hold them; the sequences are to be released.
         """
         step = StepBuilder(sum(len(tokens) for _, tokens in work), None, len(self._tables.pools))
+        keep = {sequence.seq_id for sequence, _ in work}
         try:
             for sequence, tokens in work:
                 sequence.token_ids += tokens
-                self._extend(sequence, len(tokens), step, release_unseen)
+                if release_unseen:
+                    self._tables.release_unseen(sequence)
+                self._find_room(sequence, len(tokens), keep)
+                self._tables.extend(sequence, len(tokens), step.changes)
+                step.add(sequence, len(tokens), [])
         except CacheFull:
             self.rollback([sequence for sequence, _ in work], step)
             raise
@@ -123,17 +154,13 @@ class HeldSequences:
             step.changes.release_sources()
         return step.pack(self._new_step(), self._tables), step
 
-    def _extend(self, sequence: Sequence, count: int, step: StepBuilder, release_unseen: bool) -> None:
-        if release_unseen:
-            self._tables.release_unseen(sequence)
+    def _find_room(self, sequence: Sequence, count: int, keep: Container[int]) -> None:
         while self._tables.room(sequence, count) < count:
-            if not self._make_room():
+            if not (self.empty_one(keep) or self._make_room()):
                 raise CacheFull(
                     f"{sequence.request.request_id}: the KV cache has no blocks left for {count} more tokens beside "
                     f"{sequence.num_computed}; raise kv_cache_memory, or use fewer or shorter rows"
                 )
-        self._tables.extend(sequence, count, step.changes)
-        step.add(sequence, count, [])
 
     def commit(self, plan: StepPlan) -> None:
         """The plan was computed."""
@@ -155,3 +182,7 @@ class HeldSequences:
         sequence.status = SequenceStatus.RUNNING
         self._sequences[sequence.seq_id] = sequence
         return sequence
+
+
+def _holds_blocks(sequence: Sequence) -> bool:
+    return any(sequence.block_tables)

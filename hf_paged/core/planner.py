@@ -34,7 +34,8 @@ class Planner:
         max_batch_tokens, max_num_seqs, whole_prompts: as the scheduler's.
         by_priority: waiting sequences preempt running ones of a lower class.
         new_sequence: `new_sequence(request, index, seq_id)` brings a sibling into being.
-        has_held: whether held sequences share the blocks.
+        held_blocks: whether held sequences have some of the blocks.
+        empty_held: takes the blocks of a held sequence that can do without; False if there is none.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Planner:
         whole_prompts: bool,
         by_priority: bool,
         new_sequence: Callable[[Request, int, int], Sequence],
-        has_held: Callable[[], bool],
+        held_blocks: Callable[[], bool],
+        empty_held: Callable[[], bool],
     ):
         self._tables = tables
         self._queues = queues
@@ -58,7 +60,8 @@ class Planner:
         self._whole_prompts = whole_prompts
         self._by_priority = by_priority
         self._new_sequence = new_sequence
-        self._has_held = has_held
+        self._held_blocks = held_blocks
+        self._empty_held = empty_held
         self._blocked: tuple[int, int] | None = None  # (seq_id, num_releases) of a sequence that found no blocks
 
     def plan(self, only: Container[int] | None) -> StepBuilder:
@@ -107,10 +110,8 @@ class Planner:
             least = want = seq.num_prompt
         self._tables.release_unseen(seq)
         while (count := self._tables.room(seq, want)) < least:
-            victim = self._victim(step, seq, admitting=False)
-            if victim is None:
+            if not self._make_room(step, seq, admitting=False):
                 return  # it keeps what it has and waits for blocks
-            self._preempt(step, victim)
         self._tables.extend(seq, count, step.changes)
         if count < remaining:
             step.add(seq, count, [])
@@ -146,12 +147,10 @@ class Planner:
             return True
         tables.take_hit(seq, num_hit)
         while not self._fits(step, seq):
-            victim = self._victim(step, seq, admitting=True)
-            if victim is None:
+            if not self._make_room(step, seq, admitting=True):
                 tables.release(seq)
                 self._blocked = (seq.seq_id, tables.num_releases)
                 return False
-            self._preempt(step, victim)
         self._queues.seat(seq)
         seq.publishable = seq.request.write_prefix_cache
         self._note_admission(seq)
@@ -176,7 +175,7 @@ class Planner:
 
         Admitting more would only preempt somebody a few steps later. What runs alone always fits: `add` saw to that.
         """
-        if not self._queues.running and not self._has_held():
+        if not self._queues.running and not self._held_blocks():
             return True
         chunk = min(step.spare_budget, seq.num_remaining)
         return self._tables.fits(seq, chunk, headroom=self._queues.seats_used + seq.pending_forks)
@@ -199,6 +198,16 @@ class Planner:
         )
 
     # -- who gives way
+
+    def _make_room(self, step: StepBuilder, seq: Sequence, admitting: bool) -> bool:
+        """Take blocks for `seq` from whoever gives way. False if nobody does."""
+        if self._empty_held():
+            return True
+        victim = self._victim(step, seq, admitting)
+        if victim is None:
+            return False
+        self._preempt(step, victim)
+        return True
 
     def _victim(self, step: StepBuilder, seq: Sequence, admitting: bool) -> Sequence | None:
         """The running sequence, last in order, that must give its blocks to `seq`; None if there is none."""

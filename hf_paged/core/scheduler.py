@@ -92,7 +92,8 @@ class Scheduler:
             whole_prompts=whole_prompts,
             by_priority=self._by_priority,
             new_sequence=self._new_sequence,
-            has_held=lambda: bool(self.held),
+            held_blocks=lambda: self.held.holds_blocks,
+            empty_held=lambda: self.held.empty_one(),
         )
         self.held = HeldSequences(
             self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._planner.preempt_last

@@ -58,7 +58,7 @@ class DraftModel:
         if engine.has_state:
             raise UnsupportedOption("draft_model: its layers keep a state that cannot be taken back after a wrong guess")
         self._engine = engine
-        self._rows = engine.hold(num_rows, name="draft")
+        self._rows = engine.hold(num_rows, name="draft", expendable=True)
         self._rows.keep_past = True
         self._sampler = Sampler()
         self._guests: dict[int, _Guest] = {}  # by seq_id, least recently asked about first
@@ -97,6 +97,8 @@ class DraftModel:
         held = self._rows.token_ids(guest.row)
         most = min(len(held), len(token_ids) - 1)
         agreed = min(guest.agreed, most)
+        if held[:agreed] != token_ids[:agreed]:  # somebody who lacked blocks emptied the row meanwhile
+            agreed = 0
         while agreed < most and held[agreed] == token_ids[agreed]:
             agreed += 1
         if agreed < len(held):

@@ -59,23 +59,28 @@ class HeldRows:
     Not for several threads at once, but other threads may use the engine meanwhile. `close` gives the blocks back; so
     does, at the engine's next step, the end of the object's life.
 
+    Args:
+        publish: the rows' blocks may enter the prefix cache.
+        expendable: whoever lacks blocks may empty rows between two calls.
+
     Attributes:
         keep_past: rows may be truncated, so sliding layers keep what they no longer see until `forget_past`.
         labels: what hooks are told as the number of each row; None: its index.
     """
 
     def __init__(self, engine, num_rows: int, *, name: str = "held", cache_salt: str | bytes | None = None,
-                 publish: bool = True):  # fmt: skip
+                 publish: bool = True, expendable: bool = False):  # fmt: skip
         self._engine = engine
         self._held = engine._scheduler.held
         self._name = f"{name}-{next(_numbers)}"
         self.keep_past = False
+        self._options = {"publish": publish, "expendable": expendable}
         self.labels: list[int] | None = None
         with engine._lock:
             engine._check_open()
             engine._release_dropped()
             self._sequences = [
-                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, publish=publish)
+                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, **self._options)
                 for row in range(num_rows)
             ]
         self._drop = weakref.finalize(self, engine._dropped.append, self._sequences)
@@ -243,7 +248,7 @@ class HeldRows:
         with self._engine._lock:
             old = self._sequences[row]
             self._held.release(old)
-            self._sequences[row] = self._held.new(old.request.request_id, cache_salt=cache_salt)
+            self._sequences[row] = self._held.new(old.request.request_id, cache_salt=cache_salt, **self._options)
 
     def reorder(self, sources: list[int]) -> None:
         """Row i continues what row `sources[i]` was: shared by reference, nothing is copied. The number may change."""

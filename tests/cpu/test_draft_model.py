@@ -262,6 +262,25 @@ def test_a_draft_model_may_serve_requests_of_its_own(model):
         assert not own.closed
 
 
+def test_what_the_draft_model_remembers_gives_way_to_its_own_requests(model):
+    draft = tiny_model("qwen3")
+    memory = 8 * 16 * 3 * 2 * 2 * 12 * 4  # eight blocks
+    expected = plain(model, prompts(2), replace(GREEDY, max_tokens=20))
+    with Engine(draft, config=EngineConfig(block_size=16, kv_cache_memory=memory)) as own:
+        with Engine(model, draft_model=draft) as engine:
+            results = {}
+            for job in prompts(2):
+                engine.add(job, replace(GREEDY, max_tokens=20))
+            engine.step(), engine.step(), engine.step()
+            assert own.stats()["kv_bytes_in_use"] >= memory / 2
+            assert contents(own.generate([prompts(1)[0] * 4], replace(GREEDY, max_tokens=20)))[0][0]  # all eight
+            while engine.has_unfinished():
+                results |= {output.request_id: output for output in engine.step()}
+            assert engine.stats()["accepted_tokens"] > 0
+            own.check_integrity()
+    assert contents(results.values()) == expected
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [

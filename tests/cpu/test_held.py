@@ -54,6 +54,29 @@ def test_rows_compute_fork_and_take_back_as_stock(model, engine):
     assert engine.stats()["kv_bytes_in_use"] == 0
 
 
+def test_expendable_rows_give_their_blocks_to_whoever_lacks_them():
+    model = tiny_model("qwen3")
+    memory = 10 * 16 * 3 * 2 * 2 * 12 * 4  # ten blocks
+    with hf_paged.Engine(model, config=EngineConfig(block_size=16, kv_cache_memory=memory)) as engine:
+        expected = engine.generate([[7] * 120], GREEDY)[0].outputs[0].token_ids
+        rows = engine.hold(3, expendable=True)
+        rows.forward([[5] * 50, [6] * 50, []])
+        rows.reorder([0, 1, 1])
+        assert engine.generate([[7] * 120], GREEDY)[0].outputs[0].token_ids == expected  # eight blocks
+        assert rows.lengths.count(0) > 0
+        engine.check_integrity()
+        for row, length in enumerate(rows.lengths):
+            rows.truncate(row, 0)
+        rows.forward([[5] * 50, [6] * 50, []])
+        kept = engine.hold(1)
+        kept.forward([[8] * 130])  # nine blocks
+        assert rows.lengths == [0, 0, 0] and kept.lengths == [130]
+        check(model, rows.forward([[5] * 9, [], []]), {0: [5] * 9})
+        with pytest.raises(CacheFull):  # those that are kept give nothing
+            rows.forward([[5] * 9, [], []])
+        engine.check_integrity()
+
+
 def test_a_fork_copies_the_last_partial_block_only(engine):
     rows = engine.hold(1)
     rows.forward([[7] * 40])  # two full blocks and half of a third
