@@ -84,7 +84,7 @@ def probe_layers(
     states = StateProbe(model)
     probe = _Probe(torch.arange(3, device=device), states)
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
-    tables = PositionTables(probe.positions)
+    tables = PositionTables(model, probe.positions)
     with evaluating(model), paged_attention(attention_configs(model)), activate(probe), tables:
         model(input_ids=ids, position_ids=probe.position_ids, use_cache=False)
     attended, expected = {layer for layer, _ in probe.seen}, config.num_hidden_layers

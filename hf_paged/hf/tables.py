@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,38 +11,38 @@ from torch.overrides import TorchFunctionMode
 
 
 class PositionTables(TorchFunctionMode):
-    """While entered, notes the tables in which a forward looks `positions` [n] (n > 1, ascending) up.
+    """While entered, notes the parameters and buffers of `model` in which its forward looks `positions` [n] up.
 
     Attributes:
         max_positions: how many positions the shortest table has; None if there is none.
     """
 
-    def __init__(self, positions: Tensor):
+    def __init__(self, model: torch.nn.Module, positions: Tensor):
         super().__init__()
         self.positions = positions
         self.max_positions: int | None = None
+        self._tables = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _LOOKUPS and len(args) > 1:
             self._note(*_LOOKUPS[func](*args))
         return func(*args, **(kwargs or {}))
 
-    def _note(self, index, rows: int) -> None:
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.numel() != len(self.positions):
+    def _note(self, table: Tensor, index) -> None:
+        """A lookup of rows `index` of a table [rows, ...]."""
+        index = index[0] if isinstance(index, tuple) and index else index
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.numel() != len(self.positions):
+            return
+        if table.untyped_storage().data_ptr() not in self._tables:
             return
         offsets = index.flatten() - self.positions.to(index.device)
-        if index.dtype != torch.bool and bool((offsets == offsets[0]).all()):
-            length = rows - int(offsets[0])
+        if bool((offsets == offsets[0]).all()):
+            length = len(table) - int(offsets[0])
             self.max_positions = min(length, self.max_positions or length)
 
 
-_LOOKUPS = {  # function -> (index, rows of the table) of its arguments
-    F.embedding: lambda index, table, *_: (index, len(table)),
-    Tensor.__getitem__: lambda table, index: (
-        index[0] if isinstance(index, tuple) and index else index,
-        table.shape[0] if table.dim() else 0,
-    ),
-    torch.gather: lambda table, dim, index, *_: (index.select(-1, 0), table.shape[dim]),
-    Tensor.index_select: lambda table, dim, index: (index, table.shape[dim]),
-    torch.index_select: lambda table, dim, index, *_: (index, table.shape[dim]),
+_LOOKUPS = {  # function -> (table, index) of its arguments
+    F.embedding: lambda index, table, *_: (table, index),
+    Tensor.__getitem__: lambda table, index: (table, index),
+    Tensor.index_select: lambda table, dim, index: (table, index if dim == 0 else None),
 }

@@ -41,6 +41,12 @@ def test_generate_returns_stock_tokens_and_logits(family):
     family.check_generate()
 
 
+def test_experts_that_pick_tokens_are_no_table_of_positions(family):
+    limits = hf_paged.explain(hf_paged.patch(family.model)).limits
+    hf_paged.unpatch(family.model)
+    assert not any("table" in limit for limit in limits)
+
+
 def test_caches_given_and_returned_are_stock_s(family):
     family.check_caches()
 

@@ -21,7 +21,7 @@ class Layer:
         kind: what `explain` adds to its description.
         window: latest positions a query sees, where the module's own code says so and not `config.layer_types`.
         slopes: [Hq] ALiBi slopes, or None.
-        max_positions: the most positions its bias is made for; None: any.
+        max_positions: the most positions that what it keeps is made for; None: any.
         shift_free: whether the model sees differences of positions only, so that left padding cannot change a row.
     """
 

@@ -39,7 +39,7 @@ class GPTJAttention(_AttnMethod):
 
     @classmethod
     def describe(cls, module, index):
-        return Layer(module.layer_idx, 1 / module.scale_attn)
+        return Layer(module.layer_idx, 1 / module.scale_attn, max_positions=len(module.embed_positions))
 
 
 class GPTNeoXJapaneseAttention(_AttnMethod):
