@@ -157,8 +157,7 @@ class BatchEngine:
             request_id = new_request_id() if request_id is None else request_id
             if not isinstance(request_id, str) or request_id in self._states:
                 raise InvalidArgument(f"request_id {request_id!r} must be a string that is not in use")
-            if not self._scheduler.has_unfinished() and self.model.weights_replaced():
-                self._scheduler.reset_prefix_cache()
+            self._look_if_idle()
             request = Request(
                 request_id=request_id,
                 prompt_token_ids=ids,
@@ -276,6 +275,11 @@ class BatchEngine:
         if self.model.weights_changed():
             self._scheduler.reset_prefix_cache()
         self._scheduler.share_prefixes(not self.model.hooked)
+
+    def _look_if_idle(self) -> None:
+        """When work starts: the slower look, which also finds writes behind autograd's back."""
+        if not self._scheduler.has_unfinished() and self.model.weights_replaced():
+            self._scheduler.reset_prefix_cache()
 
     def _may_guess(self) -> bool:
         """Not while a failing step is being bisected, nor while user code in the forward would see the guesses."""

@@ -79,6 +79,7 @@ class HeldRows:
         with engine._lock:
             engine._check_open()
             engine._release_dropped()
+            engine._look_if_idle()
             self._sequences = [
                 self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, **self._options)
                 for row in range(num_rows)

@@ -109,7 +109,7 @@ def current_batch() -> PackedBatch | None:
                     record(segment.request_id, segment.positions, output[0, segment.rows])
     """
     context = active_context()
-    if not isinstance(context, StepContext):
+    if not isinstance(context, StepContext) or context.owner is None:  # somebody looks at the model, nobody uses it
         return None
     if context.states is not None and context.states.running is not None:
         raise InvalidArgument(

@@ -224,6 +224,18 @@ def test_a_hook_on_all_of_torch_s_modules_counts_too(engine, model, stock):
     assert "every module" in report.off["prefix sharing"] and "model.layers.0.mlp" in report.off["fused mlp"]
 
 
+def test_patching_asks_no_hook_of_all_modules_for_rows(model):
+    """It may be called while the model is looked at: there is no batch then."""
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(hf_paged.current_batch()))
+    seen = []
+    try:
+        hf_paged.patch(model, verify=True)
+    finally:
+        handle.remove()
+    assert None in seen
+    hf_paged.unpatch(model)
+
+
 def test_a_hook_that_changes_its_input_in_place_acts_as_in_stock(engine, model, stock):
     def halve(module, args):
         args[0][..., ::2] *= 0.5

@@ -71,8 +71,13 @@ def test_an_optimizer_step_reaches_the_next_token(model):
     assert not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("way", [{}, {"output_scores": True, "return_dict_in_generate": True}], ids=["rows", "pages"])
 @pytest.mark.parametrize("write", ["data", "load_state_dict", "assign", "new_parameter"])
-def test_every_way_of_writing_weights_reaches_the_next_token(model, write):
+def test_every_way_of_writing_weights_reaches_the_next_token(model, write, way):
+    def greedy(model) -> torch.Tensor:
+        result = model.generate(PROMPT, max_new_tokens=8, do_sample=False, **way)
+        return result if torch.is_tensor(result) else result.sequences
+
     hf_paged.patch(model)
     greedy(model)
     other = tiny_model("llama-tied-llama3-rope", seed=9)
