@@ -168,6 +168,7 @@ class _Decoding:
     def __init__(self, model, method, input_ids, config, synced_gpus: bool, model_kwargs: dict):
         self.model, self.method = model, method
         self.input_ids, self.config, self.synced_gpus, self.kwargs = input_ids, config, synced_gpus, model_kwargs
+        self.why = "use_cache"  # the option that keeps the call from pages, if one does
 
     # -- stock's own loop on its own cache
 
@@ -176,9 +177,9 @@ class _Decoding:
 
         `takes_back`: the method drops tokens again that it has computed.
         """
-        for option, reason in self._reasons(takes_back or self.config.is_assistant):
+        for self.why, reason in self._reasons(takes_back or self.config.is_assistant):
             if not self.config.is_assistant:  # else these are guesses for another model, whose masks the caller never saw
-                self.model._hf_paged.note_fallback(option, reason)
+                self.model._hf_paged.note_fallback(self.why, reason)
             return True
         return False
 
@@ -229,7 +230,7 @@ class _Decoding:
         if isinstance(pages, PagedCache):  # earlier calls of whoever drafts were on pages
             reason = why_not_stock(self.model._hf_paged)
             if reason:
-                raise UnsupportedOption(f"past_key_values: {next(self._reasons())[0]} needs transformers' cache; {reason}")
+                raise UnsupportedOption(f"past_key_values: {self.why} needs transformers' cache; {reason}")
             self.kwargs |= {name: None for name in CACHE_NAMES if self.kwargs.get(name) is pages}
             self.kwargs[CACHE_NAME] = to_stock(pages, whole=True)
             pages.close()

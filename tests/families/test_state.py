@@ -283,3 +283,21 @@ def test_nothing_can_be_guessed_where_a_state_cannot_be_taken_back():
     with pytest.raises(UnsupportedOption, match="^draft_model: its layers keep a state"):
         hf_paged.Engine(attending, draft_model=model)
     assert not any(map(hf_paged.hf.patch.is_patched, (model, attending)))
+
+
+@pytest.mark.filterwarnings("ignore:attention_mask")
+def test_pages_handed_out_go_on_with_their_states():
+    model = tiny_model("lfm2")
+    ids = torch.randint(3, 199, (2, 20), generator=torch.Generator().manual_seed(1))
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
+    hf_paged.patch(model)
+    try:
+        first = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+        again = model.generate(first.sequences, max_new_tokens=6, do_sample=False, **{CACHE: first[CACHE]})
+        assert torch.equal(again, expected)
+        holes = torch.ones_like(again)
+        holes[0, 5] = 0
+        with pytest.raises(UnsupportedOption, match="past_key_values: attention_mask"):
+            model.generate(again, attention_mask=holes, max_new_tokens=2, **{CACHE: first[CACHE]})
+    finally:
+        hf_paged.unpatch(model)
