@@ -186,6 +186,9 @@ class _Decoding:
     def _reasons(self, takes_back: bool):
         config, kwargs = self.config, self.kwargs
         adapter = self.model._hf_paged.adapter
+        outdated = self.model._hf_paged.adaptations.outdated()
+        if outdated:
+            yield "latent attention", outdated
         if torch.is_autocast_enabled(self.model.device.type):
             yield "torch.autocast", "pages hold the model's own dtype"
         if self.synced_gpus:

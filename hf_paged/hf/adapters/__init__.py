@@ -102,6 +102,13 @@ class Adaptations:
         """How transformers' own cache keeps what the pages of a layer hold."""
         return self.forms.get(layer_idx, StockForm())
 
+    def outdated(self) -> str | None:
+        """What has happened to the model that its pages cannot follow, until it is patched again; None if nothing has."""
+        for module in self.forms.values():
+            if isinstance(module, LatentAttention) and (reason := why_expanded(module)):
+                return f"in layer {module.layer_idx} {reason} since the model was patched; call hf_paged.patch(model) again"
+        return None
+
     def undo(self) -> None:
         for module in self.swapped:
             restore(module)

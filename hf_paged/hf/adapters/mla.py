@@ -32,8 +32,7 @@ class LatentAttention(StockForm, Swapped):
         reason = why_expanded(self)
         if reason is not None:
             raise UnsupportedModel(
-                f"{type(self).__name__}.kv_b_proj of layer {self.layer_idx} changed while the model is patched: "
-                f"{reason}. Call hf_paged.patch(model) again"
+                f"model: in layer {self.layer_idx} {reason} since the model was patched; call hf_paged.patch(model) again"
             )
         return torch.cat((kv_nope, k_rot), dim=-1), kv_nope
 
