@@ -1,8 +1,8 @@
 """Faster forwards for modules of a patched model, active only inside a step of the engine.
 
-Only plain nn.Linear layers are merged or given another kernel. Everything else is not chosen by a class's name alone:
-it runs once beside the module's own forward on random inputs and is kept only if the results agree. Outside a step, or
-when someone hooked a part that the fused form would bypass, the module's own forward runs.
+Only plain nn.Linear layers are merged or given another kernel unseen. Everything else is not chosen by a class's name
+alone: it runs once beside the module's own forward on random inputs and is kept only if the results agree. Outside a
+step, or when someone hooked a part that the fused form would bypass, the module's own forward runs.
 
 - Linear: y = x W^T by our kernel, on the live weight.
 - Merged projections (q/k/v, gate/up): one weight holds all of them, the model's own parameters are views of it. The
@@ -248,8 +248,20 @@ def _inner_layer(layer):
 
 
 def _fuse_linear(module, fusions: Fusions) -> None:
-    if type(module) is nn.Linear and can_swap(module) and fused.supports_linear(module.weight):
-        fusions.swap(module, FusedLinear, None, "linear")
+    if isinstance(module, nn.Linear) and can_swap(module) and fused.supports_linear(module.weight):
+        if type(module) is nn.Linear or _only_linear(module):
+            fusions.swap(module, FusedLinear, None, "linear")
+
+
+def _only_linear(module: nn.Linear) -> bool:
+    """Whether a modeling file's subclass, such as Falcon's, computes just what nn.Linear does."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    x = _rows(module.in_features, module.weight)
+    expected = module(x)
+    return isinstance(expected, torch.Tensor) and _agree(
+        fused.linear(x, module.weight, module.bias), expected, tolerance=1e-5
+    )
 
 
 def _fuse_norm(module, fusions: Fusions) -> None:

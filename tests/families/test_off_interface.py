@@ -12,6 +12,7 @@ from tiny_models import CACHE, tiny_model
 from transformers import DynamicCache
 
 import hf_paged
+import hf_paged_kernels as kernels
 from hf_paged import EngineConfig, InvalidArgument, RequestTooLarge, SamplingParams, UnsupportedModel
 from hf_paged.hf.swap import Swapped
 
@@ -132,6 +133,13 @@ def test_in_bfloat16_the_bias_is_rounded_as_stock_s(label):
     with hf_paged.Engine(model):
         paged = model.generate(ids, **options).logits[0]
     assert (paged - stock).abs().max() <= 0.02 * stock.abs().max()
+
+
+def test_falcon_s_own_kind_of_linear_layer_gets_the_linear_kernel():
+    model = tiny_model("falcon-7b")
+    count = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    fused = hf_paged.explain(hf_paged.patch(model)).fused
+    assert fused["linear"] == count or not kernels.supports("cpu", "cpu")
 
 
 def test_explain_names_the_bias_and_the_window():
