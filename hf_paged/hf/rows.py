@@ -59,6 +59,8 @@ def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift
         return False
     if not all(type(criterion) in _CRITERIA for criterion in criteria):
         return False
+    if any(len(getattr(p, "encoder_input_ids", input_ids)) != len(input_ids) for p in processors):
+        return False  # encoder_repetition_penalty of several rows per prompt: transformers 5.17 penalises only some
     max_new, eos, rest = _split_criteria(criteria, input_ids.shape[1])
     if max_new is None or (len(input_ids) > 1 and rest and not eos):
         return False
@@ -193,10 +195,9 @@ class RowGeneration:
         if torch.is_tensor(getattr(processor, "prompt_ignore_length", None)):
             processor.prompt_ignore_length = int(processor.prompt_ignore_length[row])
         if type(processor) is stock.EncoderRepetitionPenaltyLogitsProcessor:
-            prompt = row * len(processor.encoder_input_ids) // self.batch  # fewer prompts than rows: return sequences
-            processor.encoder_input_ids = processor.encoder_input_ids[prompt : prompt + 1]
+            processor.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
         if type(processor) is stock.EncoderNoRepeatNGramLogitsProcessor:
-            prompt = row * processor.batch_size // self.batch
+            prompt = row * processor.batch_size // self.batch  # fewer prompts than rows: return sequences
             processor.batch_size, processor.generated_ngrams = 1, processor.generated_ngrams[prompt : prompt + 1]
         return processor
 
