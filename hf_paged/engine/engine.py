@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
-from tqdm.auto import tqdm
-
 from ..base.config import EngineConfig
 from ..base.errors import (
     DeadlineExceeded,
@@ -20,7 +18,6 @@ from ..base.errors import (
     InvalidArgument,
     QueueFull,
     RequestFailed,
-    RequestTooLarge,
 )
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
@@ -31,14 +28,15 @@ from ..runtime.packed import Owner
 from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import SampleResult, derive_seed
 from .build import build, build_speculator
+from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
 from .execute import Due, StepExecutor
 from .held import HeldRows
 from .isolation import Isolation
+from .job import run_job
 from .lock import FairLock
 from .metrics import StepClock
 from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
-from .text import encode_bad_words
 
 HELD_WAIT = 0.001  # seconds
 Prompt = str | list[int] | list[dict]
@@ -119,7 +117,9 @@ class BatchEngine:
         processors, criteria = tuple(logits_processors), tuple(stopping_criteria)
         if processors or criteria or forward_hooks is not None:
             hooks = RowHooks(
-                processors=processors, criteria=criteria, forward_hooks=self._checked_forward_hooks(forward_hooks)
+                processors=processors,
+                criteria=criteria,
+                forward_hooks=checked_forward_hooks(forward_hooks, self.model.check_module),
             )
         state = self.submit(
             prompt,
@@ -150,7 +150,8 @@ class BatchEngine:
         if not isinstance(params, SamplingParams):
             raise InvalidArgument(f"params must be SamplingParams, got {type(params).__name__}")
         text, ids = prompt_tokens(prompt, self.tokenizer, self.model.vocab_size)
-        bad_words = self._check_params(params, deadline, priority, cache_salt)
+        check_options(deadline, priority, cache_salt, self.config.policy)
+        bad_words = checked_params(params, self.tokenizer, self.model.vocab_size)
         now = time.monotonic()
         with self._lock:
             self._check_open()
@@ -162,7 +163,7 @@ class BatchEngine:
                 request_id=request_id,
                 prompt_token_ids=ids,
                 n=params.n,
-                max_tokens=self._max_tokens(params, len(ids)),
+                max_tokens=most_new_tokens(params, len(ids), self.max_model_len),
                 min_tokens=params.min_tokens,
                 stop_token_ids=frozenset(params.stop_token_ids or ()),
                 eos_token_ids=frozenset() if params.ignore_eos else self.model.eos_token_ids,
@@ -198,47 +199,6 @@ class BatchEngine:
                 return self.submit(prompt, params, **options)
             except QueueFull:
                 self.step()
-
-    def _checked_forward_hooks(self, forward_hooks: Mapping[str, Callable] | None) -> dict[str, Callable]:
-        if forward_hooks is None:
-            return {}
-        if not isinstance(forward_hooks, Mapping):
-            raise InvalidArgument(
-                f"forward_hooks must map module names to functions, got {type(forward_hooks).__name__}"
-            )
-        for name, function in forward_hooks.items():
-            self.model.check_module(name)
-            if not callable(function):
-                raise InvalidArgument(f"forward_hooks: {name!r} needs a function, got {type(function).__name__}")
-        return dict(forward_hooks)
-
-    def _max_tokens(self, params: SamplingParams, prompt_length: int) -> int:
-        room = self.max_model_len - prompt_length
-        if room < 1:
-            raise RequestTooLarge(
-                f"prompt has {prompt_length} tokens; with at least one to generate it exceeds the "
-                f"{self.max_model_len} tokens of max_model_len"
-            )
-        return room if params.max_tokens is None else min(params.max_tokens, room)
-
-    def _check_params(self, params: SamplingParams, deadline, priority, cache_salt) -> list[list[int]]:
-        """Checks that need the model or the tokenizer. Returns the tokens of `bad_words`."""
-        vocab_size = self.model.vocab_size
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if not 0 <= token < vocab_size:
-                    raise InvalidArgument(f"{name} has {token}, outside the vocabulary of {vocab_size} tokens")
-        if self.tokenizer is None and (params.stop or params.bad_words):
-            raise InvalidArgument(f"{'stop' if params.stop else 'bad_words'} needs an engine with a tokenizer")
-        if deadline is not None and (not isinstance(deadline, (int, float)) or not deadline > 0):
-            raise InvalidArgument(f"deadline must be a positive number of seconds, got {deadline!r}")
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise InvalidArgument(f"priority must be an integer, got {priority!r}")
-        if priority and self.config.policy != "priority":
-            raise InvalidArgument("priority has no effect under policy 'fcfs'; use EngineConfig(policy='priority')")
-        if cache_salt is not None and not isinstance(cache_salt, (str, bytes)):
-            raise InvalidArgument(f"cache_salt must be a string or bytes, got {type(cache_salt).__name__}")
-        return encode_bad_words(self.tokenizer, params.bad_words) if params.bad_words else []
 
     # One step
 
@@ -495,8 +455,6 @@ class BatchEngine:
             for sequence in state.request.sequences:
                 self._speculator.forget(sequence.seq_id)
 
-    # Whole jobs
-
     def generate(
         self, prompts, params: SamplingParams | list[SamplingParams] | None = None, *, progress: bool = False
     ) -> list[RequestOutput]:
@@ -511,38 +469,7 @@ class BatchEngine:
             RequestFailed: a prompt's own error. The other prompts are run to their end first; the exception's `outputs`
                 lists all of them in order.
         """
-        single = isinstance(prompts, str) or (
-            isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))
-        )
-        prompts = [prompts] if single else list(prompts)
-        if isinstance(params, (list, tuple)):
-            if len(params) != len(prompts):
-                raise InvalidArgument(f"params has {len(params)} entries for {len(prompts)} prompts")
-        else:
-            params = [params] * len(prompts)
-        states: list[RequestState] = []
-        try:
-            for prompt, one in zip(prompts, params):
-                states.append(self.submit_when_possible(prompt, one))
-            self._finish_all(states, progress)
-        finally:
-            for state in states:
-                self.release(state)
-        outputs = [state.output for state in states]
-        failed = next((output.error for output in outputs if output.error is not None), None)
-        if failed is not None:
-            failed.outputs = outputs
-            raise failed
-        return outputs
-
-    def _finish_all(self, states: list[RequestState], progress: bool) -> None:
-        with tqdm(total=len(states), disable=not progress, unit="request", dynamic_ncols=True) as bar:
-            while not all(state.finished for state in states):
-                self.step()
-                done = sum(state.finished for state in states)
-                if done > bar.n:
-                    bar.set_postfix(tokens=sum(state.num_output for state in states), refresh=False)
-                    bar.update(done - bar.n)
+        return run_job(self, prompts, params, progress)
 
     @property
     def has_state(self) -> bool:
