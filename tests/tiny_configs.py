@@ -232,6 +232,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         ),
     ),
     "qwen3_next": ("qwen3_next", DELTA),
+    "qwen3_5": ("qwen3_5", dict(text_config=DELTA)),
+    "qwen3_5_moe": ("qwen3_5_moe", dict(text_config=DELTA)),
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA),
     "olmo_hybrid": ("olmo_hybrid", {**DELTA, "linear_num_key_heads": 4}),
@@ -247,7 +249,57 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "lfm2": ("lfm2", dict(block_auto_adjust_ff_dim=False, **CONV)),
     "lfm2_moe": ("lfm2_moe", dict(num_dense_layers=1, **CONV)),
-    "lfm3": ("lfm3", CONV),
+    "lfm3": (
+        "lfm3",
+        dict(
+            num_hidden_layers=5,
+            layer_types=["conv", "conv", "full_attention", "conv", "sliding_attention"],
+            sliding_window=20,
+        ),
+    ),
+    "lara_mini": (
+        "lara_mini",
+        {
+            **DELTA,
+            "layer_types": ["linear_attention", "sliding_attention", "linear_attention", "full_attention"],
+            "sliding_window": 20,
+        },
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        dict(num_hidden_layers=4, layer_group_size=2, head_dim=12, num_key_value_heads=4, first_k_dense_replace=1),
+    ),
+    "zaya": ("zaya", dict(num_experts_per_tok=1, router_hidden_size=32)),
+    "zamba": (
+        "zamba",
+        dict(num_hidden_layers=6, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4),
+    ),
+    "zamba2": (
+        "zamba2",
+        dict(
+            layers_block_type=["linear_attention", "hybrid", "hybrid"],
+            num_key_value_heads=4,
+            mamba_d_state=8,
+            mamba_ngroups=2,
+            n_mamba_heads=6,
+            chunk_size=16,
+            use_shared_attention_adapter=True,
+            adapter_rank=8,
+            use_mem_rope=True,
+            time_step_min=0.1,
+            time_step_max=0.3,
+        ),
+    ),
+    "minimax": (
+        "minimax",
+        dict(
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            block_size=16,
+            sliding_window=None,
+        ),
+    ),
+    "minimax-window": ("minimax", dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])),
 }
 
 # Names of which there is no tiny model that generates from text, and why.

@@ -220,11 +220,14 @@ class _Decoding:
 
     def _reasons_of_the_mask(self):
         mask, positions = self.kwargs.get("attention_mask"), self.kwargs.get("position_ids")
+        flaw = self.model._hf_paged.adaptations.padding_flaw
         if mask is not None:
             if mask.dim() != 2:
                 yield "attention_mask", f"it has {mask.dim()} dimensions"
             elif bool(((mask == 0) & (mask.cumsum(-1) > 0)).any()):
                 yield "attention_mask", "it has zeros after a row's first token"
+            elif flaw is not None and bool((mask == 0).any()):
+                yield "attention_mask", flaw
         if positions is not None and positions.dim() != 2:
             yield "position_ids", f"it has {positions.dim()} dimensions"
 

@@ -96,6 +96,11 @@ def probe_layers(
             f"model: {type(model).__name__} has {expected} layers but attended, or kept a state, in layers {found}"
         )
     check_cache(config, visibility.layers)
+    if config.model_type == "minimax" and getattr(config, "sliding_window", None):
+        raise UnsupportedModel(
+            "model: config.sliding_window is set, which this family's own cache knows nothing of, so prefill and decode "
+            "disagree; set it to None"
+        )
     layers = [
         LayerSpec(layer, *sizes, *(_rule(visibility, layer, call) or (adaptations.window(layer), None)), call)
         for (layer, call), sizes in sorted(probe.seen.items())

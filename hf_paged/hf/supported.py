@@ -9,16 +9,16 @@ from __future__ import annotations
 
 SUPPORTED = frozenset(
     """
-    axk1 bamba bart big_bird blenderbot blenderbot-small bloom codegen deepseek_v2 deepseek_v3 falcon falcon_h1
-    falcon_mamba gemma gemma2 gemma3_text glm4_moe_lite gpt_neo gpt_neox_japanese gpt_oss gptj granitemoehybrid jamba
-    kimi_linear lfm2 lfm2_moe llama longcat_flash mamba mamba2 marian mbart megatron-bert minicpm3 mistral mixtral mpt
-    nemotron_h olmo2 olmo_hybrid openai-gpt pegasus phi3 plbart qwen2 qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
-    qwen3_next rembert roformer sarvam_mla trocr xglm youtu
+    axk1 bailing_hybrid bamba bart big_bird blenderbot blenderbot-small bloom codegen deepseek_v2 deepseek_v3 falcon
+    falcon_h1 falcon_mamba gemma gemma2 gemma3_text glm4_moe_lite gpt_neo gpt_neox_japanese gpt_oss gptj
+    granitemoehybrid jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 llama longcat_flash mamba mamba2 marian mbart
+    megatron-bert minicpm3 minimax mistral mixtral mpt nemotron_h olmo2 olmo_hybrid openai-gpt pegasus phi3 plbart qwen2
+    qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next rembert roformer sarvam_mla trocr xglm youtu zamba zamba2
+    zaya
     """.split()
 )
 
 _INDEXER = "its indexer chooses which tokens each query attends to, and keeps a cache of its own for that"
-_SHARED = "its attention layers are shared and do not know their own place"
 _STATE_ELSEWHERE = "its layers keep a state outside the cache, which a packed batch would mix up"
 
 REASONS = {
@@ -31,6 +31,4 @@ REASONS = {
     "hy_v4": _INDEXER,
     "recurrent_gemma": _STATE_ELSEWHERE,
     "rwkv": _STATE_ELSEWHERE,
-    "zamba": _SHARED,
-    "zamba2": _SHARED,
 }

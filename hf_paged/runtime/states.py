@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..base.errors import UnsupportedModel
 from ..core.plan import StepPlan
 
-# (hidden states [S, n, H] of S sequences, their states or None at the start) -> (output [S, n, H], their new states)
-Advance = Callable[[torch.Tensor, "list[torch.Tensor] | None"], tuple[torch.Tensor, list[torch.Tensor]]]
+Output = torch.Tensor | tuple[torch.Tensor, ...]  # of a layer: [.., n, ...] each, n being tokens
+Select = Callable[[torch.Tensor], torch.Tensor]  # packed rows [1, T, ...] -> those of S sequences with n tokens [S, n, ...]
+# (what selects the sequences, their states or None at the start) -> (the layer's output for them, their new states)
+Advance = Callable[[Select, "list[torch.Tensor] | None"], tuple[Output, list[torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,20 @@ class _Group:
     reads: torch.Tensor | None
     writes: torch.Tensor
 
+    def select(self, packed: torch.Tensor, token: int | None = None) -> torch.Tensor:
+        """The group's rows [S, n, ...] of `packed` [1, T, ...], or of one token [S, 1, ...]."""
+        rows = packed[0, self.rows].unflatten(0, self.shape)
+        return rows if token is None else rows[:, token : token + 1]
+
+    def advance(self, advance: Advance, state: list[torch.Tensor] | None, takes_chunks: bool):
+        if takes_chunks or state is None or self.shape[1] == 1:
+            return advance(self.select, state)
+        outputs = []
+        for token in range(self.shape[1]):
+            output, state = advance(partial(self.select, token=token), state)
+            outputs.append(output)
+        return _each(lambda *tokens: torch.cat(tokens, dim=1), *outputs), state
+
 
 class StepStates:
     """One step's sequences, as the layers with a state see them.
@@ -120,6 +137,7 @@ class StepStates:
         for count, (read, write) in zip(plan.num_new, plan.states, strict=True):
             members.setdefault((count, read < 0), []).append((start, read, write))
             start += count
+        self._num_tokens = start
         self._groups = [self._group(count, fresh, entries) for (count, fresh), entries in members.items()]
 
     def _group(self, count: int, fresh: bool, entries: list[tuple[int, int, int]]) -> _Group:
@@ -127,39 +145,40 @@ class StepStates:
         rows = starts[:, None] + torch.arange(count, device=self._cache.device)
         return _Group(rows.flatten(), (len(entries), count), None if fresh else reads, writes)
 
-    def advance(self, name: str, hidden: torch.Tensor, advance: Advance) -> torch.Tensor:
-        """Run a layer over the packed `hidden` [1, T, H]: every sequence goes on from its own state, and leaves it."""
+    def advance(self, name: str, advance: Advance) -> Output:
+        """Run a layer: every sequence goes on from its own state, and leaves it. Returns the packed output [1, T, ...]."""
         if name in self._done:
             raise UnsupportedModel(f"{name} ran twice in one step; its state can go on only once")
         self._done.add(name)
         self.running = name
         try:
-            return self._advance(name, hidden, advance)
+            return self._advance(name, advance)
         finally:
             self.running = None
 
-    def _advance(self, name: str, hidden: torch.Tensor, advance: Advance) -> torch.Tensor:
+    def _advance(self, name: str, advance: Advance) -> Output:
         cache, takes_chunks = self._cache, self._cache.specs[name].takes_chunks
         # all reads come before any write: a slot may be read by one sequence and written by another
         states = [None if group.reads is None else cache.read(name, group.reads) for group in self._groups]
-        output = None
+        outputs = []
         for group, state in zip(self._groups, states):
-            part = hidden[0, group.rows].unflatten(0, group.shape)
-            result, state = _advance_group(part, state, advance, takes_chunks)
+            output, state = group.advance(advance, state, takes_chunks)
             cache.write(name, group.writes, state)
-            if len(self._groups) == 1:  # then its rows are all rows, in order
-                return result.flatten(0, 1)[None]
-            if output is None:
-                output = result.new_empty(1, hidden.shape[1], result.shape[-1])
-            output[0, group.rows] = result.flatten(0, 1)
-        return output
+            outputs.append(output)
+        return _each(self._pack, *outputs)
+
+    def _pack(self, *parts: torch.Tensor) -> torch.Tensor:
+        """[S, n, ...] of every group -> [1, T, ...]."""
+        if len(parts) == 1:  # its rows are all rows, in order
+            return parts[0].flatten(0, 1)[None]
+        result = parts[0].new_empty(1, self._num_tokens, *parts[0].shape[2:])
+        for group, part in zip(self._groups, parts):
+            result[0, group.rows] = part.flatten(0, 1)
+        return result
 
 
-def _advance_group(hidden, state, advance: Advance, takes_chunks: bool):
-    if takes_chunks or state is None or hidden.shape[1] == 1:
-        return advance(hidden, state)
-    outputs = []
-    for token in hidden.split(1, dim=1):
-        output, state = advance(token, state)
-        outputs.append(output)
-    return torch.cat(outputs, dim=1), state
+def _each(function: Callable[..., torch.Tensor], *outputs: Output) -> Output:
+    """`function` of the outputs, or of every one of their parts."""
+    if isinstance(outputs[0], torch.Tensor):
+        return function(*outputs)
+    return tuple(map(function, *outputs))

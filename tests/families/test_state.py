@@ -19,6 +19,8 @@ from hf_paged import EngineConfig, InvalidArgument, RequestFailed, SamplingParam
 # does the same for all families.
 FAMILIES = ["mamba", "mamba2", "jamba", "falcon_h1", "nemotron_h", "qwen3_next", "lfm2"]
 WHOLE_PROMPTS = {"mamba", "jamba", "nemotron_h"}
+# Mixers with several outputs, attention that is told its layer by the call, a cache of the family's own.
+UNUSUAL = ["zaya", "zamba2", "minimax"]
 KINDS = ["mamba2", "jamba", "qwen3_next", "lfm2"]
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
 
@@ -56,6 +58,23 @@ def test_preemption(family):
 
 def test_generate_with_left_padding_returns_stock_tokens_and_logits(family):
     family.check_generate()
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_mixers(name):
+    comparison = comparison_of(name)
+    comparison.check_chunks_and_prefix_hits()
+    comparison.check_preemption()
+    if name == "minimax":
+        with pytest.warns(UserWarning, match="masks padded rows of this family wrongly"):
+            comparison.check_generate()
+        tokens, _ = comparison.expected[0]
+        hf_paged.patch(comparison.model)
+        out = comparison.model.generate(torch.tensor([comparison.jobs[0]]), max_new_tokens=NEW, do_sample=False)
+        hf_paged.unpatch(comparison.model)
+        assert out[0, -NEW:].tolist() == tokens
+    else:
+        comparison.check_generate()
 
 
 def test_sequences_computed_again_in_the_middle_have_stock_probabilities(family):

@@ -19,9 +19,9 @@ from torch import nn
 from ...base.errors import UnsupportedModel
 from ..swap import can_swap, restore, swap
 from . import alibi, positions, softmax
-from .base import Layer, StockForm
+from .base import Layer, Place, PlacedAttention, StockForm
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
-from .state import Mixer, PagedMixer, StateProbe, as_mixer
+from .state import Mixer, StateProbe, describe_mixer, mixer_class
 
 __all__ = ["Adaptations", "LatentAttention", "StateProbe", "StockForm", "adapt"]
 
@@ -67,6 +67,7 @@ class Adaptations:
         kinds: what `explain` says of a layer, by number.
         max_positions: the most positions its layers are made for, or None.
         shift_free: whether the model sees differences of positions only.
+        padding_flaw: why stock's own rows depend on the padding on their left; None if they do not.
         notes: slower paths and their reasons.
     """
 
@@ -76,9 +77,10 @@ class Adaptations:
     kinds: dict[int, str] = field(default_factory=dict)
     max_positions: int | None = None
     shift_free: bool = False
+    padding_flaw: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
-    def swap(self, module: nn.Module, mixin: type, state: Layer | Mixer | None) -> None:
+    def swap(self, module: nn.Module, mixin: type, state: Layer | Place | Mixer | None) -> None:
         if not can_swap(module):
             raise UnsupportedModel(
                 f"model: the forward of its {type(module).__name__} was replaced (device_map hooks?); load it without"
@@ -120,11 +122,14 @@ def adapt(model: nn.Module) -> Adaptations:
     adaptations = Adaptations()
     try:
         for name, module in list(model.named_modules()):
-            mixin, mixer = _mixin(module), as_mixer(name, module)
+            mixin, mixer = _mixin(module), mixer_class(module)
             if mixin is not None:
                 adaptations.swap(module, mixin, mixin.describe(module, len(adaptations.layers)))
             elif mixer is not None:
-                adaptations.swap(module, PagedMixer, mixer)
+                adaptations.swap(module, mixer, describe_mixer(name, module))
+                adaptations.padding_flaw = mixer.PADDING_FLAW
+            elif PlacedAttention.fits(module):
+                adaptations.swap(module, PlacedAttention, PlacedAttention.describe(name))
             elif is_latent_attention(module):
                 _adapt_latent(adaptations, module)
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,34 @@ class Layer:
     slopes: torch.Tensor | None = None
     max_positions: int | None = None
     shift_free: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """State of a swapped attention module that does not know which layer it is in."""
+
+    layer_idx: int
+
+
+class PlacedAttention(Swapped):
+    """Mixin of attention modules on transformers' attention interface that are told their layer by the call. State: Place."""
+
+    @staticmethod
+    def fits(module: torch.nn.Module) -> bool:
+        unplaced = getattr(module, "layer_idx", 0) in (None, -1)
+        return unplaced and "layer_idx" in inspect.signature(type(module).forward).parameters
+
+    @staticmethod
+    def describe(name: str) -> Place:
+        """The Place of a module by its path: the number in it is its layer's."""
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if not numbers:
+            raise UnsupportedModel(f"model: {name} is told its layer by the call, and does not stand in a list of layers")
+        return Place(numbers[0])
+
+    @property
+    def layer_idx(self) -> int:
+        return self._hf_paged.layer_idx
 
 
 class StockForm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,29 +26,96 @@ CACHE_PARAMETERS = ("cache", "cache_params", "past_key_values")  # what mixers c
 
 @dataclass(frozen=True)
 class Mixer:
-    """State of a swapped mixer: its path in the model, and what it calls its cache."""
+    """State of a swapped mixer.
+
+    Attributes:
+        name: its path in the model.
+        parameters: the names of its forward's parameters, in order.
+        cache_parameter: the one that takes its cache.
+    """
 
     name: str
+    parameters: tuple[str, ...]
     cache_parameter: str
 
 
 class PagedMixer(Swapped):
     """State: Mixer."""
 
-    def forward(self, hidden_states, *args, **kwargs):
+    PADDING_FLAW: str | None = None  # see Adaptations
+
+    def forward(self, *args, **kwargs):
         own, context = super().forward, active_context()
         if context is None:
-            return own(hidden_states, *args, **kwargs)
+            return own(*args, **kwargs)
         mixer = self._hf_paged
-        if args or any(isinstance(value, torch.Tensor) for value in kwargs.values()):
-            raise UnsupportedModel(f"model: {mixer.name} takes more than hidden states; whose rows they are is unknown")
+        given = dict(zip(mixer.parameters, args)) | kwargs
+        num_tokens = context.position_ids.shape[1]
 
-        def advance(hidden, states):
-            layer = _StateLayer(states)
-            kwargs[mixer.cache_parameter] = Cache(layers=[layer] * (self.layer_idx + 1))
-            return own(hidden, **kwargs), layer.states()
+        def advance(select, states):
+            cache, contents = self._cache(states)
+            arguments = {name: _select(value, select, num_tokens, mixer) for name, value in given.items()}
+            return self._output(own(**{**arguments, mixer.cache_parameter: cache})), contents()
 
-        return context.states.advance(mixer.name, hidden_states, advance)
+        return self._result(context.states.advance(mixer.name, advance))
+
+    def _cache(self, states: list[torch.Tensor] | None) -> tuple[object, Callable[[], list[torch.Tensor]]]:
+        """(a cache that holds `states`, what tells the states that the forward left in it)."""
+        layer = _StateLayer(states)
+        return Cache(layers=[layer] * (self.layer_idx + 1)), layer.states
+
+    @staticmethod
+    def _output(output):
+        """What of the forward's result belongs to tokens."""
+        return output
+
+    @staticmethod
+    def _result(output):
+        """What the caller expects."""
+        return output
+
+
+class LightningMixer(PagedMixer):
+    """MiniMax's lightning attention, whose cache is a list of its own, and which returns its state beside the output."""
+
+    PADDING_FLAW = "transformers masks padded rows of this family wrongly where it decodes, which pages do not imitate"
+
+    def _cache(self, states):
+        cache = _LinearCache(states)
+        return cache, cache.states
+
+    @staticmethod
+    def _output(output):
+        return output[0]
+
+    @staticmethod
+    def _result(output):
+        return output, None
+
+
+class _LinearCache:
+    def __init__(self, states: list[torch.Tensor] | None):
+        self._state = None if states is None else states[0]
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        return self._state
+
+    def set_linear_cache(self, layer_idx: int, state: torch.Tensor) -> None:
+        self._state = state
+
+    def states(self) -> list[torch.Tensor]:
+        return [self._state]
+
+
+def _select(value, select, num_tokens: int, mixer: Mixer):
+    """An argument of the packed batch, for the sequences that `select` picks."""
+    if isinstance(value, torch.Tensor):
+        if value.shape[:2] == (1, num_tokens):
+            return select(value)
+        raise UnsupportedModel(f"model: {mixer.name} takes a tensor {list(value.shape)}; whose rows it has is unknown")
+    if isinstance(value, tuple):
+        return tuple(_select(item, select, num_tokens, mixer) for item in value)
+    return value
 
 
 class _StateLayer(LinearAttentionLayer):
@@ -67,13 +135,21 @@ class _StateLayer(LinearAttentionLayer):
         return [state for state in (self.conv_states[0], self.recurrent_states[0]) if state is not None]
 
 
-def as_mixer(name: str, module: nn.Module) -> Mixer | None:
-    """The Mixer of a layer with a state: one with a causal convolution of its own, and a place in a cache."""
-    if not hasattr(module, "layer_idx") or not any(isinstance(child, nn.Conv1d) for child in module.children()):
+def mixer_class(module: nn.Module) -> type[PagedMixer] | None:
+    """The mixin for a layer with a state: one with a causal convolution of its own, or a cache for linear attention."""
+    if not hasattr(module, "layer_idx"):
         return None
-    parameters = inspect.signature(type(module).forward).parameters
+    if type(module).__name__ == "MiniMaxLightningAttention":
+        return LightningMixer
+    return PagedMixer if any(isinstance(child, nn.Conv1d) for child in module.children()) else None
+
+
+def describe_mixer(name: str, module: nn.Module) -> Mixer:
+    parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
     cache_parameter = next((name for name in CACHE_PARAMETERS if name in parameters), None)
-    return None if cache_parameter is None else Mixer(name, cache_parameter)
+    if cache_parameter is None:
+        raise UnsupportedModel(f"model: {name} has a convolution over tokens, but takes no cache for its state")
+    return Mixer(name, parameters, cache_parameter)
 
 
 class StateProbe:
@@ -83,21 +159,21 @@ class StateProbe:
         self._modules = dict(model.named_modules())
         self.seen: list[StateSpec] = []
 
-    def advance(self, name: str, hidden: torch.Tensor, advance: Advance) -> torch.Tensor:
+    def advance(self, name: str, advance: Advance):
         module = self._modules[name]
         if any(spec.name == name for spec in self.seen):
             raise UnsupportedModel(f"model: {name} runs twice in one forward")
-        output, states = advance(hidden, None)
-        if not isinstance(output, torch.Tensor) or not states:
+        output, states = advance(_all, None)
+        if not states:
             raise UnsupportedModel(f"model: {name} does not keep its state in the cache it is given")
-        advance(hidden[:, :1], [state.clone() for state in states])
+        advance(lambda packed: packed[:, :1], [state.clone() for state in states])
         self.seen.append(
             StateSpec(
                 layer_idx=module.layer_idx,
                 name=name,
                 kind=type(module).__name__,
                 tensors=tuple((state.shape[1:], state.dtype) for state in states),
-                takes_chunks=not _limits_prompts(module) and _takes_chunks(hidden, states, advance),
+                takes_chunks=not _limits_prompts(module) and _takes_chunks(states, advance),
             )
         )
         return output
@@ -108,13 +184,21 @@ def _limits_prompts(module: nn.Module) -> bool:
     return tuple(getattr(module, "time_step_limit", (0.0, math.inf))) != (0.0, math.inf)
 
 
-def _takes_chunks(hidden: torch.Tensor, states: list[torch.Tensor], advance: Advance) -> bool:
+def _all(packed: torch.Tensor) -> torch.Tensor:
+    return packed
+
+
+def _takes_chunks(states: list[torch.Tensor], advance: Advance) -> bool:
     """Whether several tokens at once go on from the state they are given. Some mixers then begin anew instead."""
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(state.shape, generator=generator).to(state) for state in states]
-    first, _ = advance(hidden, [state.clone() for state in random])
+    first = _flat(advance(_all, [state.clone() for state in random])[0])
     for index in range(len(states)):
         changed = [state.zero_() if i == index else state for i, state in enumerate(s.clone() for s in random)]
-        if torch.equal(advance(hidden, changed)[0], first):
+        if torch.equal(_flat(advance(_all, changed)[0]), first):
             return False
     return True
+
+
+def _flat(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output.flatten() if isinstance(output, torch.Tensor) else torch.cat([part.flatten() for part in output])
