@@ -34,7 +34,8 @@ class EngineConfig:
         max_queue: most requests waiting; more raise `QueueFull`. None: unbounded.
         attention_backend: "auto", "cpu" (the C++ kernel) or "reference" (plain torch).
         fuse: run merged projections and fused norm/activation kernels where they are proven equal.
-        strict: turn every fallback to a slower path into an error.
+        strict: turn every fallback to a slower path into an error: of the model when it is patched and when requests come
+            (`explain` names them), and of a call of `generate`.
         seed: seed of requests that name none.
         speculation: guess tokens ahead and keep those that would have been sampled anyway: the same output in fewer
             steps. "ngram" repeats what prompt and output said before, "draft" asks the `draft_model` that `patch` or

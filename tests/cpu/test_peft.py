@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Sparse invariant checks are implicitly disabled",
     "ignore:Unsupported layer type",
     "ignore:Setting boft_n_butterfly_factor",
+    "ignore:Model has .tie_word_embeddings=True. and a tied layer",
 )
 
 PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20] * 2])
@@ -259,6 +260,51 @@ def test_adapters_in_a_packed_batch_equal_stock_row_by_row(name):
     assert expected != each(tiny_model("llama"))
     with Engine(model, config=hf_paged.EngineConfig(max_batch_tokens=16)) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(jobs, GREEDY)] == expected
+
+
+PLACES = {
+    "moe": ("qwen3_moe", dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])),
+    "saved": ("llama", dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "ends": ("llama", dict(target_modules=["embed_tokens", "lm_head"])),
+    "everywhere": ("llama-tied-llama3-rope", dict(target_modules="all-linear", modules_to_save=["lm_head"])),
+    "joined": ("phi3-window", dict(target_modules=["qkv_proj", "gate_up_proj"])),
+    "own-softmax": ("bloom", dict(target_modules=["query_key_value"])),
+    "latent": ("deepseek_v3", dict(target_modules=["q_a_proj", "o_proj"])),
+    "state": ("bamba", dict(target_modules=["in_proj", "q_proj"])),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "place", [pytest.param(name, marks=() if name in ("moe", "saved") else pytest.mark.slow) for name in PLACES]
+)
+def test_lora_in_every_place_before_and_after_patching(place, late):
+    family, options = PLACES[place]
+    model = tiny_model(family)
+    if late:
+        hf_paged.patch(model)
+        greedy(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **options)).eval()
+    shake(wrapped)
+    if not late:
+        hf_paged.patch(wrapped)
+    expected = stock(wrapped)
+    assert not torch.equal(expected, greedy(tiny_model(family)))
+    for _ in range(2):
+        assert torch.equal(greedy(wrapped), expected)
+
+
+def test_an_adapter_on_what_latent_attention_reads_asks_for_a_new_patch():
+    model = tiny_model("deepseek_v3")
+    hf_paged.patch(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["kv_b_proj"])).eval()
+    shake(wrapped)
+    with pytest.warns(UserWarning, match="latent attention: .* call hf_paged.patch.model. again"):
+        assert torch.equal(greedy(wrapped), stock(wrapped))
+    with pytest.raises(RequestFailed, match="kv_b_proj"):
+        hf_paged.engine_of(wrapped).generate([PROMPT[0].tolist()], GREEDY)
+    hf_paged.patch(wrapped)
+    assert torch.equal(greedy(wrapped), stock(wrapped))
 
 
 # Refusals
