@@ -45,6 +45,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [H, M, K] @ weight [H, K, N] + bias [N] -> [H, M, N]."""
+    if supports_linear(weight) and _linear.supports_head_linear(x, weight):
+        return _linear.head_linear(x, weight, bias)
+    return torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
+
+
 def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotary` takes a batch of one: q, k [1, H, T, D] and cos, sin [1, T, R] of one dtype on the CPU."""
     return (

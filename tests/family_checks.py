@@ -149,3 +149,16 @@ class Comparison:
                     for row, count in enumerate(padding):
                         off = (stock - paged)[row, :, count:].abs().max() / max(1.0, stock.abs().max())
                         assert off <= TOLERANCE, f"row {row} of the returned cache is off by {off:.1e}"
+
+    def check_bits(self) -> None:
+        """Log-probabilities do not depend on batch mates and chunks, in any bit, where every layer promises it."""
+        params = SamplingParams(temperature=0, max_tokens=6, logprobs=0, ignore_eos=True)
+
+        def logprobs(output):
+            [completion] = output.outputs
+            return [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs)]
+
+        with hf_paged.Engine(self.model, config=EngineConfig(prefix_cache=False)) as engine:
+            alone = [logprobs(engine.generate([job], params)[0]) for job in self.jobs]
+        with hf_paged.Engine(self.model, config=EngineConfig(prefix_cache=False, max_batch_tokens=23)) as engine:
+            assert [logprobs(output) for output in engine.generate(self.jobs, params)] == alone

@@ -4,7 +4,7 @@ Only plain nn.Linear layers are merged or given another kernel unseen. Everythin
 alone: it runs once beside the module's own forward on random inputs and is kept only if the results agree. Outside a
 step, or when someone hooked a part that the fused form would bypass, the module's own forward runs.
 
-- Linear: y = x W^T by our kernel, on the live weight.
+- Linear and Conv1D: y = x W^T or x W by our kernel, on the live weight.
 - Merged projections (q/k/v, gate/up): one weight holds all of them, the model's own parameters are views of it. The
   first projection called on an input computes all; its siblings, called on the same tensor, take their share.
 - RMSNorm, gated MLP activation, rotary embedding: one kernel instead of five to twelve operations.
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_paged_kernels import fused
 
@@ -84,6 +85,15 @@ class FusedLinear(Swapped):
         if active_context() is None:
             return super().forward(input)
         return fused.linear(input, self.weight, self.bias)
+
+
+class FusedConv1D(Swapped):
+    """GPT-2's linear layer, whose weight is kept [K, N]."""
+
+    def forward(self, x):
+        if active_context() is None or x.dim() != 3:
+            return super().forward(x)
+        return fused.head_linear(x, self.weight[None], self.bias)
 
 
 class MergedLinear(Swapped):
@@ -248,7 +258,11 @@ def _inner_layer(layer):
 
 
 def _fuse_linear(module, fusions: Fusions) -> None:
-    if isinstance(module, nn.Linear) and can_swap(module) and fused.supports_linear(module.weight):
+    if not (isinstance(module, nn.Linear | Conv1D) and can_swap(module) and fused.supports_linear(module.weight)):
+        return
+    if type(module) is Conv1D:
+        fusions.swap(module, FusedConv1D, None, "linear")
+    elif isinstance(module, nn.Linear):
         if type(module) is nn.Linear or _only_linear(module):
             fusions.swap(module, FusedLinear, None, "linear")
 

@@ -206,17 +206,22 @@ void block(const Problem& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
 
 }  // namespace
 
-// x [M, K], weight [N, K], out [M, N], each with a row stride in elements; bias [N] or null.
+// For every head: x [M, K], weight [N, K], out [M, N], with strides of heads and rows in elements; bias [N] or null.
 extern "C" __attribute__((visibility("default"))) void hfp_linear_f32(
-    const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, const float* bias, float* out,
-    int64_t out_stride, int64_t M, int64_t N, int64_t K) {
-  const Problem p{x, weight, bias, out, M, N, K, x_stride, weight_stride, out_stride};
+    const float* x, int64_t x_head, int64_t x_row, const float* weight, int64_t weight_head, int64_t weight_row,
+    const float* bias, float* out, int64_t out_head, int64_t out_row, int64_t heads, int64_t M, int64_t N, int64_t K) {
   const int64_t rows = std::max<int64_t>(kTileM, kBlockXBytes / (std::max<int64_t>(K, 1) * 4) / kTileM * kTileM);
   const int64_t num_m = (M + rows - 1) / rows;
   const int64_t block_m = ((M + num_m - 1) / num_m + kTileM - 1) / kTileM * kTileM;
   const int64_t tiles_n = (N + kTileN - 1) / kTileN;
-  at::parallel_for(0, tiles_n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t m = 0; m < M; m += block_m)
-      block(p, m, std::min(M, m + block_m), begin * kTileN, std::min(N, end * kTileN));
+  at::parallel_for(0, heads * tiles_n, 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // the tiles of one head after those of another
+      const int64_t head = begin / tiles_n, stop = std::min(end, (head + 1) * tiles_n);
+      const Problem p{x + head * x_head, weight + head * weight_head, bias, out + head * out_head, M, N, K,
+                      x_row, weight_row, out_row};
+      for (int64_t m = 0; m < M; m += block_m)
+        block(p, m, std::min(M, m + block_m), begin % tiles_n * kTileN, std::min(N, (stop - head * tiles_n) * kTileN));
+      begin = stop;
+    }
   });
 }

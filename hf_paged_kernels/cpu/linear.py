@@ -1,4 +1,4 @@
-"""Dense fp32 linear layers on the live weight, in its own layout: see linear.cpp."""
+"""Dense fp32 linear layers on the live weight, in its own layout: see linear.cpp and head_linear.cpp."""
 
 from __future__ import annotations
 
@@ -68,18 +68,61 @@ def linear(
             raise ValueError(f"bias must be contiguous float32 [{N}]; got {_describe(bias_N)}")
         bias = bias_N.data_ptr()
     if M and N:
-        _kernel()(
-            x_MK.data_ptr(), x_MK.stride(0), weight_NK.data_ptr(), weight_NK.stride(0), bias, result.data_ptr(),
-            out_stride, M, N, K,
+        _kernel("hfp_linear_f32")(
+            x_MK.data_ptr(), 0, x_MK.stride(0), weight_NK.data_ptr(), 0, weight_NK.stride(0), bias, result.data_ptr(),
+            0, out_stride, 1, M, N, K,
         )  # fmt: skip
     return result
 
 
+def head_linear(x_HMK: torch.Tensor, weight_HKN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """`x[h] @ weight[h] + bias` in fp32, without autograd. A row's bits are its own, as in `linear`.
+
+    Args:
+        x_HMK: [H, M, K] with contiguous rows, other strides free.
+        weight_HKN: [H, K, N], contiguous along N (head_linear.cpp) or along K (linear.cpp), other strides free.
+        bias_N: [N] contiguous, or None.
+
+    Returns:
+        [H, M, N], laid out as [M, H, N].
+    """
+    if not supports_head_linear(x_HMK, weight_HKN):
+        raise ValueError(
+            f"head_linear takes float32 x [H, M, K] with contiguous rows and weight [H, K, N] with contiguous rows or "
+            f"columns, on the CPU; got x {_describe(x_HMK)} and weight {_describe(weight_HKN)}"
+        )
+    (H, M, K), N = x_HMK.shape, weight_HKN.shape[2]
+    if bias_N is not None and (bias_N.dtype != torch.float32 or bias_N.shape != (N,) or not bias_N.is_contiguous()):
+        raise ValueError(f"bias must be contiguous float32 [{N}]; got {_describe(bias_N)}")
+    out = torch.empty(M, H, N, dtype=torch.float32)
+    by_head, along_k, along_n = weight_HKN.stride()
+    name, weight_row = ("hfp_head_linear_f32", along_k) if along_n == 1 else ("hfp_linear_f32", along_n)
+    if out.numel():
+        _kernel(name)(
+            x_HMK.data_ptr(), *x_HMK.stride()[:2], weight_HKN.data_ptr(), by_head, weight_row,
+            None if bias_N is None else bias_N.data_ptr(), out.data_ptr(), N, H * N, H, M, N, K,
+        )  # fmt: skip
+    return out.transpose(0, 1)
+
+
+def supports_head_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `head_linear` takes these tensors."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.dim() == weight.dim() == 3
+        and len(x) == len(weight)
+        and x.shape[2] == weight.shape[1] > 0
+        and x.stride(2) == 1
+        and 1 in weight.stride()[1:]
+    )
+
+
 @cache
-def _kernel():
-    function = build.load().hfp_linear_f32
+def _kernel(name: str):
+    function = getattr(build.load(), name)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, pointer, size, pointer, pointer, size, size, size, size]
+    function.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, *[size] * 6]
     function.restype = None
     return function
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_paged_kernels.cpu import build
-from hf_paged_kernels.cpu.linear import linear, supports_linear
+from hf_paged_kernels.cpu.linear import head_linear, linear, supports_linear
 from hf_paged_kernels.ref import linear as reference
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=str(build.why_unavailable()))
@@ -107,3 +107,49 @@ def test_refusals():
         linear(x, weight, randn(7))
     with pytest.raises(ValueError, match="out"):
         linear(x, weight, None, torch.empty(3, 9))
+
+
+HEAD_SHAPES = [(1, 1, 1), (2, 5, 7), (3, 16, 64), (1, 65, 100), (4, 128, 512), (2, 200, 33)]  # H, K, N
+LAYOUTS = ["along_n", "along_k"]
+
+
+def head_weight(H, K, N, layout):
+    """[H, K, N], a view into a larger weight."""
+    shape = (H, K + 3, N) if layout == "along_n" else (H, N + 3, K)
+    weight = randn(*shape, seed=1)
+    return weight[:, 1 : K + 1] if layout == "along_n" else weight[:, 2 : N + 2].transpose(1, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("H, K, N", HEAD_SHAPES)
+def test_heads_against_float64(H, K, N, layout):
+    weight, bias = head_weight(H, K, N, layout), randn(N, seed=2)
+    for M in (1, 2, 5, 6, 7, 13, 40):
+        x = randn(M, H, K + 2, seed=M)[..., :K].transpose(0, 1)
+        for b in (None, bias):
+            exact = x.double() @ weight.double() + (0 if b is None else b.double())
+            magnitude = x.double().abs() @ weight.double().abs() + bias.abs()
+            out = head_linear(x, weight, b)
+            assert out.shape == (H, M, N)
+            assert ((out - exact).abs() / magnitude).max() < K**0.5 * torch.finfo(torch.float32).eps + 1e-7
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("H, K, N", HEAD_SHAPES)
+def test_a_row_of_a_head_has_the_same_bits_in_every_batch(H, K, N, layout):
+    weight, x = head_weight(H, K, N, layout), randn(H, 40, K)
+    alone = torch.cat([head_linear(x[:, i : i + 1], weight) for i in range(40)], dim=1)
+    for M in (2, 3, 5, 6, 7, 12, 13, 40):
+        assert torch.equal(head_linear(x[:, :M], weight), alone[:, :M])
+        assert torch.equal(head_linear(x[:, 40 - M :], weight), alone[:, 40 - M :])
+    for head in range(H):
+        assert torch.equal(head_linear(x[head : head + 1], weight[head : head + 1]), alone[head : head + 1])
+
+
+def test_heads_refuse_what_does_not_fit():
+    x, weight = randn(2, 3, 8), randn(2, 8, 4)
+    for bad in (x.double(), x[:1], x[..., :7], x.transpose(1, 2)):
+        with pytest.raises(ValueError, match="head_linear takes"):
+            head_linear(bad, weight)
+    with pytest.raises(ValueError, match="bias must be"):
+        head_linear(x, weight, randn(5))

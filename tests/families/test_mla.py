@@ -10,6 +10,7 @@ from family_checks import Comparison
 from tiny_models import tiny_model
 
 import hf_paged
+import hf_paged_kernels as kernels
 from hf_paged import EngineConfig, KernelUnavailable, SamplingParams
 
 LABELS = ["deepseek_v2", "deepseek_v3-no-q-lora", "longcat_flash", "youtu"]
@@ -146,6 +147,12 @@ def test_a_hook_that_comes_while_patched_has_its_effect(model):
         hf_paged.engine_of(model).generate([[5, 6, 7]], SamplingParams(max_tokens=2))
     assert greedy(hf_paged.patch(model)) == mine
     assert greedy(hf_paged.unpatch(model)) == mine
+
+
+@pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")
+def test_rows_have_the_same_bits_in_every_batch():
+    """Of a family without experts, whose products are torch's."""
+    Comparison(tiny_model("youtu")).check_bits()
 
 
 def test_bf16_stays_near_stock():

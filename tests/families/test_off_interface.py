@@ -18,6 +18,7 @@ from hf_paged.hf.swap import Swapped
 
 LABELS = ["bloom-6-heads", "mpt-6-heads", "falcon-7b", "falcon-40b", "falcon-rw", "gpt_neo", "gptj", "openai-gpt",
           "xglm"]  # fmt: skip
+needs_kernels = pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")
 ALIBI = ["bloom-6-heads", "mpt-6-heads", "falcon-rw", "falcon-alibi-mqa"]
 
 
@@ -135,11 +136,19 @@ def test_in_bfloat16_the_bias_is_rounded_as_stock_s(label):
     assert (paged - stock).abs().max() <= 0.02 * stock.abs().max()
 
 
+@needs_kernels
+@pytest.mark.parametrize("label", ["falcon-7b", "openai-gpt"])
+def test_rows_have_the_same_bits_in_every_batch(label):
+    """Falcon's linear layers are a class of their own, OpenAI GPT's are Conv1D."""
+    Comparison(tiny_model(label)).check_bits()
+
+
+@needs_kernels
 def test_falcon_s_own_kind_of_linear_layer_gets_the_linear_kernel():
     model = tiny_model("falcon-7b")
     count = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     fused = hf_paged.explain(hf_paged.patch(model)).fused
-    assert fused["linear"] == count or not kernels.supports("cpu", "cpu")
+    assert fused["linear"] == count
 
 
 def test_explain_names_the_bias_and_the_window():

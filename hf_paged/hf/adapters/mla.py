@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hf_paged_kernels import fused
+
 from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
 from ..swap import Swapped
@@ -40,11 +42,11 @@ class LatentAttention(StockForm, Swapped):
         """query [1, H, T, nope + rope]; key, value as `expand_kv` returned them -> [T, H, v_head_dim]."""
         q_nope, q_rope = query[0].split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         w_uk, w_uv = _head_weights(self)
-        query = torch.cat((torch.bmm(q_nope, w_uk), q_rope), dim=-1)
+        query = torch.cat((fused.head_linear(q_nope, w_uk), q_rope), dim=-1)
         latent = context.attend(
             self.layer_idx, query.transpose(0, 1), packed(key), packed(value), scale=scale, **options
         )
-        return torch.bmm(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return fused.head_linear(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
     def to_stock(self, key, value):
         return value, key[..., value.shape[-1] :]
