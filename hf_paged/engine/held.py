@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..base.errors import InvalidArgument, RequestTooLarge
+from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..core.request import Sequence
 from ..runtime.batch import StepContext
 from ..runtime.layout import LayerSpec
@@ -125,6 +125,7 @@ class HeldRows:
         Raises:
             CacheFull: there are not enough blocks.
             RequestTooLarge: a row would exceed the engine's `max_model_len`.
+            UnsupportedOption: a row goes on by several tokens, but its state can take up one only.
             InvalidArgument: a token id outside the vocabulary (ids below 0 stand for rows given as embeddings).
         """
         self._check(new_tokens)
@@ -151,6 +152,11 @@ class HeldRows:
                 raise RequestTooLarge(
                     f"row {row} would have {sequence.num_computed + len(tokens)} tokens, more than the {most} of this "
                     "engine's max_model_len"
+                )
+            if self._engine._scheduler.whole_prompts and sequence.num_computed and len(tokens) > 1:
+                raise UnsupportedOption(
+                    f"past_key_values: row {row} goes on by {len(tokens)} tokens, but this model's layers go on from a state "
+                    "by one; give the whole prompt, without a cache"
                 )
 
     def _chunks(self, new_tokens: list[list[int]]):

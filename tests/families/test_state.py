@@ -304,6 +304,24 @@ def test_nothing_can_be_guessed_where_a_state_cannot_be_taken_back():
     assert not any(map(hf_paged.hf.patch.is_patched, (model, attending)))
 
 
+@pytest.mark.parametrize(("name", "allowed"), [("qwen3_next", True), ("jamba", False), ("nemotron_h", False)])
+def test_pages_go_on_by_several_tokens_only_where_the_layers_do(name, allowed):
+    comparison = comparison_of(name)
+    model, ids = comparison.model, torch.tensor([comparison.jobs[0]])
+    more = torch.tensor([[7, 8, 9]])
+    expected = model.generate(torch.cat((ids, more), 1), max_new_tokens=6, do_sample=False)
+    hf_paged.patch(model)
+    try:
+        pages = model.generate(ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)[CACHE]
+        if allowed:
+            assert torch.equal(model.generate(torch.cat((ids, more), 1), **{CACHE: pages}, max_new_tokens=6), expected)
+        else:
+            with pytest.raises(UnsupportedOption, match="row 0 goes on by 3 tokens"):
+                model.generate(torch.cat((ids, more), 1), **{CACHE: pages}, max_new_tokens=6)
+    finally:
+        hf_paged.unpatch(model)
+
+
 @pytest.mark.filterwarnings("ignore:attention_mask")
 def test_pages_handed_out_go_on_with_their_states():
     model = tiny_model("lfm2")
