@@ -56,7 +56,7 @@ class Explanation:
     guesses: str | None = None
 
     def raise_on_fallback(self) -> None:
-        """Raise KernelUnavailable if anything takes a slower path now (`EngineConfig(strict=True)`); past calls do not count."""
+        """Raise KernelUnavailable if anything takes a slower path now, whatever calls did (`EngineConfig(strict=True)`)."""
         for name, reason in self.fallbacks.items():
             raise KernelUnavailable(f"strict: {name} takes a slower path: {reason}")
         for name, reason in self.off.items():
@@ -74,7 +74,8 @@ class Explanation:
         lines += [f"slower  {name}: {reason}" for name, reason in {**self.fallbacks, **self.calls}.items()]
         lines += [f"off     {name}: {reason}" for name, reason in self.off.items()]
         if self.largest_difference is not None:
-            lines.append(f"checked against the unpatched model: rows differ by at most {self.largest_difference:.1e} of their size")
+            differ = f"rows differ by at most {self.largest_difference:.1e} of their size"
+            lines.append(f"checked against the unpatched model: {differ}")
         lines += [f"limit   {limit}" for limit in self.limits]
         return "\n".join(lines)
 

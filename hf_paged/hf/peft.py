@@ -1,8 +1,8 @@
 """PEFT: models wrapped for adapters, and which adapters a packed batch gets right.
 
-An adapter inside a layer is part of that layer's own forward, which is what runs here, so adapters that treat every token
-by itself need nothing from us. Those that look at rows of a batch, or at a prompt of their own, are refused by name. PEFT
-itself is never imported.
+An adapter inside a layer is part of that layer's own forward, which is what runs here, so adapters that treat every
+token by itself need nothing from us. Those that look at rows of a batch, or at a prompt of their own, are refused by
+name. PEFT itself is never imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from ..base.errors import UnsupportedModel
 
-# Packages below peft.tuners whose layers act on every token by itself, each compared with stock by tests/cpu/test_peft.py.
+# Packages below peft.tuners whose layers act on every token by itself; tests/cpu/test_peft.py compares each with stock.
 BY_TOKEN = frozenset(
     """
     adalora adaption_prompt beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 ln_tuning loha lokr lora
@@ -39,7 +39,8 @@ def base_model(model):
         if config.is_prompt_learning:
             raise UnsupportedModel(
                 f"model: its PEFT adapter {name!r} is {_value(config.peft_type)}, which puts virtual tokens before the "
-                "prompt outside the model; patch model.get_base_model() instead, model.generate then runs on transformers' own path"
+                "prompt outside the model; patch model.get_base_model() instead, model.generate then runs on "
+                "transformers' own path"
             )
     return model.get_base_model()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -106,8 +106,8 @@ class _ModuleHook:
         if activation.shape[:1] == (len(rows),):
             return activation
         raise InvalidArgument(
-            f"forward_hooks: module {self.name!r} returned shape {list(activation.shape)}, which has no row for each of "
-            f"the step's {len(rows)} tokens"
+            f"forward_hooks: module {self.name!r} returned shape {list(activation.shape)}, which has no row for each "
+            f"of the step's {len(rows)} tokens"
         )
 
     def _rows(self, seq_id: int) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
@@ -149,7 +149,11 @@ def _first_tensor(output) -> tuple[torch.Tensor, Callable]:
     """(the first tensor of a module's output, a function that makes the output again with another in its place)."""
     if torch.is_tensor(output):
         return output, lambda tensor: tensor
-    items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, (tuple, list)) else ()
+    items: Iterable = ()
+    if isinstance(output, dict):
+        items = output.items()
+    elif isinstance(output, (tuple, list)):
+        items = enumerate(output)
     for key, value in items:
         if torch.is_tensor(value):
             return value, lambda tensor: _with_item(output, key, tensor)

@@ -1,8 +1,8 @@
 """The self-check of `patch(model, verify=True)`: the model before and after patching, layer by layer.
 
 Two sequences of different length. Before patching, stock `generate` runs each by itself: the prompt, then four tokens
-one at a time. After patching, an engine of its own runs both together, prompts in chunks, on the same tokens. The output
-of every decoder layer and the logits of every new token are compared.
+one at a time. After patching, an engine of its own runs both together, prompts in chunks, on the same tokens. The
+output of every decoder layer and the logits of every new token are compared.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class Verification:
                 if not error <= allowed:
                     position = row + (len(expected.prompt) - 1 if name == LOGITS else 0)
                     raise VerificationFailed(
-                        f"model: patched, this {type(adapter.module).__name__} gives other results, first in {name}: off "
-                        f"by {error:.2g} of its size (allowed for {adapter.dtype}: {allowed:g}), most at position "
-                        f"{position} of a prompt of {len(expected.prompt)} tokens and {NUM_NEW} new ones. The model was "
-                        "left unpatched"
+                        f"model: patched, this {type(adapter.module).__name__} gives other results, first in {name}: "
+                        f"off by {error:.2g} of its size (allowed for {adapter.dtype}: {allowed:g}), most at position "
+                        f"{position} of a prompt of {len(expected.prompt)} tokens and {NUM_NEW} new ones. The model "
+                        "was left unpatched"
                     )
                 worst = max(worst, error)
         return worst
@@ -158,9 +158,8 @@ def _prompts(model: torch.nn.Module) -> list[list[int]]:
             long = max(long, window + window // 4 + 8)
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    return [
-        torch.randint(vocab_size, (max(1, min(length, most)),), generator=generator).tolist() for length in (short, long)
-    ]
+    lengths = [max(1, min(length, most)) for length in (short, long)]
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def _decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -199,11 +198,12 @@ def _recording(
 def _difference(expected: list[torch.Tensor], actual: list[torch.Tensor], *, narrow: bool) -> tuple[float, int]:
     """(largest difference of two rows as a share of their size, the row); infinite where a number is not finite.
 
-    Rows that are not finite in `expected` say nothing. `narrow`: the largest of the medians of the early rows, the later ones and those that were decoded.
+    Rows that are not finite in `expected` say nothing. `narrow`: the largest of the medians of the early rows, the later
+    ones and those that were decoded.
     """
     if not actual:
         return float("inf"), 0
-    rows, others = (torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces]) for pieces in (expected, actual))
+    rows, others = (torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in (expected, actual))
     if rows.shape != others.shape:
         return float("inf"), min(len(rows), len(others)) - 1
     rows, others = rows.double(), others.double()

@@ -58,8 +58,9 @@ def greedy(model, prompt, hooks=None, new=8) -> list[int]:
 def run(engine, jobs: list, **common) -> dict[str, hf_paged.RequestOutput]:
     """Outputs by id of requests given as (prompt, options of `add`)."""
     results = {}
+    keep = lambda output: results.update({output.request_id: output})  # noqa: E731
     for prompt, options in jobs:
-        engine.add(prompt, **{"params": GREEDY, **common, **options, "on_output": lambda o: results.update({o.request_id: o})})
+        engine.add(prompt, **{"params": GREEDY, **common, **options}, on_output=keep)
     while engine.has_unfinished():
         engine.step()
     return results
@@ -78,11 +79,12 @@ def test_every_row_of_the_batch_is_told_by_request_and_position(engine, model, s
     def look(module, args, output):
         batch = hf_paged.current_batch()
         assert batch is hf_paged.current_batch() and output.shape[:2] == (1, batch.num_tokens)
-        assert [row for s in batch.segments for row in range(s.rows.start, s.rows.stop)] == list(range(batch.num_tokens))
+        spans = [list(range(segment.rows.start, segment.rows.stop)) for segment in batch.segments]
+        assert sum(spans, []) == list(range(batch.num_tokens))
         for place, segment in enumerate(batch.segments):
             assert batch.position_ids[0, segment.rows].tolist() == list(segment.positions)
             assert batch.input_ids[0, segment.rows].tolist() == segment.token_ids
-            assert (batch.segment_ids == place).nonzero()[:, 0].tolist() == list(range(segment.rows.start, segment.rows.stop))
+            assert (batch.segment_ids == place).nonzero()[:, 0].tolist() == spans[place]
             assert segment in batch.segments_of(segment.request_id) and segment.row is None and segment.index == 0
             mine = seen.setdefault(segment.request_id, {})
             for position, token, row in zip(segment.positions, segment.token_ids, output[0, segment.rows]):
@@ -274,7 +276,8 @@ def test_transformers_own_hooks_switch_nothing_off(engine, model):
 def test_backward_hooks_are_stock_s(model, stock):
     def gradients(one) -> list[torch.Tensor]:
         seen = []
-        handle = one.model.layers[1].mlp.register_full_backward_hook(lambda _, inputs, outputs: seen.append(outputs[0].clone()))
+        keep = lambda module, inputs, outputs: seen.append(outputs[0].clone())  # noqa: E731
+        handle = one.model.layers[1].mlp.register_full_backward_hook(keep)
         ids = torch.tensor([prompts(12)[0]])
         one(ids, labels=ids).loss.backward()
         handle.remove()
@@ -378,8 +381,8 @@ def test_changes_in_place_and_by_position(engine, stock):
 def test_completions_of_a_request_with_functions_share_its_prompt(engine, stock):
     job = prompts(32)[0]
     engine.reset_stats()
-    options = {"params": SamplingParams(n=3, temperature=0, max_tokens=8, ignore_eos=True), "forward_hooks": {LAYER: steer}}
-    output = run(engine, [(job, {"request_id": "r", **options})])["r"]
+    params = SamplingParams(n=3, temperature=0, max_tokens=8, ignore_eos=True)
+    output = run(engine, [(job, {"request_id": "r", "params": params, "forward_hooks": {LAYER: steer}})])["r"]
     assert [c.token_ids for c in output.outputs] == [greedy(stock, job, {LAYER: lambda x: x * -0.5})] * 3
     assert engine.stats()["tokens"] == 32 + 3 * 7
 
@@ -466,7 +469,8 @@ def test_a_function_that_fails_ends_its_own_request_only(engine, stock, hooks, m
 def test_a_module_that_does_not_run_is_an_error(engine, model, stock):
     model.spare = torch.nn.Linear(4, 4)
     job = prompts(9)[0]
-    results = run(engine, [(job, {"request_id": "r", "forward_hooks": {"spare": steer}}), (job, {"request_id": "other"})])
+    spare = {"request_id": "r", "forward_hooks": {"spare": steer}}
+    results = run(engine, [(job, spare), (job, {"request_id": "other"})])
     assert "module 'spare' did not run" in str(results["r"].error)
     assert tokens(results["other"]) == greedy(stock, job)
 

@@ -297,7 +297,8 @@ def test_lora_in_every_place_before_and_after_patching(place, late):
 def test_an_adapter_on_what_latent_attention_reads_asks_for_a_new_patch():
     model = tiny_model("deepseek_v3")
     hf_paged.patch(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["kv_b_proj"])).eval()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["kv_b_proj"])
+    wrapped = peft.get_peft_model(model, config).eval()
     shake(wrapped)
     with pytest.warns(UserWarning, match="latent attention: .* call hf_paged.patch.model. again"):
         assert torch.equal(greedy(wrapped), stock(wrapped))

@@ -14,7 +14,8 @@ from tiny_models import tiny_model
 import hf_paged
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.(is_)?gradient_checkpointing(_enable)?. is deprecated:FutureWarning",  # new names from transformers 5.24 on
+    # New names from transformers 5.24 on.
+    "ignore:.(is_)?gradient_checkpointing(_enable)?. is deprecated:FutureWarning",
 )
 
 IDS = torch.randint(3, 190, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -27,8 +28,9 @@ def dropping(name: str, adapters: bool = False) -> torch.nn.Module:
     model = tiny_model(name, attention_dropout=0.2)
     if not adapters:
         return model
+    targets = ["q_proj", "v_proj", "down_proj"]
     wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj", "down_proj"])
+        model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.2, target_modules=targets)
     )
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -90,7 +92,8 @@ def test_other_families_train_alike(name):
 
 def test_odd_sizes_keep_every_bit():
     """Weights that one merged storage cannot hold as aligned as torch does; a single row shows it."""
-    model = tiny_model("llama", hidden_size=42, head_dim=14, num_attention_heads=3, num_key_value_heads=1, intermediate_size=61)
+    heads = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=14)
+    model = tiny_model("llama", hidden_size=42, intermediate_size=61, **heads)
     expected, row = step(copy.deepcopy(model), False), model.eval()(IDS[:1, :1]).logits
     hf_paged.patch(model)
     assert torch.equal(model(IDS[:1, :1]).logits, row)
