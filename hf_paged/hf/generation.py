@@ -199,8 +199,6 @@ class _Decoding:
             yield "use_mtp", "the model's multi-token heads keep a cache of their own"
         if config.cache_implementation is not None:
             yield "cache_implementation", f"{config.cache_implementation!r} was asked for instead of pages"
-        if config.return_dict_in_generate and config.output_hidden_states and not kwargs.get("use_cache", True):
-            yield "use_cache", "without a cache every step shows the hidden states of whole rows"
         if text_config(self.model).num_hidden_layers != adapter.num_layers:
             yield "assistant_early_exit", "only some of the layers run"
         if adapter.states and takes_back:
@@ -209,6 +207,11 @@ class _Decoding:
             if name not in _KNOWN and value is not None and value is not False:
                 yield name, "the engine has no place for it"
         cache = cache_of(kwargs)
+        if not kwargs.get("use_cache", True):
+            if config.return_dict_in_generate and config.output_hidden_states:
+                yield "use_cache", "without a cache every step shows the hidden states of whole rows"
+            if cache is not None and begun(cache):
+                yield "use_cache", "with a cache given, every step feeds the whole row to it again"
         if cache is not None and not isinstance(cache, PagedCache):
             reason = why_not_paged(cache, self.model._hf_paged, len(self.input_ids))
             if reason and (begun(cache) or getattr(cache, "_is_user_defined", False)):

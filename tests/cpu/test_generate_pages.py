@@ -323,6 +323,18 @@ def test_hidden_states_without_a_cache_are_of_whole_rows(model, batch):
     check_dict(stock, paged)
 
 
+def test_a_given_cache_that_is_not_to_be_used(model):
+    """transformers then feeds the whole row to it at every step; so does a patched model."""
+    options = dict(max_new_tokens=4, do_sample=False)
+    first = model.generate(**make_batch(1), **options, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1)
+    stock = model.generate(longer, **{CACHE: copy.deepcopy(first[CACHE])}, **options, use_cache=False)
+    patched = hf_paged.patch(copy.deepcopy(model))
+    with pytest.warns(UserWarning, match="use_cache"):
+        paged = patched.generate(longer, **{CACHE: first[CACHE]}, **options, use_cache=False)
+    assert torch.equal(stock, paged)
+
+
 def test_nothing_is_guessed_without_a_cache(model):
     for one in (model, hf_paged.patch(copy.deepcopy(model))):
         with pytest.raises((RuntimeError, ValueError), match="cache"):
