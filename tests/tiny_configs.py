@@ -161,7 +161,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     # latent attention
     **{
         name: (name, dict(num_key_value_heads=4, first_k_dense_replace=1))
-        for name in ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu")
+        for name in (
+            "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3",
+            "sarvam_mla", "youtu",
+        )
     },
     "deepseek_v3-no-q-lora": (
         "deepseek_v3",
@@ -171,7 +174,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     # decoders of encoder-decoders: stock counts their layers by the encoder's
     **{
         name: (name, dict(encoder_layers=3, encoder_attention_heads=4, is_encoder_decoder=False))
-        for name in ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart")
+        for name in ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "whisper")
     },
     # attention by modules with a softmax of their own
     "big_bird": ("big_bird", dict(attention_type="original_full")),

@@ -36,6 +36,7 @@ _MIXINS: dict[str, type] = {
     "gptj.GPTJAttention": softmax.GPTJAttention,
     "megatron_bert.MegatronBertSelfAttention": softmax.BertSelfAttention,
     "mpt.MptAttention": alibi.MptAttention,
+    "mvp.MvpAttention": softmax.XGLMAttention,
     "openai.Attention": softmax.OpenAIGPTAttention,
     "rembert.RemBertSelfAttention": softmax.BertSelfAttention,
     "roformer.RoFormerSelfAttention": softmax.RoFormerSelfAttention,
@@ -48,11 +49,13 @@ _POSITION_MIXINS: dict[str, type] = {
     "blenderbot_small.BlenderbotSmallLearnedPositionalEmbedding": positions.CountedPositions,
     "marian.MarianSinusoidalPositionalEmbedding": positions.CountedPositions,
     "mbart.MBartLearnedPositionalEmbedding": positions.CountedPositions,
+    "mvp.MvpLearnedPositionalEmbedding": positions.CountedPositions,
     "pegasus.PegasusSinusoidalPositionalEmbedding": positions.CountedPositions,
     "plbart.PLBartLearnedPositionalEmbedding": positions.CountedPositions,
     "roformer.RoFormerSinusoidalPositionalEmbedding": positions.CountedPositions,
     "trocr.TrOCRLearnedPositionalEmbedding": positions.CountedPositions,
     "trocr.TrOCRSinusoidalPositionalEmbedding": positions.TrOCRSinusoidalPositions,
+    "whisper.WhisperPositionalEmbedding": positions.CountedPositions,
     "xglm.XGLMSinusoidalPositionalEmbedding": positions.XGLMPositions,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
 from ..swap import Swapped
@@ -14,13 +16,13 @@ class _Positions(Swapped):
 
 
 class CountedPositions(_Positions):
-    """RoFormer's, BART's and its relatives': they number the rows from the length of the cache on."""
+    """RoFormer's, BART's and its relatives': tables that number the rows from the length of the cache on."""
 
     def forward(self, input_ids, *args, **kwargs):
         context = active_context()
         if context is None:
             return super().forward(input_ids, *args, **kwargs)
-        return super().forward(input_ids, position_ids=context.position_ids[0])
+        return nn.Embedding.forward(self, context.position_ids[0] + getattr(self, "offset", 0))
 
 
 class TrOCRSinusoidalPositions(_Positions):

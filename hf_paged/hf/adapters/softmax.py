@@ -65,7 +65,7 @@ class OpenAIGPTAttention(_AttnMethod):
 
 
 class XGLMAttention(PagedAttention):
-    """Also TrOCR's."""
+    """Also TrOCR's and MVP's."""
 
     @classmethod
     def describe(cls, module, index):
