@@ -124,8 +124,9 @@ NO_LIMIT = 2**31 - 1
 def model_lengths(model: torch.nn.Module, table: int | None) -> tuple[int, int, str | None]:
     """(positions the model was made for, most positions it may be given, a note on the latter).
 
-    A table of positions ends where it ends. Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence of a batch once it passes the
-    original length. One long request would then change its neighbours' tokens, so the original length is the limit.
+    A table of positions ends where it ends. Rotary embeddings of type "dynamic" and "longrope" change with the longest
+    sequence of a batch once it passes the original length. One long request would then change its neighbours' tokens,
+    so the original length is the limit.
     """
     if table is not None:
         return table, table, f"its table of positions ends at {table}"

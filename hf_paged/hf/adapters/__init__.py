@@ -108,10 +108,11 @@ class Adaptations:
         return self.forms.get(layer_idx, StockForm())
 
     def outdated(self) -> str | None:
-        """What has happened to the model that its pages cannot follow, until it is patched again; None if nothing has."""
+        """What happened to the model that its pages cannot follow until it is patched again; None if nothing did."""
         for module in self.forms.values():
             if isinstance(module, LatentAttention) and (reason := why_expanded(module)):
-                return f"in layer {module.layer_idx} {reason} since the model was patched; call hf_paged.patch(model) again"
+                where = f"in layer {module.layer_idx}"
+                return f"{where} {reason} since the model was patched; call hf_paged.patch(model) again"
         return None
 
     def undo(self) -> None:

@@ -34,7 +34,8 @@ class LatentAttention(StockForm, Swapped):
         reason = why_expanded(self)
         if reason is not None:
             raise UnsupportedModel(
-                f"model: in layer {self.layer_idx} {reason} since the model was patched; call hf_paged.patch(model) again"
+                f"model: in layer {self.layer_idx} {reason} since the model was patched; call hf_paged.patch(model) "
+                "again"
             )
         return torch.cat((kv_nope, k_rot), dim=-1), kv_nope
 
