@@ -1,7 +1,7 @@
 """`pipeline("text-generation", model=..., backend="paged")`: transformers' own pipeline over hf_paged's engine.
 
 Importing this package is what makes `pipeline` know `backend=`; `import hf_paged` sees to it as soon as transformers'
-pipelines are imported.
+pipelines are imported. The pipeline itself, and the engine with it, is loaded on first use.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.text_generation import TextGenerationPipeline
 
 from ...base.errors import InvalidArgument
-from .paged import PagedTextGenerationPipeline
 
 __all__ = ["PagedTextGenerationPipeline"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import paged
+
+    return getattr(paged, name)
 
 
 class _Dispatch(TextGenerationPipeline):
@@ -22,6 +29,8 @@ class _Dispatch(TextGenerationPipeline):
         if cls is not _Dispatch:  # somebody's own pipeline, over the class found in the registry
             return super().__new__(cls)
         if backend == "paged":
+            from .paged import PagedTextGenerationPipeline
+
             return PagedTextGenerationPipeline(*args, **kwargs)
         if backend is not None:
             raise InvalidArgument(f"backend must be 'paged', or left out for transformers' own; got {backend!r}")
