@@ -72,9 +72,13 @@ GENERIC = dict(
     topk_group=1,
     moe_intermediate_size=32,
     shared_expert_intermediate_size=32,
+    # embeddings a layer
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=199,
+    laurel_rank=8,
+    # nothing random
     router_jitter_noise=0.0,
     input_jitter_noise=0.0,
-    # nothing random
     dropout=0.0,
     attention_dropout=0.0,
     activation_dropout=0.0,
@@ -101,49 +105,181 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=64,
 )
 
+FULL_ROTARY = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+LOOPED = dict(num_hidden_layers=6, n_input_layers=2, n_output_layers=2, initializer_range=0.5)
+LOOP = dict(loop_layer_index_start=1, loop_layer_index_end=2, n_layers_per_attn_res_block=1)
+INKLING = dict(num_hidden_layers=3, sliding_window_size=19, rel_extent=32, unpadded_vocab_size=199)
+FULL_LAST = ["sliding_attention", "sliding_attention", "full_attention"]
+NGRAMS = dict(
+    **DELTA, ngram_vocab_size_base=100, make_ngram_vocab_size_divisible_by=2, heads_per_ngram=2, split_ngram_parts=1,
+    hc_lowrank=8, ple_embed_dim=8, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=12, indexer_budget=8,
+    indexer_compress_ratio=2,
+)  # fmt: skip
 
 FAMILIES: dict[str, tuple[str, dict]] = {
+    # through the attention interface
     "afmoe": ("afmoe", dict(global_attn_every_n_layers=2, num_dense_layers=1)),
     "beam": ("beam", dict(layer_types=MIXED)),
     "bert-bidirectional": ("bert", dict(is_decoder=False)),
     "cohere2": ("cohere2", dict(layer_types=MIXED)),
     "cohere2_moe": ("cohere2_moe", dict(layer_types=MIXED, num_shared_experts=1)),
+    "cohere_compass_text": (
+        "cohere_compass_text",
+        dict(
+            layer_types=MIXED,
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2]),
+                full_attention=None,
+            ),
+        ),
+    ),
     "cwm": ("cwm", dict(layer_types=MIXED)),
-    "dots1": ("dots1", dict(n_shared_experts=1, first_k_dense_replace=1, num_key_value_heads=4)),
-    "dots1-window": ("dots1", dict(n_shared_experts=1, max_window_layers=2, layer_types=None)),
+    "dbrx": (
+        "dbrx",
+        dict(
+            attn_config=dict(kv_n_heads=2, clip_qkv=2.0, rope_theta=1e4),
+            ffn_config=dict(ffn_hidden_size=64, moe_top_k=2),
+        ),
+    ),
     "doge-window": ("doge", dict(sliding_window=19)),
+    "dory": (
+        "dory",
+        dict(**LOOPED, layer_types=MIXED + MIXED),
+    ),
+    "dory-last-loop": ("dory", dict(**LOOPED, layer_types=MIXED + MIXED, recurrent_kv_cache_mode="last_loop")),
+    "dots1": ("dots1", dict(n_shared_experts=1, first_k_dense_replace=1, num_key_value_heads=4)),
+    "dots1-full": ("dots1", dict(n_shared_experts=1, sliding_window=None)),
+    "emu3": ("emu3", dict(text_config={})),
     "exaone4": ("exaone4", dict(layer_types=MIXED)),
     "exaone_moe": ("exaone_moe", dict(layer_types=MIXED)),
     "flint": ("flint", dict(layer_types=MIXED)),
+    "fuyu": ("fuyu", dict(text_config=dict(model_type="persimmon"))),
     "gemma": ("gemma", dict(num_key_value_heads=1)),
     "gemma-tied": ("gemma", dict(tie_word_embeddings=True)),
     "gemma2": ("gemma2", dict(query_pre_attn_scalar=12, sliding_window=21)),
+    "gemma3": (
+        "gemma3",
+        dict(
+            text_config=dict(query_pre_attn_scalar=12, sliding_window=17, num_hidden_layers=7),
+            vision_config=dict(model_type="siglip_vision_model"),
+        ),
+    ),
     "gemma3_text": ("gemma3_text", dict(query_pre_attn_scalar=12, sliding_window=17, num_hidden_layers=7)),
+    "gemma3n_text": (
+        "gemma3n_text",
+        dict(num_hidden_layers=6, layer_types=MIXED + MIXED, num_kv_shared_layers=2),
+    ),
+    "gemma4": (
+        "gemma4",
+        dict(
+            text_config=dict(layer_types=FULL_LAST), vision_config=dict(position_embedding_size=16), audio_config=None
+        ),
+    ),
+    "gemma4_text": ("gemma4_text", dict(layer_types=FULL_LAST)),
+    "gemma4_text-shared": (
+        "gemma4_text",
+        dict(num_hidden_layers=6, layer_types=FULL_LAST + FULL_LAST, num_kv_shared_layers=2),
+    ),
+    "gemma4_text-moe": (
+        "gemma4_text",
+        dict(layer_types=FULL_LAST, enable_moe_block=True, top_k_experts=2, attention_k_eq_v=True),
+    ),
+    "gemma4_unified": (
+        "gemma4_unified",
+        dict(
+            text_config=dict(layer_types=FULL_LAST),
+            vision_config=dict(mm_embed_dim=48, mm_posemb_size=16, output_proj_dims=48),
+            audio_config=dict(audio_embed_dim=48),
+        ),
+    ),
+    "gemma4_unified_text": ("gemma4_unified_text", dict(layer_types=FULL_LAST)),
+    "git": ("git", dict(vision_config=dict(image_size=32))),
+    "got_ocr2": (
+        "got_ocr2",
+        dict(
+            text_config=dict(model_type="qwen2"),
+            vision_config=dict(
+                num_hidden_layers=1,
+                image_size=64,
+                output_channels=16,
+                mlp_dim=32,
+                global_attn_indexes=(0,),
+                window_size=4,
+            ),
+        ),
+    ),
+    "gpt2-scaled": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True)),
     "gpt_bigcode-mha": ("gpt_bigcode", dict(multi_query=False)),
     "gpt_oss": ("gpt_oss", dict(sliding_window=20, num_hidden_layers=4)),
     "granite_swa": ("granite_swa", dict(layer_types=MIXED)),
     "granitemoe_swa": ("granitemoe_swa", dict(layer_types=MIXED, shared_intermediate_size=32)),
     "granitemoeshared": ("granitemoeshared", dict(shared_intermediate_size=32)),
+    "hrm_text": ("hrm_text", dict(num_hidden_layers=2, H_cycles=2, L_cycles=2)),
     "kolibri1": ("kolibri1", dict(layer_types=MIXED)),
     "laguna": ("laguna", dict(layer_types=MIXED)),
+    "laguna-heads": ("laguna", dict(layer_types=MIXED, num_attention_heads_per_layer=[4, 2, 6])),
     "llama": ("llama", {}),
     "llama-mha-bias": ("llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
     "llama-tied-llama3-rope": ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
-    "llama4_text": ("llama4_text", dict(attention_chunk_size=22, no_rope_layer_interval=2, floor_scale=16)),
-    "llama4_text-full": ("llama4_text", dict(attention_chunk_size=None, interleave_moe_layer_step=2)),
+    "llama4": ("llama4", dict(text_config=dict(attention_chunk_size=22, no_rope_layer_interval=2))),
+    "llama4_text": ("llama4_text", dict(attention_chunk_size=22, no_rope_layer_interval=2)),
+    "llama4_text-temperature": (
+        "llama4_text",
+        dict(attention_chunk_size=22, no_rope_layer_interval=2, floor_scale=16),
+    ),
+    "llama4_text-full": (
+        "llama4_text",
+        dict(attention_chunk_size=None, interleave_moe_layer_step=2, intermediate_size_mlp=64),
+    ),
     "mellum": ("mellum", dict(layer_types=MIXED)),
     "mimo_v2_flash": ("mimo_v2_flash", dict(layer_types=MIXED, head_dim=16)),
+    "minimax_m3_vl_text-sparse": (
+        "minimax_m3_vl_text",
+        dict(layer_types=["full_attention", "minimax_m3_sparse"], num_hidden_layers=2, index_block_size=8,
+             index_topk_blocks=2, index_head_dim=12),
+    ),  # fmt: skip
     "ministral": ("ministral", dict(layer_types=MIXED)),
+    "ministral3-temperature": (
+        "ministral3",
+        dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                original_max_position_embeddings=16,
+                llama_4_scaling_beta=0.3,
+            )
+        ),
+    ),
     "ministral3-full": ("ministral3", dict(sliding_window=None)),
     "mistral": ("mistral", dict(sliding_window=None)),
     "mistral-window": ("mistral", {}),
     "mixtral": ("mixtral", dict(sliding_window=None)),
     "mixtral-window": ("mixtral", dict(sliding_window=25)),
+    "mllama": ("mllama", dict(text_config=dict(cross_attention_layers=[1]))),
     "modernbert-decoder": ("modernbert-decoder", dict(local_attention=38)),
+    "moss_transcribe_diarize": (
+        "moss_transcribe_diarize",
+        dict(text_config=dict(model_type="qwen3"), audio_config={}, audio_token_id=198),
+    ),
     "olmo3": ("olmo3", dict(layer_types=MIXED)),
     "phi3": ("phi3", dict(sliding_window=None)),
     "phi3-window": ("phi3", dict(sliding_window=23)),
+    "phi4_multimodal": (
+        "phi4_multimodal",
+        dict(
+            sliding_window=None,
+            vision_config=dict(num_hidden_layers=2, image_size=28, crop_size=28, num_attention_heads=16),
+            audio_config=dict(
+                num_blocks=1,
+                num_attention_heads=16,
+                ext_pw_out_channel=48,
+                depthwise_separable_out_channel=48,
+                nemo_conv_channels=8,
+            ),
+        ),
+    ),
     "phimoe-full": ("phimoe", dict(sliding_window=None)),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True)),
@@ -152,12 +288,55 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3-window": ("qwen3", dict(use_sliding_window=True)),
     "qwen3_moe": ("qwen3_moe", dict(norm_topk_prob=True)),
     "qwen3_moe-window": ("qwen3_moe", dict(use_sliding_window=True)),
+    "roc_bert": (
+        "roc_bert",
+        dict(
+            num_hidden_layers=2,
+            pronunciation_embed_dim=8,
+            pronunciation_vocab_size=9,
+            shape_embed_dim=8,
+            shape_vocab_size=9,
+        ),
+    ),
     "smollm3": ("smollm3", dict(no_rope_layer_interval=2)),
     "smollm3-window": ("smollm3", dict(no_rope_layer_interval=2, use_sliding_window=True)),
-    "stablelm": ("stablelm", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0))),
-    "stablelm-parallel": ("stablelm", dict(use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True)),
+    "stablelm": ("stablelm", dict(rope_parameters=FULL_ROTARY)),
+    "stablelm-parallel": (
+        "stablelm",
+        dict(rope_parameters=FULL_ROTARY, use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True),
+    ),
     "starcoder2-full": ("starcoder2", dict(sliding_window=None)),
     "vaultgemma": ("vaultgemma", dict(query_pre_attn_scalar=12)),
+    "xmod": ("xmod", dict(default_language="en_XX")),
+    "inkling2_loop_text": ("inkling2_loop_text", dict(INKLING, **LOOP)),
+    "inkling2_text": ("inkling2_text", INKLING),
+    "inkling_text": ("inkling_text", dict(sliding_window_size=19, rel_extent=32, unpadded_vocab_size=199)),
+    "reformer": ("reformer", dict(axial_pos_embds=False, attn_layers=("local", "lsh"), num_buckets=4, hash_seed=1)),
+    "qwen4_exp": ("qwen4_exp", dict(text_config=NGRAMS)),
+    "qwen4_exp_text": ("qwen4_exp_text", NGRAMS),
+    "xlstm": ("xlstm", dict(hidden_size=64, num_blocks=3, qk_dim_factor=1.0)),
+    # tokens chosen by indexers
+    "axk2": ("axk2", dict(num_key_value_heads=4, index_topk=8)),
+    "deepseek_v32": ("deepseek_v32", dict(num_key_value_heads=4, index_topk=8)),
+    "deepseek_v4": (
+        "deepseek_v4",
+        dict(
+            num_hidden_layers=4,
+            num_key_value_heads=1,
+            compress_rates=dict(compressed_sparse_attention=4, heavily_compressed_attention=8),
+        ),
+    ),
+    "dots3_note": (
+        "dots3_note",
+        dict(
+            text_config=dict(num_key_value_heads=4, index_topk=8),
+            vision_config=dict(adapter_in_dim=48, adapter_out_dim=48, mlp_layer_types=["dense"] * 3),
+            audio_config=dict(adapter_input_size=48, adapter_out_dim=48),
+        ),
+    ),
+    "dots3_note_text": ("dots3_note_text", dict(num_key_value_heads=4, index_topk=8)),
+    "glm_moe_dsa": ("glm_moe_dsa", dict(num_key_value_heads=4, index_topk=8)),
+    "hy_v4": ("hy_v4", dict(num_key_value_heads=4, index_topk=8)),
     # latent attention
     **{
         name: (name, dict(num_key_value_heads=4, first_k_dense_replace=1))
@@ -306,4 +485,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 # Names of which there is no tiny model that generates from text, and why.
-UNBUILT: dict[str, str] = {}
+UNBUILT: dict[str, str] = {
+    "blt": "it reads bytes, and cuts them into patches with a model of its own",
+    "gemma3n": "its image encoder needs the package timm",
+    "gemma4_assistant": "it guesses tokens from the states of another model, and generates nothing by itself",
+    "gemma4_unified_assistant": "it guesses tokens from the states of another model, and generates nothing by itself",
+    "musicgen": "it generates several codebooks of audio at a time",
+    "musicgen_melody": "it generates several codebooks of audio at a time",
+}

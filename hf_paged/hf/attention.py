@@ -46,8 +46,6 @@ def paged_attention_forward(
         raise UnsupportedModel(
             f"{type(module).__name__} builds its own attention mask; hf_paged cannot tell what it hides"
         )
-    if getattr(module, "is_causal", True) is False:
-        raise UnsupportedModel(f"{type(module).__name__} attends in both directions; only causal attention has a cache")
     _check_layer(module)
     if softcap is not None and drops_softcap(_original.get(id(module.config))):
         softcap = None  # the same tokens as this model gives unpatched

@@ -130,7 +130,9 @@ class _MLP:
 
     def untouched(self, module) -> bool:
         parts = (
-            (module.gate_proj, module.up_proj, module.act_fn) if self.merged else (_activation_module(module),)
+            (module.gate_proj, module.up_proj, _activation_module(module))
+            if self.merged
+            else (_activation_module(module),)
         )
         return all(now is then and not is_hooked(now) for now, then in zip(parts, self.bypassed))
 

@@ -22,7 +22,8 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
-from .paged_call import CACHE_NAME, CACHE_NAMES, cache_of, paged_call
+from .names import CACHE_NAME, CACHE_NAMES
+from .paged_call import cache_of, paged_call
 from .paged_cache import PagedCache, begun
 from .peft import obstacles, replaces_preparation
 from .rows import RowGeneration, rows_suffice
@@ -230,7 +231,9 @@ class _Decoding:
             elif bool(((mask == 0) & (mask.cumsum(-1) > 0)).any()):
                 yield "attention_mask", "it has zeros after a row's first token"
             elif flaw is not None and bool((mask == 0).any()):
-                yield "attention_mask", flaw
+                new = self.config.max_length - self.input_ids.shape[1]
+                if mask.shape[1] + new >= flaw.columns:
+                    yield "attention_mask", flaw.reason
         if positions is not None and positions.dim() != 2:
             yield "position_ids", f"it has {positions.dim()} dimensions"
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..engine.held import UNKNOWN, Chunk
+from .names import CACHE_NAME, CACHE_NAMES
 from .paged_cache import PagedCache
 
-# What transformers calls the cache that a model takes and returns: from 5.24 on, and before.
-CACHE_NAME = next(
-    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
-)
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 _IGNORED = {"use_cache", "return_dict", "tokenizer"}  # newer transformers hand on the tokenizer of stop strings
 _FORWARDED = {"output_hidden_states"}
 

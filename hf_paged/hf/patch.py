@@ -48,7 +48,7 @@ class Patch:
         self._lock = threading.Lock()
 
     def bind(self, model: torch.nn.Module, *, check: bool) -> None:
-        """Look at the model; with `check`, compare one packed forward with the model's own."""
+        """Look at the model; with `check`, compare packed forwards with the model's own."""
         with without_hooks(model):
             observed = observe(model, self.adaptations)
             self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed.visibility)

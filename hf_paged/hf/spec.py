@@ -33,6 +33,9 @@ def check_supported(model: torch.nn.Module) -> None:
             f"model: {name} (model type {model_type!r}) is not supported: {reason}. "
             f"hf_paged.hf.supported.SUPPORTED names the {len(supported.SUPPORTED)} model types that are"
         )
+    for setting, (value, reason) in supported.REFUSED_SETTINGS.get(model_type, {}).items():
+        if getattr(config, setting, None) == value:
+            raise UnsupportedModel(f"model: config.{setting}={value!r} is not supported: {reason}")
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         raise UnsupportedModel(f"model: {name} is spread over several devices (device_map); load it on one device")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -90,6 +93,7 @@ def probe_layers(
     attended, expected = {layer for layer, _ in probe.seen}, config.num_hidden_layers
     found = sorted(attended | {spec.layer_idx for spec in states.seen})
     keep_nothing = {i for i, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind in ("mlp", "moe")}
+    keep_nothing |= set(getattr(config, "cross_attention_layers", None) or ())  # they rest where there is only text
     # a looped model counts every pass as a layer
     if keep_nothing.union(found) != set(range(expected)) and len(probe.seen) != expected:
         raise UnsupportedModel(

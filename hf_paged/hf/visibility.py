@@ -43,6 +43,7 @@ class Visibility:
         for keyword, value in sorted(keywords.items()):
             if keyword not in _HARMLESS and not isinstance(value, bool | str | None):
                 raise UnsupportedModel(f"{name} hands {keyword!r} to its attention, which hf_paged does not know")
+        # Where a mask says no more than causal, transformers may leave it out and rely on this.
         if keywords.get("is_causal", getattr(module, "is_causal", True)) is False:
             raise UnsupportedModel(f"{name} attends in both directions; only causal attention has a KV cache")
         if mask is None:
@@ -91,6 +92,6 @@ def check_cache(config, layers: dict[int, list[Rule]]) -> None:
             seen = window or chunk
             if kept is not None and (seen is None or seen > kept):
                 raise UnsupportedModel(
-                    f"model: layer {index} sees {seen or 'all'} positions, but stock's cache keeps the last {kept} only "
-                    "(config.sliding_window), so prefill and decode disagree; set it to None"
+                    f"model: layer {index} sees {seen or 'all'} positions, but stock's cache keeps the last {kept} "
+                    "only (config.sliding_window), so prefill and decode disagree; set it to None"
                 )

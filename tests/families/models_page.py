@@ -7,9 +7,9 @@ from pathlib import Path
 
 INTRO = """# Models
 
-Every name of transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`, written by `make models` (tests/families/coverage.py). Of each
-a tiny random model is built in fp32 and run stock and patched on ragged prompts, with chunked prefill, prefix hits and
-preemption. **Right**: the same greedy tokens, and logits within 1e-4 of the largest one. **Refused**: `hf_paged.patch`
+Every name of transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`, written by `make models` (tests/families/coverage.py). Of
+each a tiny random model is built in fp32 and run stock and patched on ragged prompts, with chunked prefill, prefix hits
+and preemption, and so are variants of it that change its masks or layers. **Right**: the same greedy tokens, and logits within 1e-4 of the largest one. **Refused**: `hf_paged.patch`
 raises UnsupportedModel with the reason given here. **Not built**: there is no tiny model that stock transformers itself
 generates text with. Nothing may be wrong.
 
@@ -30,18 +30,19 @@ def write(root: Path, status_of) -> None:
             counts[status] = counts.get(status, 0) + 1
         numbers = ", ".join(f"{counts[status]} {word}" for status, word in WORDS.items() if status in counts)
         lines.append(f"- transformers {version}: {len(found[version])} names: {numbers}")
-    lines += ["", f"| name | {' | '.join(versions)} | |", f"|---{'|---' * len(versions)}|---|"]
+    lines += ["", f"| name | model type | {' | '.join(versions)} | |", f"|---|---{'|---' * len(versions)}|---|"]
     for name in sorted(set().union(*found.values())):
-        cells, notes = [], []
+        cells, notes, model_type = [], [], ""
         for version in versions:
             if name not in found[version]:
                 cells.append("")
                 continue
             status, note = status_of(found[version][name])
+            model_type = model_type or found[version][name][name].get("model_type", "")
             cells.append(WORDS[status])
             if note and note not in notes:
                 notes.append(note)
-        lines.append(f"| {name} | {' | '.join(cells)} | {_cell('; '.join(notes))} |")
+        lines.append(f"| {name} | {model_type} | {' | '.join(cells)} | {_cell('; '.join(notes))} |")
     page = root / "docs" / "models.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text("\n".join(lines) + "\n")

@@ -15,7 +15,8 @@ from hf_paged import SamplingParams
 LABELS = [
     "llama", "llama-mha-bias", "llama-tied-llama3-rope", "mistral", "mistral-window", "qwen2", "qwen2-window", "qwen3",
     "gemma", "gemma2", "gemma3_text", "phi3", "phi3-window", "olmo2", "gpt_oss", "qwen3_moe", "mixtral",
-    "mixtral-window",
+    "mixtral-window", "llama4_text", "phimoe", "qwen2_moe-window", "modernbert-decoder", "gemma3n_text", "diffllama",
+    "hrm_text", "gpt2", "bert",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 `adapt` swaps mixins onto them, active inside a step only. One module here per mechanism:
 
 - softmax.py: modules with a softmax of their own.
-- positions.py: position embeddings that count the rows of the batch instead of taking positions.
+- positions.py: modules that count the rows of the batch instead of taking positions.
 - alibi.py: those with a bias by distance.
 - mla.py: multi-head latent attention, whose pages hold latents.
 - state.py: layers that keep a state per sequence instead of keys and values.
@@ -19,7 +19,7 @@ from torch import nn
 from ...base.errors import UnsupportedModel
 from ..swap import can_swap, restore, swap
 from . import alibi, positions, softmax
-from .base import Layer, Place, PlacedAttention, StockForm
+from .base import Layer, PaddingFlaw, Place, PlacedAttention, StockForm
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
 from .state import Mixer, StateProbe, describe_mixer, mixer_class
 
@@ -47,6 +47,7 @@ _POSITION_MIXINS: dict[str, type] = {
     "bart.BartLearnedPositionalEmbedding": positions.CountedPositions,
     "blenderbot.BlenderbotLearnedPositionalEmbedding": positions.CountedPositions,
     "blenderbot_small.BlenderbotSmallLearnedPositionalEmbedding": positions.CountedPositions,
+    "llama4.Llama4TextAttention": positions.Llama4TextAttention,
     "marian.MarianSinusoidalPositionalEmbedding": positions.CountedPositions,
     "mbart.MBartLearnedPositionalEmbedding": positions.CountedPositions,
     "mvp.MvpLearnedPositionalEmbedding": positions.CountedPositions,
@@ -70,7 +71,7 @@ class Adaptations:
         kinds: what `explain` says of a layer, by number.
         max_positions: the most positions its layers are made for, or None.
         shift_free: whether the model sees differences of positions only.
-        padding_flaw: why stock's own rows depend on the padding on their left; None if they do not.
+        padding_flaw: how stock's own rows depend on the padding on their left; None if they do not.
         notes: slower paths and their reasons.
     """
 
@@ -80,16 +81,18 @@ class Adaptations:
     kinds: dict[int, str] = field(default_factory=dict)
     max_positions: int | None = None
     shift_free: bool = False
-    padding_flaw: str | None = None
+    padding_flaw: PaddingFlaw | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
-    def swap(self, module: nn.Module, mixin: type, state: Layer | Place | Mixer | None) -> None:
+    def swap(self, module: nn.Module, mixin: type, state: Layer | PaddingFlaw | Place | Mixer | None) -> None:
         if not can_swap(module):
             raise UnsupportedModel(
                 f"model: the forward of its {type(module).__name__} was replaced (device_map hooks?); load it without"
             )
         swap(module, mixin, state)
         self.swapped.append(module)
+        if isinstance(state, PaddingFlaw):
+            self.padding_flaw = state
         if isinstance(state, Layer):
             self.layers[state.layer_idx] = state
             self.forms[state.layer_idx] = module
@@ -131,7 +134,7 @@ def adapt(model: nn.Module) -> Adaptations:
                 adaptations.swap(module, mixin, mixin.describe(module, len(adaptations.layers)))
             elif mixer is not None:
                 adaptations.swap(module, mixer, describe_mixer(name, module))
-                adaptations.padding_flaw = mixer.PADDING_FLAW
+                adaptations.padding_flaw = mixer.PADDING_FLAW or adaptations.padding_flaw
             elif PlacedAttention.fits(module):
                 adaptations.swap(module, PlacedAttention, PlacedAttention.describe(name))
             elif is_latent_attention(module):

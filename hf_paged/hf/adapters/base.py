@@ -36,6 +36,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class PaddingFlaw:
+    """Stock's own rows depend on the padding on their left, once a batch has `columns` columns."""
+
+    reason: str
+    columns: int = 0
+
+
+@dataclass(frozen=True)
 class Place:
     """State of a swapped attention module that does not know which layer it is in."""
 

@@ -20,6 +20,7 @@ from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
 from ...runtime.states import Advance, StateSpec
 from ..swap import Swapped
+from .base import PaddingFlaw
 
 CACHE_PARAMETERS = ("cache", "cache_params", "past_key_values")  # what mixers call their cache, by version and family
 
@@ -42,7 +43,7 @@ class Mixer:
 class PagedMixer(Swapped):
     """State: Mixer."""
 
-    PADDING_FLAW: str | None = None  # see Adaptations
+    PADDING_FLAW: PaddingFlaw | None = None
 
     def forward(self, *args, **kwargs):
         own, context = super().forward, active_context()
@@ -78,7 +79,7 @@ class PagedMixer(Swapped):
 class LightningMixer(PagedMixer):
     """MiniMax's lightning attention, whose cache is a list of its own, and which returns its state beside the output."""
 
-    PADDING_FLAW = "transformers masks padded rows of this family wrongly where it decodes, which pages do not imitate"
+    PADDING_FLAW = PaddingFlaw("transformers masks its padded rows wrongly in decoding, which pages do not imitate")
 
     def _cache(self, states):
         cache = _LinearCache(states)
