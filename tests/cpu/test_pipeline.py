@@ -611,10 +611,10 @@ def test_arguments_that_are_refused(paged):
 
 
 def test_a_model_that_cannot_be_patched_is_refused(monkeypatch):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import RwkvConfig, RwkvForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True))
-    with pytest.raises(UnsupportedModel):
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, context_length=64))
+    with pytest.raises(UnsupportedModel, match="rwkv"):
         pipeline("text-generation", model=model, tokenizer=small_tokenizer(), backend="paged")
 
 

@@ -66,7 +66,7 @@ def test_unusual_mixers(name):
     comparison.check_chunks_and_prefix_hits()
     comparison.check_preemption()
     if name == "minimax":
-        with pytest.warns(UserWarning, match="masks padded rows of this family wrongly"):
+        with pytest.warns(UserWarning, match="masks its padded rows wrongly"):
             comparison.check_generate()
         tokens, _ = comparison.expected[0]
         hf_paged.patch(comparison.model)
