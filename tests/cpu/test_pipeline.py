@@ -613,7 +613,7 @@ def test_arguments_that_are_refused(paged):
 def test_a_model_that_cannot_be_patched_is_refused(monkeypatch):
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, context_length=64))
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, context_length=64))
     with pytest.raises(UnsupportedModel, match="rwkv"):
         pipeline("text-generation", model=model, tokenizer=small_tokenizer(), backend="paged")
 
