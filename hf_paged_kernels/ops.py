@@ -5,11 +5,15 @@ heads (a divisor of Hq), Dk and Dv head sizes.
 
 A layer's cache is two tensors:
 
-    k_cache [num_blocks, Hkv, Dk, block_size]     keys are dim-major: 16 scores at a time need no horizontal sum
+    k_cache [num_blocks, Hkv, Dk, block_size]
     v_cache [num_blocks, Hkv, block_size, Dv]
 
-Backends: "cpu" (C++, compiled on first use) and "reference" (plain torch, any device); "auto" takes the first that
-can run. All of them promise the same: slots no query may see are never read into a result, whatever they hold.
+On CPU both are contiguous: keys are dim-major, so that 16 scores at a time need no horizontal sum. For Triton a block's
+keys lie in memory as [block_size, Dk], token by token, and k_cache is a view of that (see `allocate_kv`).
+
+Backends: "cpu" (C++, compiled on first use), "triton" (CUDA and ROCm; CPU tensors in Triton's interpreter) and
+"reference" (plain torch, any device). "auto" takes the device's own if it can run, else the reference. All of them
+promise the same: slots no query may see are never read into a result, whatever they hold.
 The C++ backend promises more: a row's result has the same bits whatever else is in the batch, however its prompt was
 cut into chunks, on any number of threads.
 """
@@ -23,7 +27,8 @@ from torch import Tensor
 
 from .ref import attention as _reference
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
+OWN_BACKEND = {"cpu": "cpu", "cuda": "triton"}  # device type -> what "auto" means there
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _cpu = None  # the module of C++ launchers, once something needed it
 
@@ -126,12 +131,16 @@ def store_kv(
     _launcher(backend, key.device).store_kv(key, value, k_cache, v_cache, slot_mapping)
 
 
-def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor, *, backend: str = "auto") -> None:
     """Copy whole blocks; pairs int64 [n, 2] of (source, destination). No destination may be a source."""
     _check_cache(k_cache, v_cache)
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs must be int64 [n, 2], not {pairs.dtype} {list(pairs.shape)}")
-    _reference.copy_blocks(k_cache, v_cache, pairs)
+    if resolve_backend(backend, k_cache.device) == "triton":
+        from .triton.blocks import copy_blocks as run
+    else:
+        run = _reference.copy_blocks
+    run(k_cache, v_cache, pairs)
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, block_table_row: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -151,8 +160,14 @@ def allocate_kv(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """An uninitialised cache of one layer: k_cache [N, Hkv, Dk, block_size], v_cache [N, Hkv, block_size, Dv]."""
+    """An uninitialised cache of one layer: k_cache [N, Hkv, Dk, block_size], v_cache [N, Hkv, block_size, Dv].
+
+    `backend` decides how keys lie in memory; those of any other can use the cache too, but not the C++ kernels one made
+    for Triton.
+    """
     sizes = dict(num_blocks=num_blocks, num_kv_heads=num_kv_heads, k_head_dim=k_head_dim, v_head_dim=v_head_dim)
     for name, size in sizes.items():
         if size < 1:
@@ -161,7 +176,10 @@ def allocate_kv(
         raise ValueError(f"block_size must be a multiple of 16, not {block_size}")
     if dtype not in _FLOAT_DTYPES:
         raise ValueError(f"dtype {dtype} is not one of {_FLOAT_DTYPES}")
-    k_cache = torch.empty(num_blocks, num_kv_heads, k_head_dim, block_size, dtype=dtype, device=device)
+    if resolve_backend(backend, device) == "triton":
+        k_cache = torch.empty(num_blocks, num_kv_heads, block_size, k_head_dim, dtype=dtype, device=device).mT
+    else:
+        k_cache = torch.empty(num_blocks, num_kv_heads, k_head_dim, block_size, dtype=dtype, device=device)
     v_cache = torch.empty(num_blocks, num_kv_heads, block_size, v_head_dim, dtype=dtype, device=device)
     return k_cache, v_cache
 
@@ -170,7 +188,8 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     """The backend that "auto" means on this device; another name is returned if it can run, else a ValueError."""
     device = torch.device(device)
     if backend == "auto":
-        return "cpu" if why_unsupported("cpu", device) is None else "reference"
+        own = OWN_BACKEND.get(device.type)
+        return own if own is not None and why_unsupported(own, device) is None else "reference"
     reason = why_unsupported(backend, device)
     if reason:
         raise ValueError(f"backend {backend!r} cannot run on {device}: {reason}")
@@ -189,6 +208,10 @@ def why_unsupported(backend: str, device: torch.device | str, *dtypes: torch.dty
     for dtype in dtypes:
         if dtype not in _FLOAT_DTYPES:
             return f"dtype {dtype} is not one of {_FLOAT_DTYPES}"
+    if backend == "triton":
+        from .triton import launch
+
+        return launch.why_unavailable(device)
     if backend != "cpu":
         return None
     if torch.device(device).type != "cpu":
@@ -205,8 +228,13 @@ def _launcher(backend: str, device: torch.device):
         return _reference
     if _cpu is not None and device.type == "cpu" and backend in ("auto", "cpu") and _cpu.build.available():
         return _cpu  # the short way: one layer's call costs microseconds
-    if resolve_backend(backend, device) == "reference":
+    name = resolve_backend(backend, device)
+    if name == "reference":
         return _reference
+    if name == "triton":
+        from .triton import attention
+
+        return attention
     from .cpu import attention as _cpu
 
     return _cpu

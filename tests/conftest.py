@@ -1,4 +1,4 @@
-"""Shared by all tests: fixed seeds, and no more threads than OMP_NUM_THREADS allows."""
+"""Shared by all tests: fixed seeds, no more threads than OMP_NUM_THREADS allows, Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import os
 import random
 import sys
 
+from pathlib import Path
+
 import pytest
+from compile_table import TABLE, print_table
+
+# triton reads this when it is imported.
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests never look for a hub: a model is built here or not used at all.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,3 +32,8 @@ def _fixed_seeds():
 def pytest_collection_finish(session) -> None:
     if "torch" in sys.modules and (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         sys.modules["torch"].set_num_threads(max(1, int(threads)))
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if lines := config.stash.get(TABLE, None):
+        print_table(terminalreporter, lines)

@@ -9,7 +9,7 @@ from typing import Literal
 from .errors import InvalidArgument
 
 KV_DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", "cpu", "triton", "reference")
 SPECULATION = (None, "ngram", "draft")
 MAX_SPECULATIVE_TOKENS = 64
 
@@ -32,7 +32,7 @@ class EngineConfig:
         prefix_cache: reuse KV blocks of equal prefixes; not done for models with layers that keep a state.
         policy: "fcfs", or "priority" (lower number first, then first come).
         max_queue: most requests waiting; more raise `QueueFull`. None: unbounded.
-        attention_backend: "auto", "cpu" (the C++ kernel) or "reference" (plain torch).
+        attention_backend: "auto", "cpu" (the C++ kernels), "triton" (CUDA and ROCm) or "reference" (plain torch).
         fuse: run merged projections and fused norm/activation kernels where they are proven equal.
         strict: turn every fallback to a slower path into an error: of the model when it is patched and when requests come
             (`explain` names them), and of a call of `generate`.

@@ -63,7 +63,14 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
     )
-    cache = KVCache(groups, states=model.states, block_size=block_size, dtype=dtype, device=model.device)
+    cache = KVCache(
+        groups,
+        states=model.states,
+        block_size=block_size,
+        dtype=dtype,
+        device=model.device,
+        backend=config.attention_backend,
+    )
     initial = [min(count, INITIAL_CPU_BLOCKS) for count in most]
     if cuda:
         # Beyond this there is nothing to keep but old prefixes. Taken at once, so that a lack of memory shows here and

@@ -96,7 +96,10 @@ def explain_patch(model, patch, config) -> Explanation:
     kernel = ops.resolve_backend(config.attention_backend, adapter.device)
     reason = None
     if kernel == "reference":
-        reason = "it was asked for" if config.attention_backend == kernel else ops.why_unsupported("cpu", adapter.device)
+        own = ops.OWN_BACKEND.get(adapter.device.type)
+        reason = f"no kernels for {adapter.device.type}" if own is None else ops.why_unsupported(own, adapter.device)
+        if config.attention_backend == kernel:
+            reason = "it was asked for"
     layers = [
         LayerExplanation(
             layer=spec.layer_idx,

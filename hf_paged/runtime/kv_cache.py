@@ -28,6 +28,9 @@ class KVCache:
     `ensure` grows a group to the number of blocks a plan asks for: block ids stay valid, contents are kept.
     `close` gives all memory back.
 
+    Args:
+        backend: the attention kernels that will use it, which decide how it lies in memory; see `ops.allocate_kv`.
+
     Attributes:
         states: the slots of layers that keep a state instead.
     """
@@ -40,7 +43,9 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        backend: str,
     ):
+        self.backend = backend
         self.groups = groups
         self.block_size = block_size
         self.dtype = dtype
@@ -71,9 +76,8 @@ class KVCache:
 
     def _grow_layer(self, layer: LayerCache, old: int, new: int) -> None:
         spec = layer.spec
-        k_cache, v_cache = ops.allocate_kv(
-            new, spec.num_kv_heads, spec.head_dim, spec.value_dim, self.block_size, self.dtype, self.device
-        )
+        sizes = (new, spec.num_kv_heads, spec.head_dim, spec.value_dim, self.block_size)
+        k_cache, v_cache = ops.allocate_kv(*sizes, self.dtype, self.device, backend=self.backend)
         if old:
             k_cache[:old].copy_(layer.k_cache)
             v_cache[:old].copy_(layer.v_cache)
@@ -87,7 +91,7 @@ class KVCache:
             tensor = torch.tensor(pairs, dtype=torch.int64, device=self.device)
             for spec in self.groups[index].layers:
                 layer = self.layers[spec.layer_idx, spec.call]
-                ops.copy_blocks(layer.k_cache, layer.v_cache, tensor)
+                ops.copy_blocks(layer.k_cache, layer.v_cache, tensor, backend=self.backend)
 
     def read(
         self, spec: LayerSpec, block_tables: list[list[int]], length: int, most: int
@@ -116,7 +120,7 @@ class KVCache:
         table = torch.tensor(block_tables[layer.group], dtype=torch.int64, device=self.device)
         positions = torch.arange(length - len(key), length, device=self.device)
         slots = table[positions // self.block_size] * self.block_size + positions % self.block_size
-        ops.store_kv(key, value, layer.k_cache, layer.v_cache, slots)
+        ops.store_kv(key, value, layer.k_cache, layer.v_cache, slots, backend=self.backend)
 
     def close(self) -> None:
         for layer in self.layers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -59,8 +59,9 @@ class PagedModel(Protocol):
 
 @contextmanager
 def as_in_a_step(device: torch.device):
-    """Without autograd, inference mode or autocast, whatever the caller has on."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """On `device`, without autograd, inference mode or autocast, whatever the caller has on."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # kernels run on the current one
+    with current, torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -1,0 +1,54 @@
+"""Repairs of Triton's interpreter, found wrong in 3.6.0 and, but for the first, in 3.9.0. Importing applies them.
+
+1. With numpy 2.4 a loop bound that is only known at run time raises "only 0-dimensional arrays can be converted".
+2. tl.dot on bfloat16 multiplies the raw 16-bit integers.
+3. Casts to fp8 lose the carry when rounding up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2, tl.float8e4b8: torch.float8_e4m3fnuz}
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+_create_dot = interpreter.InterpreterBuilder.create_dot
+_convert_float = interpreter._convert_float
+
+
+def patch_lang_tensor(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+
+
+def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+
+def convert_float(input, input_dtype, output_dtype, rounding_mode):
+    if output_dtype not in FP8 or input_dtype not in (tl.float32, tl.float16, tl.bfloat16):
+        return _convert_float(input, input_dtype, output_dtype, rounding_mode)
+    values = np.ascontiguousarray(input)
+    if input_dtype == tl.bfloat16:
+        values = _bf16_to_fp32(values.view(np.uint16))
+    else:
+        values = values.view(np.float32 if input_dtype == tl.float32 else np.float16)
+    return torch.from_numpy(values.astype(np.float32)).to(FP8[output_dtype]).view(torch.uint8).numpy()
+
+
+def _widened(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle(_bf16_to_fp32(handle.data), tl.float32)
+
+
+def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+interpreter._patch_lang_tensor = patch_lang_tensor
+interpreter.InterpreterBuilder.create_dot = create_dot
+interpreter._convert_float = convert_float
