@@ -136,6 +136,7 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
 
     def _start(self, alone: bool, forward_params: dict, model_inputs) -> Started:
         """`forward` as far as its `generate` is started."""
+        self._ensure_patched()  # results are read later than they were asked for
         started = Started(model_inputs)
 
         def begin(**kwargs):

@@ -554,9 +554,13 @@ def test_closing_unpatches_and_ends_use():
     model = small_model()
     pipe = pipeline("text-generation", model=model, tokenizer=small_tokenizer(), backend="paged")
     assert pipe.model is model and is_patched(model)
+    lazy, pieces = iter(pipe((prompt for prompt in PROMPTS), **GREEDY)), pipe.stream("hello", **GREEDY)
     pipe.close()
     pipe.close()
     assert not is_patched(model)
+    for later in (lazy, pieces):
+        with pytest.raises(EngineClosed, match="pipeline"):
+            next(later)
     for call in (pipe, pipe.stream):
         with pytest.raises(EngineClosed, match="pipeline"):
             call("hello", **GREEDY)
