@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+CASTS = ("weight_after", "weight_before")
+
 
 class Norm(NamedTuple):
     """With r = rsqrt(mean(x^2) + eps) in fp32, over the last dimension:
@@ -17,7 +19,7 @@ class Norm(NamedTuple):
         weight: [H] of the input's dtype, or None for none.
         eps: added to the mean square.
         offset: added to the weight.
-        cast: where the result is rounded to the input's dtype, "weight_after" or "weight_before".
+        cast: where the result is rounded to the input's dtype, one of CASTS.
     """
 
     weight: Tensor | None

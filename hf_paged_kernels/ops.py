@@ -21,10 +21,12 @@ cut into chunks, on any number of threads.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from .norm import CASTS, Norm
 from .ref import attention as _reference
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
@@ -129,6 +131,59 @@ def store_kv(
     if slot_mapping.shape[0] != key.shape[0]:
         raise ValueError(f"slot_mapping has {slot_mapping.shape[0]} entries for {key.shape[0]} tokens")
     _launcher(backend, key.device).store_kv(key, value, k_cache, v_cache, slot_mapping)
+
+
+def rotary_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What lies between the projections and attention: norms of heads, rotary embedding, the write to the cache.
+
+    With h a query or key head of token t, normed if there is a norm, and R = cos.shape[1] of its Dk dimensions rotated:
+
+        h[:R] * cos[t] + rotate_half(h[:R]) * sin[t],  h[R:]      rotate_half(x) = [-x[R/2:], x[:R/2]]
+
+    Every step is rounded to the dtype where the eager modules of transformers round. One kernel on Triton.
+
+    Args:
+        query, key, value: [T, Hq, Dk], [T, Hkv, Dk] and [T, Hkv, Dv] of one dtype, views with any strides over tokens
+            and heads, as of a merged projection.
+        k_cache, v_cache: one layer's cache, changed in place.
+        slot_mapping: int64 [T]; -1: the token is not written.
+        cos, sin: [T, R] of the query's dtype, R even, as transformers makes them: both halves of R hold the
+            frequencies. Both None: nothing is rotated.
+        q_norm, k_norm: RMS norm of every query and key head, with weight [Dk] of the query's dtype.
+
+    Returns:
+        The queries for `attention_`, [T, Hq, Dk] contiguous.
+    """
+    _check_cache(k_cache, v_cache)
+    _check_new_kv(key, value, k_cache, v_cache)
+    _check_index("slot_mapping", slot_mapping, torch.int64, 1)
+    num_tokens, _, dim = _shape3("query", query)
+    if dim != key.shape[2] or query.dtype != key.dtype:
+        raise ValueError(f"query is {query.dtype} {list(query.shape)} and key {key.dtype} {list(key.shape)}")
+    for name, tensor in (("key", key), ("slot_mapping", slot_mapping)):
+        if tensor.shape[0] != num_tokens:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows and query {num_tokens}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride(2) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, not strided {tensor.stride()}")
+    _check_rotary(cos, sin, query)
+    _check_norm("q_norm", q_norm, query)
+    _check_norm("k_norm", k_norm, query)
+    run = _module("rotary_store", backend, query.device).rotary_store
+    return run(query, key, value, k_cache, v_cache, slot_mapping, cos, sin, q_norm=q_norm, k_norm=k_norm)
 
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor, *, backend: str = "auto") -> None:
@@ -240,6 +295,12 @@ def _launcher(backend: str, device: torch.device):
     return _cpu
 
 
+def _module(name: str, backend: str, device: torch.device):
+    """The module `name` of the backend's package."""
+    package = {"reference": "ref"}.get(resolved := resolve_backend(backend, device), resolved)
+    return import_module(f".{package}.{name}", __package__)
+
+
 def _check_attention(query, key, value, k_cache, v_cache, metadata, window, chunk, softcap, sinks, alibi_slopes, out):
     _check_cache(k_cache, v_cache)
     num_tokens, num_heads, k_head_dim = _shape3("query", query)
@@ -300,6 +361,34 @@ def _check_new_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) 
         raise ValueError(f"value has {value_shape[0]} rows and key {key_shape[0]}")
     if key.dtype not in _FLOAT_DTYPES or value.dtype != key.dtype:
         raise ValueError(f"key and value have dtypes {key.dtype}, {value.dtype}: both must be one of {_FLOAT_DTYPES}")
+
+
+def _check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        raise ValueError("cos and sin must both be given or both be None")
+    num_tokens, dim = query.shape[0], query.shape[2]
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        shape = tuple(tensor.shape)
+        if len(shape) != 2 or shape[0] != num_tokens or shape[1] % 2 or not 0 < shape[1] <= dim:
+            raise ValueError(f"{name} must be [{num_tokens}, R] with R even and at most {dim}, not {list(shape)}")
+        if tensor.dtype != query.dtype or tensor.stride(1) != 1:
+            raise ValueError(f"{name} must be {query.dtype} like query and contiguous in its last dimension, not "
+                             f"{tensor.dtype} strided {tensor.stride()}")  # fmt: skip
+    if cos.shape != sin.shape:
+        raise ValueError(f"cos has shape {list(cos.shape)} and sin {list(sin.shape)}")
+
+
+def _check_norm(name: str, norm: Norm | None, query: Tensor) -> None:
+    if norm is None:
+        return
+    if norm.cast not in CASTS:
+        raise ValueError(f"{name}.cast {norm.cast!r} is not one of {CASTS}")
+    weight, dim = norm.weight, query.shape[2]
+    if weight is not None and (weight.shape != (dim,) or weight.dtype != query.dtype or not weight.is_contiguous()):
+        raise ValueError(f"{name}.weight must be contiguous {query.dtype} [{dim}], not {weight.dtype} "
+                         f"{list(weight.shape)}")  # fmt: skip
 
 
 def _shape3(name: str, tensor: Tensor) -> torch.Size:

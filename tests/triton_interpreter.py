@@ -3,6 +3,7 @@
 1. With numpy 2.4 a loop bound that is only known at run time raises "only 0-dimensional arrays can be converted".
 2. tl.dot on bfloat16 multiplies the raw 16-bit integers.
 3. Casts to fp8 lose the carry when rounding up.
+4. Casts from float32 to bfloat16 cut off instead of rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2, tl.float8e4b8: torch.float8_e4m3fnuz}
+ROUNDED = {
+    tl.bfloat16: (torch.bfloat16, torch.uint16),
+    tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+    tl.float8e5: (torch.float8_e5m2, torch.uint8),
+    tl.float8e4b8: (torch.float8_e4m3fnuz, torch.uint8),
+}
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
 _create_dot = interpreter.InterpreterBuilder.create_dot
@@ -29,14 +35,15 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 def convert_float(input, input_dtype, output_dtype, rounding_mode):
-    if output_dtype not in FP8 or input_dtype not in (tl.float32, tl.float16, tl.bfloat16):
+    if output_dtype not in ROUNDED or input_dtype not in (tl.float32, tl.float16, tl.bfloat16):
         return _convert_float(input, input_dtype, output_dtype, rounding_mode)
     values = np.ascontiguousarray(input)
     if input_dtype == tl.bfloat16:
         values = _bf16_to_fp32(values.view(np.uint16))
     else:
         values = values.view(np.float32 if input_dtype == tl.float32 else np.float16)
-    return torch.from_numpy(values.astype(np.float32)).to(FP8[output_dtype]).view(torch.uint8).numpy()
+    dtype, bits = ROUNDED[output_dtype]
+    return torch.from_numpy(values.astype(np.float32)).to(dtype).view(bits).numpy()
 
 
 def _widened(handle):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_paged_kernels import ops
+from hf_paged_kernels.norm import Norm
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ def copy_blocks() -> None:
     ops.copy_blocks(*cache, torch.empty(3, 2, dtype=torch.int64), backend="triton")
 
 
+def rotary_store(heads: tuple[int, int], dim: int, rotated: int, norm: bool, tokens: int = 64) -> None:
+    """On views of a merged projection of `heads` query and key/value heads."""
+    q_heads, kv_heads = heads
+    qkv = torch.empty(tokens, (q_heads + 2 * kv_heads) * dim, dtype=torch.bfloat16)
+    query, key, value = (
+        part.unflatten(1, (-1, dim)) for part in qkv.split([q_heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    )
+    angles = torch.empty(tokens, rotated, dtype=torch.bfloat16)
+    norm = Norm(torch.empty(dim, dtype=torch.bfloat16), 1e-6) if norm else None
+    cache = ops.allocate_kv(64, kv_heads, dim, dim, 64, torch.bfloat16, "cpu", backend="triton")
+    slots = torch.empty(tokens, dtype=torch.int64)
+    ops.rotary_store(query, key, value, *cache, slots, angles, angles, q_norm=norm, k_norm=norm, backend="triton")
+
+
 CASES = [
+    Case("rotary_store 32/8 x 128", lambda: rotary_store((32, 8), 128, 128, norm=False)),
+    Case("rotary_store 16/8 x 128, norms", lambda: rotary_store((16, 8), 128, 128, norm=True)),
+    Case("rotary_store 9/3 x 64", lambda: rotary_store((9, 3), 64, 64, norm=False)),
+    Case("rotary_store 16/2 x 256, R 64", lambda: rotary_store((16, 2), 256, 64, norm=True)),
     Case("copy_blocks", copy_blocks),
 ]
