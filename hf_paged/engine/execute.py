@@ -136,5 +136,5 @@ class StepExecutor:
     def _record_prompt(self, state: RequestState, logits: torch.Tensor) -> None:
         first = state.prompt_rows_done
         ids = state.request.prompt_token_ids[first : first + len(logits)]
-        entries = self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs)
-        state.record_prompt_logprobs(entries)
+        pending = self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs)
+        state.record_prompt_logprobs(pending.result())

@@ -16,6 +16,7 @@ from hf_paged_kernels import ops
 from ..core.plan import StepPlan
 from .kv_cache import KVCache
 from .states import StepStates
+from .transfer import to_device
 
 
 @dataclass(slots=True)
@@ -53,7 +54,15 @@ class StepContext:
         *("packed", "hooks", "calls", "_layers", "_backend"),
     )
 
-    def __init__(self, plan: StepPlan, cache: KVCache, backend: str, owner: Callable | None, hooks: SequenceHooks):
+    def __init__(
+        self,
+        plan: StepPlan,
+        cache: KVCache,
+        backend: str,
+        owner: Callable | None,
+        hooks: SequenceHooks,
+        sampled: torch.Tensor | None = None,
+    ):
         self.plan = plan
         self._layers = cache.layers
         self._backend = backend
@@ -72,7 +81,7 @@ class StepContext:
         positions = np.arange(cu_seqlens[-1]) - cu_seqlens[sequence] + context[sequence]
         seq_lens = (context + num_new).astype(np.int32)
 
-        self.input_ids = torch.tensor([plan.token_ids], dtype=torch.int64, device=device)
+        self.input_ids = _input_ids(plan.token_ids, sampled, device)
         self.positions = torch.from_numpy(positions.astype(np.int64)).to(device)
         self.position_ids = self.positions[None]
         shared = dict(
@@ -106,6 +115,19 @@ class StepContext:
             alibi_slopes=alibi_slopes,
             backend=self._backend,
         )
+
+
+def _input_ids(token_ids: list[int], sampled: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """[1, T] the tokens; those below 0 stand for `sampled[-1 - token]`."""
+    if sampled is None:
+        return torch.tensor([token_ids], dtype=torch.int64, device=device)
+    ids = np.array(token_ids, dtype=np.int64)
+    places = np.flatnonzero(ids < 0)
+    sources = -1 - ids[places]
+    ids[places] = 0
+    result = to_device(ids, torch.int64, device)
+    result[to_device(places, torch.int64, device)] = sampled[to_device(sources, torch.int64, device)]
+    return result[None]
 
 
 def _group_tables(tables: list[list[int]], sequence, positions, block_size: int, device) -> dict:

@@ -62,7 +62,9 @@ class PackedBatch:
         self.position_ids = context.position_ids
         self.logit_rows = context.logit_rows
         self.segments: list[Segment] = []
-        start = 0
+        token_ids, start = plan.token_ids, 0
+        if token_ids and min(token_ids) < 0:  # some were still on the device when the step was planned
+            token_ids = context.input_ids[0].tolist()
         for seq_id, count, first in zip(plan.seq_ids, plan.num_new, plan.num_context):
             owner = context.owner(seq_id)
             rows = slice(start, start + count)
@@ -73,7 +75,7 @@ class PackedBatch:
                     owner.row,
                     rows,
                     range(first, first + count),
-                    plan.token_ids[rows],
+                    token_ids[rows],
                     first < owner.num_prompt,
                 )
             )

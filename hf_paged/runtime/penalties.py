@@ -26,7 +26,7 @@ def has_rules(row) -> bool:
         or bool(row.bad_words_ids)
         or bool(params.logit_bias)
         or params.allowed_token_ids is not None
-        or len(row.token_ids) - row.num_prompt < params.min_tokens
+        or row.num_output < params.min_tokens
     )
 
 
@@ -136,7 +136,7 @@ def _forbid(logits_RV: torch.Tensor, rows: list, errors: list) -> None:
                 errors[index] = _outside("bad_words", worst, vocab_size)
                 continue
         params = row.params
-        if len(row.token_ids) - row.num_prompt < params.min_tokens:
+        if row.num_output < params.min_tokens:
             forbidden += params.stop_token_ids
             if not params.ignore_eos:
                 forbidden += row.eos_token_ids

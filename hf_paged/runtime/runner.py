@@ -14,7 +14,7 @@ from .kv_cache import KVCache
 from .layout import LayerSpec
 from .packed import Owner
 from .states import StateSpec
-
+from .transfer import to_device
 
 T = TypeVar("T")
 
@@ -74,24 +74,30 @@ class ModelRunner:
         self.backend = backend
 
     def prepare(
-        self, plan: StepPlan, owner: Callable[[int], Owner] | None = None, hooks: SequenceHooks | None = None
+        self,
+        plan: StepPlan,
+        owner: Callable[[int], Owner] | None = None,
+        hooks: SequenceHooks | None = None,
+        sampled: torch.Tensor | None = None,
     ) -> StepContext:
         """Grow the cache, copy blocks, pack the batch.
 
         Args:
             owner: tells whose a sequence id is; needed for a batch that a model will run on.
             hooks: functions of single sequences on activations.
+            sampled: int64, what the previous plan sampled, one token per entry of its `samples`, on the device; needed
+                if the plan refers to it.
         """
         # The cache outlives this call, so none of it may be an inference tensor, whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
             self.cache.copy_blocks(plan.copies)
-            return StepContext(plan, self.cache, self.backend, owner, hooks or SequenceHooks())
+            return StepContext(plan, self.cache, self.backend, owner, hooks or SequenceHooks(), sampled)
 
     def forward(self, context: StepContext, rows: list[int]) -> torch.Tensor:
         """Run a prepared batch and return logits [len(rows), V] of those packed rows."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.cache.device)
+        index = to_device(rows, torch.int64, self.cache.device)
         return self.run(context, lambda context: self.model.forward(context, index))
 
     def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:

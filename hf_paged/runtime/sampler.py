@@ -19,9 +19,10 @@ from ..base.sampling_params import SamplingParams
 from ..base.types import Logprob
 from .draw import derive_seed, draw, rows_at_once, uniform
 from .penalties import apply_rules, has_rules
+from .transfer import HostCopy, to_device
 from .warpers import WIDTHS, WarpParams, narrow, row_argmax, row_topk, warp_dense
 
-__all__ = ["SampleResult", "SampleRow", "Sampler", "derive_seed"]
+__all__ = ["PendingSamples", "SampleResult", "SampleRow", "Sampler", "derive_seed"]
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class SampleRow:
         token_ids: prompt and output so far, without padding.
         num_prompt: how many of them are the prompt.
         seed: 64-bit; with the number of output tokens it fixes the draw.
+        pending: if one more output token follows that the host does not know yet, the row of the step before that
+            sampled it; else None.
         eos_token_ids: forbidden, with the stop tokens, until `min_tokens` (unless `ignore_eos`).
         bad_words_ids: token sequences of `bad_words`.
         processors: `(token_ids: list[int], logits [V] fp32) -> logits [V]`, called in order on a copy of the row.
@@ -48,6 +51,24 @@ class SampleRow:
     processors: tuple[Callable, ...] = ()
     use_torch_rng: bool = False
     capture: bool = False
+    pending: int | None = None
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, a pending one included."""
+        return len(self.token_ids) - self.num_prompt + (self.pending is not None)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the host must know every token before it can sample the next one."""
+        params = self.params
+        return bool(
+            self.processors
+            or params.repetition_penalty != 1.0
+            or params.presence_penalty
+            or params.frequency_penalty
+            or any(len(word) > 1 for word in self.bad_words_ids)
+        )
 
     @property
     def greedy(self) -> bool:
@@ -76,23 +97,94 @@ class SampleResult:
     processed_logits: list[torch.Tensor | None]
 
 
+class PendingSamples:
+    """Sampled tokens on the device, on their way to the host.
+
+    Attributes:
+        tokens: int64 [R] on the device of the logits. Also of rows whose result will be an error some id of the
+            vocabulary, so that the next step can be computed before anybody knows.
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        host: HostCopy,
+        rows: Sequence[SampleRow],
+        groups: list[tuple[int, list[int]]],
+        vocab_size: int,
+        result: SampleResult,
+    ):
+        self.tokens = tokens
+        self._host = host
+        self._greedy = [row.greedy for row in rows]
+        self._groups = groups
+        self._vocab_size = vocab_size
+        self._result = result
+
+    def wait(self) -> None:
+        """Return when the device has sampled them."""
+        self._host.wait()
+
+    def result(self) -> SampleResult:
+        """The same as host values; waits for them."""
+        host = self._host.tolist()
+        self._read_tokens(host)
+        self._read_logprobs(host)
+        return self._result
+
+    def _read_tokens(self, host: list[float]) -> None:
+        result, count = self._result, len(self._greedy)
+        for i, greedy in enumerate(self._greedy):
+            peak = host[count + i]
+            if result.errors[i] is None and not (math.isfinite(peak) or (peak > 0 and greedy)):
+                result.errors[i] = _unusable(peak)
+            if result.errors[i] is None:
+                result.tokens[i] = int(host[i])
+            else:
+                result.processed_logits[i] = None
+
+    def _read_logprobs(self, host: list[float]) -> None:
+        result, start = self._result, 2 * len(self._greedy)
+        for num_top, wanted in self._groups:
+            width = 2 + 2 * min(num_top, self._vocab_size)
+            for i in wanted:
+                if result.errors[i] is None:
+                    result.logprobs[i] = _logprob_entry(result.tokens[i], host[start : start + width])
+                start += width
+
+
+class PendingLogprobs:
+    """Log-probabilities of given tokens, on their way to the host."""
+
+    def __init__(self, token_ids: list[int], table: HostCopy):
+        self._token_ids = token_ids
+        self._table = table
+
+    def result(self) -> list[dict[int, Logprob]]:
+        """One entry per token; waits for them."""
+        lines = self._table.tolist()
+        return [_logprob_entry(token, line) for token, line in zip(self._token_ids, lines, strict=True)]
+
+
 class Sampler:
-    """Samples one token per row. Stateless; on CUDA a call waits for the device once (user processors aside)."""
+    """Samples one token per row. Stateless; on CUDA `launch` does not wait for the device (user processors aside)."""
+
+    def sample(self, logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+        """`launch`, and wait."""
+        return self.launch(logits_RV, rows).result()
 
     @torch.no_grad()
-    def sample(self, logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+    def launch(self, logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> PendingSamples:
         """Sample every row.
 
         Args:
-            logits_RV: float tensor of any dtype, not modified.
-            rows: one per row of `logits_RV`.
+            logits_RV: float tensor [R, V] of any dtype, not modified; R may be 0.
+            rows: one per row of `logits_RV`. None with `reads_tokens` may have a pending token.
         """
         assert logits_RV.dim() == 2 and len(logits_RV) == len(rows), "one SampleRow per row of logits"
-        count = len(rows)
+        count, device = len(rows), logits_RV.device
         nothing: list = [None] * count
         result = SampleResult([-1] * count, nothing[:], nothing[:], nothing[:], nothing[:])
-        if not count:
-            return result
         plain = [i for i, row in enumerate(rows) if _is_plain(row)]
         if len(plain) == count:
             tokens, peaks = row_argmax(logits_RV)
@@ -101,21 +193,19 @@ class Sampler:
         groups = _group_by_logprobs(rows)
         parts = [tokens.double(), peaks.double()]
         for num_top, wanted in groups:
-            index = torch.tensor(wanted).to(logits_RV.device)
+            index = to_device(wanted, torch.int64, device)
             parts.append(_logprob_table(_rows(logits_RV, wanted, index), tokens[index], num_top).flatten())
-        host = torch.cat(parts).tolist()  # the one wait for the device
-        self._read_tokens(host, rows, result)
-        self._read_logprobs(host, groups, logits_RV.shape[1], result)
-        return result
+        host = HostCopy(torch.cat(parts))  # one copy for everything
+        return PendingSamples(tokens, host, rows, groups, logits_RV.shape[1], result)
 
     @torch.no_grad()
     def prompt_logprobs(
         self, logits_PV: torch.Tensor, next_token_ids: Sequence[int], num_top: int
-    ) -> list[dict[int, Logprob]]:
+    ) -> PendingLogprobs:
         """Log-probabilities of `next_token_ids[i]`, and of the `num_top` most likely tokens, from row i."""
-        ids = torch.tensor(list(next_token_ids), dtype=torch.int64).to(logits_PV.device)
-        table = _logprob_table(logits_PV, ids, num_top).tolist()
-        return [_logprob_entry(token, line) for token, line in zip(ids.tolist(), table, strict=True)]
+        token_ids = list(next_token_ids)
+        ids = to_device(token_ids, torch.int64, logits_PV.device)
+        return PendingLogprobs(token_ids, HostCopy(_logprob_table(logits_PV, ids, num_top)))
 
     def _sample_mixed(self, logits_RV, rows, plain: list[int], result: SampleResult):
         """(tokens [R], row maxima [R]) when at least one row needs more than an argmax."""
@@ -143,26 +233,6 @@ class Sampler:
             result.errors[i] = errors[place]
             result.processed_logits[i] = processed[place]
         return tokens, peaks
-
-    def _read_tokens(self, host: list[float], rows, result: SampleResult) -> None:
-        count = len(rows)
-        for i, row in enumerate(rows):
-            peak = host[count + i]
-            if result.errors[i] is None and not (math.isfinite(peak) or (peak > 0 and row.greedy)):
-                result.errors[i] = _unusable(peak)
-            if result.errors[i] is None:
-                result.tokens[i] = int(host[i])
-            else:
-                result.processed_logits[i] = None
-
-    def _read_logprobs(self, host: list[float], groups, vocab_size: int, result: SampleResult) -> None:
-        start = 2 * len(result.tokens)
-        for num_top, wanted in groups:
-            width = 2 + 2 * min(num_top, vocab_size)
-            for i in wanted:
-                if result.errors[i] is None:
-                    result.logprobs[i] = _logprob_entry(result.tokens[i], host[start : start + width])
-                start += width
 
 
 def _group_by_logprobs(rows: Sequence[SampleRow]) -> list[tuple[int, list[int]]]:
@@ -256,7 +326,7 @@ class _Draw:
             self._tensor([p.min_p for p in self.params], torch.float64),
         )
         self.uniforms = self._tensor(
-            [uniform(row.seed, len(row.token_ids) - row.num_prompt) for row in rows], torch.float64
+            [uniform(row.seed, row.num_output) for row in rows], torch.float64
         )
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:

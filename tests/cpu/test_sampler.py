@@ -462,13 +462,62 @@ def test_prompt_logprobs():
     logits, ids = random_logits("bfloat16", 70, 3000), [(i * 37) % 3000 for i in range(70)]
     expected = logits.float().log_softmax(-1)
     for count in (0, 4):
-        entries = SAMPLER.prompt_logprobs(logits, ids, count)
+        entries = SAMPLER.prompt_logprobs(logits, ids, count).result()
         assert len(entries) == 70
         for i, entry in enumerate(entries):
             assert next(iter(entry)) == ids[i] and entry[ids[i]].logprob == float(expected[i, ids[i]])
             assert count <= len(entry) <= count + 1
             assert entry[ids[i]].rank == int((expected[i] > expected[i, ids[i]]).sum()) + 1
-    assert SAMPLER.prompt_logprobs(logits[:0], [], 3) == []
+    assert SAMPLER.prompt_logprobs(logits[:0], [], 3).result() == []
+
+
+PENDING_OPTIONS = [
+    dict(temperature=0),
+    dict(seed=3),
+    dict(temperature=1.7, top_k=40, top_p=0.9, min_p=0.02, logprobs=2),
+    dict(temperature=0, min_tokens=2, logprobs=0),  # the pending token is the second
+    dict(temperature=0, min_tokens=3),
+    dict(logit_bias={5: 9.0}, allowed_token_ids=[5, EOS, 80, 81], bad_words_ids=[[80]]),
+]
+
+
+def test_a_row_with_a_pending_token_samples_as_if_the_token_were_known():
+    logits = random_logits("normal", len(PENDING_OPTIONS), 500)
+    logits[:, EOS] = 20.0
+    known = [make_row(token_ids=(1, 2, 3, 4), **options) for options in PENDING_OPTIONS]
+    pending = [make_row(token_ids=(1, 2, 3), **options) for options in PENDING_OPTIONS]
+    for row in pending:
+        assert not row.reads_tokens
+        row.pending = 7
+    assert SAMPLER.sample(logits, pending) == SAMPLER.sample(logits, known)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(repetition_penalty=1.2),
+        dict(presence_penalty=0.5),
+        dict(frequency_penalty=-0.5),
+        dict(bad_words_ids=[[4], [5, 6]]),
+        dict(processors=(lambda ids, logits: logits,)),
+    ],
+)
+def test_rows_that_depend_on_every_token_say_so(options):
+    assert make_row(**options).reads_tokens
+
+
+def test_launched_samples_are_tokens_before_anybody_reads_the_result():
+    logits = random_logits("normal", 6, 500)
+    logits[2] = math.nan
+    logits[3, 9] = math.inf
+    rows = [make_row(temperature=0), make_row(), make_row(), make_row(), make_row(top_k=5), make_row()]
+    rows[5].processors = (lambda ids, logits: 1 / 0,)
+    pending = SAMPLER.launch(logits, rows)
+    tokens = pending.tokens.tolist()
+    assert pending.tokens.dtype == torch.int64 and all(0 <= token < 500 for token in tokens)
+    result = pending.result()
+    assert [error is None for error in result.errors] == [True, True, False, False, True, False]
+    assert [a for a, error in zip(tokens, result.errors) if error is None] == [a for a in result.tokens if a >= 0]
 
 
 def test_no_rows_and_logits_of_odd_layout():
