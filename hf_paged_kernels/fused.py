@@ -1,31 +1,38 @@
-"""Linear layers and fused elementwise operations of a decoder layer: dispatch to the device's kernels.
+"""Linear layers and the operations around them in a decoder layer: dispatch to the device's kernels.
 
-`linear` always works (torch's own where there is no kernel); the others need the compiled CPU kernels, and
-`why_unavailable` says so before anyone relies on them.
+Every function takes `backend`, as those of `ops` do: "auto" is the device's own kernels, or plain torch where they cannot
+run. `why_unavailable` says where fusing modules into these functions gains nothing.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .cpu import build
-from .cpu import elementwise as _elementwise
 from .cpu import linear as _linear
+from .norm import Norm
+from .ref import elementwise as _reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_unavailable(parameter: Tensor) -> str | None:
+def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:
     """Why fused kernels cannot run on a model with such parameters, or None if they can."""
-    if parameter.device.type != "cpu":
-        return f"no fused kernels for {parameter.device.type}"
+    if backend == "auto":
+        backend = ops.OWN_BACKEND.get(parameter.device.type)
+        if backend is None:
+            return f"no fused kernels for {parameter.device.type}"
+    if backend == "reference":
+        return "plain torch has no fused kernels"
     if parameter.dtype not in _FLOATS:
         return f"no fused kernels for {parameter.dtype}"
-    return build.why_unavailable()
+    return ops.why_unsupported(backend, parameter.device)
 
 
 def supports_linear(weight: Tensor) -> bool:
@@ -52,10 +59,93 @@ def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
 
 
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast: str = "weight_after",
+    quantize: str | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS norm over the last dimension; with r = rsqrt(mean(x^2) + eps) in fp32:
+
+        cast="weight_after"   (offset + weight) * (x * r).to(dtype)     Llama, Qwen, Mistral
+        cast="weight_before"  ((offset + weight) * (x * r)).to(dtype)   Olmo2; Gemma with offset=1
+
+    Args:
+        x: [..., H], the last dimension contiguous; [T, heads, H] may be a view into a merged projection.
+        weight: [H] of x's dtype, or None for none.
+        quantize: "fp8" for e4m3 [..., H] and scales [..., 1] fp32 whose product is the result.
+
+    Returns:
+        A new contiguous tensor of x's shape; with `quantize` (e4m3, scales).
+    """
+    run, is_cpu = _elementwise(backend, x.device)
+    if is_cpu:
+        return _maybe_quantized(run.rms_norm(x, weight, eps, offset=offset, cast=cast), quantize)
+    return run.rms_norm(x, weight, eps, offset=offset, cast=cast, quantize=quantize)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, norm: Norm, *, quantize: str | None = None, backend: str = "auto"
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+    """(rms_norm(total), total) with total = x + residual in their dtype; x and residual [..., H]."""
+    run, is_cpu = _elementwise(backend, x.device)
+    if is_cpu:
+        total = residual + x
+        normed = run.rms_norm(total, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
+        return _maybe_quantized(normed, quantize), total
+    return run.add_rms_norm(x, residual, norm, quantize=quantize)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    quantize: str | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dimension of x [..., H]. On CPU it is torch's."""
+    run, is_cpu = _elementwise(backend, x.device)
+    return (_reference if is_cpu else run).layer_norm(x, weight, bias, eps, quantize=quantize)
+
+
+def act_and_mul(
+    gate_up: Tensor, activation: str, *, quantize: str | None = None, backend: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """gate_up [..., 2 I] -> activation(gate_up[..., :I]) * gate_up[..., I:], contiguous.
+
+    Activations: "silu", "gelu" (erf), "gelu_tanh". `quantize` as in `rms_norm`.
+    """
+    run, is_cpu = _elementwise(backend, gate_up.device)
+    if is_cpu:
+        return _maybe_quantized(run.act_and_mul(gate_up, activation), quantize)
+    return run.act_and_mul(gate_up, activation, quantize=quantize)
+
+
+def rotary(
+    q_THD: Tensor, k_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`x * cos + rotate_half(x) * sin` on the first R of D dimensions of every head; the rest passes through.
+
+    Args:
+        q_THD, k_THD: [T, Hq, D] and [T, Hkv, D], views with any strides over tokens and heads.
+        cos_TR, sin_TR: [T, R], R even, as transformers makes them: both halves of R hold the frequencies.
+
+    Returns:
+        New contiguous q and k.
+    """
+    return _elementwise(backend, q_THD.device)[0].rotary(q_THD, k_THD, cos_TR, sin_TR)
+
+
 def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `rotary` takes a batch of one: q, k [1, H, T, D] and cos, sin [1, T, R] of one dtype on the CPU."""
+    """Whether `rotary` takes a batch of one: q, k [1, H, T, D] and cos, sin [1, T, R] of one dtype."""
     return (
-        q.device.type == "cpu"
+        q.device.type in ops.OWN_BACKEND
         and q.dim() == k.dim() == 4
         and cos.dim() == 3
         and q.shape[0] == cos.shape[0] == 1
@@ -65,6 +155,12 @@ def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
-rms_norm = _elementwise.rms_norm
-act_and_mul = _elementwise.act_and_mul
-rotary = _elementwise.rotary
+@cache
+def _elementwise(backend: str, device: torch.device):
+    """(module that implements a backend, whether it is the C++ kernels'); remembered, for it is asked in every layer."""
+    name = ops.resolve_backend(backend, device)
+    return import_module({"reference": ".ref"}.get(name, f".{name}") + ".elementwise", __package__), name == "cpu"
+
+
+def _maybe_quantized(result: Tensor, quantize: str | None):
+    return result if quantize is None else _reference.quantized(result, quantize)

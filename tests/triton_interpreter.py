@@ -4,6 +4,7 @@
 2. tl.dot on bfloat16 multiplies the raw 16-bit integers.
 3. Casts to fp8 lose the carry when rounding up.
 4. Casts from float32 to bfloat16 cut off instead of rounding.
+5. Infinities and NaN that a GPU computes without a word come with numpy's warnings.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROUNDED = {
 _patch_lang_tensor = interpreter._patch_lang_tensor
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _convert_float = interpreter._convert_float
+_run_grid = interpreter.GridExecutor.__call__
 
 
 def patch_lang_tensor(tensor, scope):
@@ -46,6 +48,11 @@ def convert_float(input, input_dtype, output_dtype, rounding_mode):
     return torch.from_numpy(values.astype(np.float32)).to(dtype).view(bits).numpy()
 
 
+def run_grid(self, *args, **kwargs):
+    with np.errstate(all="ignore"):
+        return _run_grid(self, *args, **kwargs)
+
+
 def _widened(handle):
     if handle.dtype.scalar != tl.bfloat16:
         return handle
@@ -59,3 +66,4 @@ def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter.InterpreterBuilder.create_dot = create_dot
 interpreter._convert_float = convert_float
+interpreter.GridExecutor.__call__ = run_grid

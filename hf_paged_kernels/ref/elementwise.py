@@ -1,4 +1,4 @@
-"""RMS norms, gated activations and rotary embedding in plain torch: the formulas of transformers' eager modules."""
+"""Norms, gated activations and rotary embedding in plain torch: the formulas of transformers' eager modules."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..norm import Norm
+
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+_FP8_MAX = 448.0  # the largest e4m3
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0, cast: str = "weight_after") -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast: str = "weight_after",
+    quantize: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """x [..., H]; with r = rsqrt(mean(x^2) + eps) in fp32:
 
         cast="weight_after"   (offset + weight) * (x * r).to(dtype)
@@ -24,18 +35,48 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
-        return normed.to(x.dtype)
-    if cast == "weight_after":
-        return (offset + weight if offset else weight) * normed.to(x.dtype)
-    return (normed * (offset + weight.float())).to(x.dtype)
+        result = normed.to(x.dtype)
+    elif cast == "weight_after":
+        result = (offset + weight if offset else weight) * normed.to(x.dtype)
+    else:
+        result = (normed * (offset + weight.float())).to(x.dtype)
+    return quantized(result, quantize)
 
 
-def act_and_mul(gate_up: Tensor, activation: str) -> Tensor:
+def add_rms_norm(x: Tensor, residual: Tensor, norm: Norm, *, quantize: str | None = None):
+    """(rms_norm(x + residual), x + residual), the sum rounded to the dtype before it is normed."""
+    total = residual + x
+    return rms_norm(total, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, quantize=quantize), total
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, quantize: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dimension of x [..., H]."""
+    return quantized(F.layer_norm(x, x.shape[-1:], weight, bias, eps), quantize)
+
+
+def act_and_mul(gate_up: Tensor, activation: str, *, quantize: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """gate_up [..., 2 I] -> activation(gate_up[..., :I]) * gate_up[..., I:]."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(_ACTIVATIONS)}")
     gate, up = gate_up.chunk(2, dim=-1)
-    return _ACTIVATIONS[activation](gate) * up
+    return quantized(_ACTIVATIONS[activation](gate) * up, quantize)
+
+
+def quantized(x: Tensor, quantize: str | None) -> Tensor | tuple[Tensor, Tensor]:
+    """x itself for None; for "fp8" (e4m3 [..., H], scale [..., 1] fp32) with x = e4m3 * scale.
+
+    A row's scale takes its largest magnitude to 448; that of a row of zeros is 1.
+    """
+    if quantize is None:
+        return x
+    if quantize != "fp8":
+        raise ValueError(f"unknown quantize {quantize!r}; known: fp8")
+    wide = x.float()
+    amax = wide.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > 0, amax / _FP8_MAX, 1.0)
+    return (wide / scale).to(torch.float8_e4m3fn), scale
 
 
 def rotary(q_THD: Tensor, k_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import dense_calls
 import torch
 
 from hf_paged_kernels import ops
 from hf_paged_kernels.norm import Norm
+
+NO_FP8 = {"sm_80": "it cannot convert to e4m3, and torch does"}
 
 
 @dataclass(frozen=True)
@@ -56,4 +59,14 @@ CASES = [
     Case("rotary_store 9/3 x 64", lambda: rotary_store((9, 3), 64, 64, norm=False)),
     Case("rotary_store 16/2 x 256, R 64", lambda: rotary_store((16, 2), 256, 64, norm=True)),
     Case("copy_blocks", copy_blocks),
+    Case("rms_norm 4096", lambda: dense_calls.rms_norm(64, 4096)),
+    Case("rms_norm 16384 to fp8", lambda: dense_calls.rms_norm(64, 16384, quantize="fp8"), without=NO_FP8),
+    Case("rms_norm of heads of 128", lambda: dense_calls.rms_norm(64, 16, 128, offset=1.0, cast="weight_before")),
+    Case("add_rms_norm 16384", lambda: dense_calls.add_rms_norm(64, 16384)),
+    Case("layer_norm 5120", lambda: dense_calls.layer_norm(64, 5120)),
+    Case("act_and_mul silu 14336", lambda: dense_calls.act_and_mul(64, 14336, "silu")),
+    Case("act_and_mul silu 14336 to fp8", lambda: dense_calls.act_and_mul(64, 14336, "silu", quantize="fp8"), without=NO_FP8),
+    Case("act_and_mul gelu_tanh 9216", lambda: dense_calls.act_and_mul(64, 9216, "gelu_tanh")),
+    Case("act_and_mul gelu 9216", lambda: dense_calls.act_and_mul(64, 9216, "gelu")),
+    Case("rotary 32/8 x 128, R 64", lambda: dense_calls.rotary(32, 8, 128, 64)),
 ]

@@ -1,0 +1,35 @@
+"""Calls of the dense kernels on tensors of real shapes, for the compile gate."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_paged_kernels import fused
+from hf_paged_kernels.norm import Norm
+
+BF16 = torch.bfloat16
+
+
+def rms_norm(*shape: int, **options) -> None:
+    x = torch.empty(*shape, dtype=BF16)
+    fused.rms_norm(x, torch.empty(shape[-1], dtype=BF16), 1e-6, **options, backend="triton")
+
+
+def add_rms_norm(rows: int, size: int, **options) -> None:
+    x = torch.empty(rows, size, dtype=BF16)
+    fused.add_rms_norm(x, x, Norm(torch.empty(size, dtype=BF16), 1e-6), **options, backend="triton")
+
+
+def layer_norm(rows: int, size: int) -> None:
+    weight = torch.empty(size, dtype=BF16)
+    fused.layer_norm(torch.empty(rows, size, dtype=BF16), weight, weight, 1e-5, backend="triton")
+
+
+def act_and_mul(rows: int, size: int, activation: str, **options) -> None:
+    fused.act_and_mul(torch.empty(rows, 2 * size, dtype=BF16), activation, **options, backend="triton")
+
+
+def rotary(q_heads: int, k_heads: int, size: int, rotated: int) -> None:
+    q, k = (torch.empty(8, heads, size, dtype=BF16) for heads in (q_heads, k_heads))
+    angles = torch.empty(8, rotated, dtype=BF16)
+    fused.rotary(q, k, angles, angles, backend="triton")
