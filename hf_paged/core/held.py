@@ -152,7 +152,7 @@ class HeldSequences:
             raise
         finally:
             step.changes.release_sources()
-        return step.pack(self._new_step(), self._tables), step
+        return step.pack(self._new_step(), self._tables, {}), step
 
     def _find_room(self, sequence: Sequence, count: int, keep: Container[int]) -> None:
         while self._tables.room(sequence, count) < count:

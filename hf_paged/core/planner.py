@@ -31,7 +31,7 @@ class Planner:
     """Walks down the order of all sequences and gives each what budget, seats and blocks allow.
 
     Args:
-        max_batch_tokens, max_num_seqs, whole_prompts: as the scheduler's.
+        max_batch_tokens, max_num_seqs, max_model_len, whole_prompts: as the scheduler's.
         by_priority: waiting sequences preempt running ones of a lower class.
         new_sequence: `new_sequence(request, index, seq_id)` brings a sibling into being.
         held_blocks: whether held sequences have some of the blocks.
@@ -46,6 +46,7 @@ class Planner:
         *,
         max_batch_tokens: int,
         max_num_seqs: int,
+        max_model_len: int,
         whole_prompts: bool,
         by_priority: bool,
         new_sequence: Callable[[Request, int, int], Sequence],
@@ -57,6 +58,7 @@ class Planner:
         self._counts = counts
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
         self._whole_prompts = whole_prompts
         self._by_priority = by_priority
         self._new_sequence = new_sequence
@@ -67,7 +69,7 @@ class Planner:
     def plan(self, only: Container[int] | None) -> StepBuilder:
         """What the next step computes. With `only`, no other sequence ids run."""
         step = StepBuilder(self._max_batch_tokens, only, len(self._tables.pools))
-        running = [seq for seq in self._queues.running if step.may_run(seq)]
+        running = [seq for seq in self._queues.running if step.may_run(seq) and not self._has_its_last(seq)]
         step.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
         for seq in running:
             if self._queues.waiting:
@@ -77,6 +79,10 @@ class Planner:
         self._admit_before(step, None)
         step.changes.release_sources()
         return step
+
+    def _has_its_last(self, seq: Sequence) -> bool:
+        """Whether `seq` ends, whatever its unknown token is, as soon as that is known."""
+        return seq.num_unknown > 0 and not seq.num_allowed(self._max_model_len)
 
     def send_back(self, seq: Sequence) -> None:
         """From running to waiting, with nothing computed."""
@@ -131,8 +137,8 @@ class Planner:
                 return
             if not step.may_run(seq):
                 step.cursor += 1
-            elif seq.seq_id in step.preempted or step.spare_budget < 1 or not self._admit(step, seq):
-                step.admitting = False
+            elif seq.seq_id in step.preempted or seq.num_unknown or step.spare_budget < 1 or not self._admit(step, seq):
+                step.admitting = False  # (preempted with an unknown token, it cannot be recomputed yet)
 
     def _admit(self, step: StepBuilder, seq: Sequence) -> bool:
         """Seat and schedule the waiting `seq`, or hold it back. False: it lacks seats or blocks."""
@@ -218,8 +224,11 @@ class Planner:
         return next((other for other in reversed(candidates) if self._yields(step, other, seq, admitting)), None)
 
     def _yields(self, step: StepBuilder, other: Sequence, seq: Sequence, admitting: bool) -> bool:
-        """Whether the running `other` may be preempted for `seq`: never if it is part of this step already."""
-        if other.seq_id in step.busy or other is seq:
+        """Whether the running `other` may be preempted for `seq`: never if it is part of this step already.
+
+        Nor if it has its last token: then its blocks are free with the next step.
+        """
+        if other.seq_id in step.busy or other is seq or self._has_its_last(other):
             return False
         if not step.may_run(other):
             return True

@@ -70,9 +70,10 @@ class Sequence:
         seq_id: unique within a scheduler; the ids of one request are consecutive.
         index: 0 to n - 1 within the request.
         order: what the scheduling policy sorts by; smaller runs first, larger is preempted first.
-        token_ids: prompt and output.
+        token_ids: prompt and output, as far as they are known.
+        num_unknown: output tokens after those, sampled by steps whose results nobody has read yet.
         num_prompt: tokens of the prompt.
-        num_computed: tokens whose keys and values are in the cache. It counts a step's tokens once it is committed.
+        num_computed: tokens whose keys and values are in the cache. It counts a step's tokens once it is launched.
         block_tables: per group, the block of every `block_size` tokens; -1 where a sliding group gave it back.
         state_slot: where its recurrent state is, for models that keep one. Like a block it may be shared after a fork.
         block_keys: prefix-cache keys of the full blocks, as far as they were needed.
@@ -95,6 +96,7 @@ class Sequence:
         "num_draft_tokens",
         "num_preemptions",
         "num_prompt",
+        "num_unknown",
         "order",
         "pending_forks",
         "publishable",
@@ -113,6 +115,7 @@ class Sequence:
         self.order = order
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
+        self.num_unknown = 0
         self.num_computed = 0
         self.block_tables: list[list[int]] = [[] for _ in range(num_groups)]
         self.state_slot: int | None = None
@@ -133,12 +136,22 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
+        """Known output tokens."""
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output, unknown tokens included."""
+        return len(self.token_ids) + self.num_unknown
+
+    @property
     def num_remaining(self) -> int:
-        """Known tokens that are not computed yet: 1 for a decode, more for a prefill."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens that are not computed yet: 1 for a decode, more for a prefill."""
+        return len(self.token_ids) + self.num_unknown - self.num_computed
+
+    def num_allowed(self, max_model_len: int) -> int:
+        """Tokens it may still get. None are left to a sequence whose last one is unknown, as to one that has ended."""
+        return min(self.num_prompt + self.request.max_tokens, max_model_len) - self.num_tokens
 
     @property
     def seats(self) -> int:

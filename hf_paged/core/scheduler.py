@@ -4,9 +4,11 @@
               ^------ preempted, rolled back ------'
 
 `schedule` makes a StepPlan, `add_drafts` may add guessed tokens to it, and `commit` (or, if the forward failed,
-`rollback`) ends it: one plan at a time. Calls come from one thread. All sequences are ranked by the policy, first come
-first served or by priority. A step walks down that order; whoever lacks blocks takes them from the last in order, so
-the first always advances and all finish.
+`rollback`) ends it. Calls come from one thread. All sequences are ranked by the policy, first come first served or by
+priority. A step walks down that order; whoever lacks blocks takes them from the last in order, so the first always
+advances and all finish.
+
+The next plan can be made before anybody knows what this one sampled: see `UnderWay`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from .held import HeldSequences
 from .plan import StepPlan
 from .planner import Counts, Planner
 from .queues import Queues
-from .request import Request, Sequence, SequenceStatus, append_tokens
-from .step import StepBuilder
+from .request import Request, Sequence, SequenceStatus
 from .tables import BlockTables, GroupSpec
+from .under_way import UnderWay
 
 __all__ = ["GroupSpec", "Scheduler"]
 
@@ -89,6 +91,7 @@ class Scheduler:
             self._counts,
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
             whole_prompts=whole_prompts,
             by_priority=self._by_priority,
             new_sequence=self._new_sequence,
@@ -103,7 +106,9 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Request]] = []  # heap; ended requests leave it lazily
         self._next_seq_id = 0
         self._num_steps = 0
-        self._in_flight: tuple[StepPlan, StepBuilder] | None = None
+        self._under_way = UnderWay(
+            self._sequences, self._tables, self._planner, self._counts, end=self._end, max_model_len=max_model_len
+        )
 
     # -- requests in
 
@@ -171,100 +176,58 @@ class Scheduler:
         """Plan the next step, or None if nothing can run.
 
         With `only`, no other sequence ids run; others may lose their blocks so that these can. A plan that was
-        neither committed nor rolled back (an interrupt came between) is rolled back first.
+        neither launched nor committed nor rolled back (an interrupt came between) is rolled back first. Of launched
+        plans there may be one.
         """
-        if self._in_flight is not None:
-            self.rollback(self._in_flight[0])
+        self._under_way.take_back()
         self._ended.clear()
-        step = self._planner.plan(only)
-        plan = step.pack(self._num_steps + 1, self._tables)
+        plan = self._under_way.pack(self._num_steps + 1, self._planner.plan(only))
         if plan is not None:
             self._take_step()
-            self._in_flight = (plan, step)
         return plan
 
     def draftable(self) -> tuple[int, list[tuple[Sequence, int]]]:
-        """What the plan in flight has room for: (draft tokens in all, [(sequence, most draft tokens)])."""
+        """What the plan just made has room for: (draft tokens in all, [(sequence, most draft tokens)])."""
         assert not self.has_state, "a state cannot be taken back by the drafts that were wrong"
-        step = self._in_flight[1]
-        return step.budget, step.draftable(self.max_model_len)
+        return self._under_way.draftable()
 
     def add_drafts(self, drafts: Mapping[int, list[int]]) -> StepPlan:
-        """Let the plan in flight compute draft tokens too, within what `draftable` says; returns the new plan.
+        """Let the plan just made compute draft tokens too, within what `draftable` says; returns the new plan.
 
         They take only what is left when everything else is planned: a sequence may get fewer, or none, for want of
         blocks.
         """
-        plan, step = self._in_flight
-        for seq_id, tokens in drafts.items():
-            seq = self._sequences[seq_id]
-            count = self._tables.extend_for_drafts(seq, seq.num_computed + 1, len(tokens))
-            if count:
-                step.add_drafts(seq, tokens[:count])
-        assert step.budget >= 0, "more drafts than draftable() allows"
-        if step.drafts:
-            self._in_flight = (step.pack(plan.step, self._tables), step)
-        return self._in_flight[0]
+        return self._under_way.add_drafts({self._sequences[seq_id]: tokens for seq_id, tokens in drafts.items()})
+
+    def launched(self, plan: StepPlan) -> None:
+        """The step of `plan` has begun: its sequences go on as if it were done, by a token each that is still unknown.
+
+        With draft tokens it must be committed before the next `schedule`, as nobody knows how many of them are right.
+        """
+        self._under_way.launched(plan)
 
     def commit(self, plan: StepPlan, tokens: Mapping[int, list[int]]) -> list[Sequence]:
-        """The step of `plan` was computed. Appends the sampled tokens and ends the sequences they finish.
+        """The step of `plan`, the oldest, was computed. Appends the sampled tokens and ends the sequences they finish.
+
+        It includes `launched`, if that was not called.
 
         Args:
             tokens: seq_id -> its next tokens: the sampled one, before it the draft tokens that were found right. A
-                sequence whose sampling failed at once is left out: `finish` or `abort` it.
+                sequence whose sampling failed at once is left out: `finish` or `abort` it now.
 
         Returns:
             The sequences that got tokens: as many as until one finished them. Those ended since `schedule` are passed
             over.
         """
-        step = self._land(plan)
-        for seq_id, new, drafts in zip(plan.seq_ids, plan.num_new, plan.num_drafts, strict=True):
-            seq = self._sequences.get(seq_id)
-            if seq is not None and seq.status is SequenceStatus.RUNNING:
-                seq.num_computed += new - drafts
-        for sibling in step.forked:
-            if sibling.status is SequenceStatus.RUNNING:
-                sibling.num_computed = sibling.num_prompt
-        advanced = []
-        for seq_id in dict.fromkeys(seq_id for _, seq_id in plan.samples):
-            seq = self._sequences.get(seq_id)
-            if seq is None or seq.status is not SequenceStatus.RUNNING:
-                continue
-            num_known, taken = len(seq.token_ids), tokens.get(seq_id, [])
-            verdict = append_tokens(seq, taken, self.max_model_len)
-            if seq_id in step.drafts:
-                num_accepted = min(max(len(taken) - 1, 0), len(seq.token_ids) - num_known)
-                self._settle_drafts(seq, num_known, len(step.drafts[seq_id]), num_accepted)
-            if taken:
-                advanced.append(seq)
-            if verdict is not None:
-                self._end(seq, *verdict)
-        return advanced
-
-    def _settle_drafts(self, seq: Sequence, num_known: int, num_drafts: int, num_accepted: int) -> None:
-        self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
-        seq.num_draft_tokens += num_drafts
-        seq.num_accepted_tokens += num_accepted
-        self._counts.draft_tokens += num_drafts
-        self._counts.accepted_tokens += num_accepted
+        return self._under_way.commit(plan, tokens)
 
     def rollback(self, plan: StepPlan) -> None:
-        """The step of `plan` failed: its sequences lose all their blocks and wait again, in order.
+        """The step of `plan`, the newest, failed: its sequences lose all their blocks and wait again, in order.
 
         Blocks the step was to fill leave the prefix cache; those of earlier steps stay. Siblings forked by the plan
         remain and compute the prompt for themselves (from the prefix cache, as a rule). Not counted as preemption.
         """
-        step = self._land(plan)
-        step.changes.unpublish()
-        for seq in [self._sequences.get(seq_id) for seq_id in plan.seq_ids] + step.forked:
-            if seq is not None and seq.status is SequenceStatus.RUNNING:
-                self._planner.send_back(seq)
-
-    def _land(self, plan: StepPlan) -> StepBuilder:
-        assert self._in_flight is not None and self._in_flight[0] is plan, "not the plan that schedule() made last"
-        step = self._in_flight[1]
-        self._in_flight = None
-        return step
+        self._under_way.rollback(plan)
 
     # -- ends
 
@@ -311,6 +274,7 @@ class Scheduler:
         request = seq.request
         self._queues.remove(seq)
         self._tables.release(seq)
+        seq.num_unknown = 0
         siblings = [self._new_sequence(request, index, seq.seq_id + index) for index in range(1, seq.seats)]
         seq.pending_forks = 0
         for ended in [seq, *siblings]:
@@ -350,10 +314,9 @@ class Scheduler:
     def recompute_all(self) -> None:
         """`reset_prefix_cache`, and all running sequences recompute everything under the new weights.
 
-        A plan that is under way is rolled back. Outputs so far are kept. Not counted as preemption.
+        Plans that are under way are rolled back. Outputs so far are kept. Not counted as preemption.
         """
-        if self._in_flight is not None:
-            self.rollback(self._in_flight[0])
+        self._under_way.take_back(launched=True)
         self.reset_prefix_cache()
         for seq in list(self._queues.running):
             self._planner.send_back(seq)
@@ -416,12 +379,5 @@ class Scheduler:
         assert self._queues.seats_used <= self.max_num_seqs, "too many sequences run"
         live += self.held
         num_tokens = {seq.seq_id: seq.num_computed for seq in live}
-        if self._in_flight is not None:
-            plan, step = self._in_flight
-            for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context, strict=True):
-                if seq_id in num_tokens and self._sequences[seq_id].status is SequenceStatus.RUNNING:
-                    num_tokens[seq_id] = context + new
-            for seq in step.forked:
-                if seq.status is SequenceStatus.RUNNING:
-                    num_tokens[seq.seq_id] = seq.num_prompt
+        self._under_way.check_integrity(num_tokens)
         self._tables.check_integrity(live, num_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from .plan import StepPlan
 from .request import Sequence
@@ -81,7 +81,7 @@ class StepBuilder:
         found = []
         for seq, count, samples in self._entries:
             if count == 1 and samples == [seq.seq_id]:
-                room = min(seq.request.max_tokens - seq.num_output, max_model_len - len(seq.token_ids)) - 1
+                room = seq.num_allowed(max_model_len) - 1
                 if room > 0:
                     found.append((seq, room))
         return found
@@ -91,8 +91,12 @@ class StepBuilder:
         self.drafts[seq.seq_id] = drafts
         self.budget -= len(drafts)
 
-    def pack(self, step: int, tables: BlockTables) -> StepPlan | None:
-        """The plan, single tokens before longer chunks; None if nothing runs."""
+    def pack(self, step: int, tables: BlockTables, places: Mapping[int, int]) -> StepPlan | None:
+        """The plan, single tokens before longer chunks; None if nothing runs.
+
+        Args:
+            places: by seq_id, the place of its unknown token among the samples of the plan before this one.
+        """
         if not self._entries:
             return None
         entries = [(*entry, self.drafts.get(entry[0].seq_id, ())) for entry in self._entries]
@@ -102,7 +106,8 @@ class StepBuilder:
         for seq, count, seq_ids, drafts in entries:
             start = seq.num_computed
             if count == 1:
-                token_ids.append(seq.token_ids[start])
+                known = start < len(seq.token_ids)
+                token_ids.append(seq.token_ids[start] if known else -1 - places[seq.seq_id])
             else:
                 token_ids += seq.token_ids[start : start + count]
             for seq_id in seq_ids:

@@ -132,7 +132,10 @@ class BlockTables:
         return want
 
     def extend(self, seq: Sequence, count: int, changes: TableChanges) -> None:
-        """Give `seq` the blocks for its next `count` tokens (`room` said they fit) and publish those that fill up."""
+        """Give `seq` the blocks for its next `count` tokens (`room` said they fit) and publish those that fill up.
+
+        A block whose last token is still unknown has to wait for `publish_known`.
+        """
         block_size, begin = self.block_size, seq.num_computed
         end = begin + count
         for group, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
@@ -145,8 +148,18 @@ class BlockTables:
                 table.append(pool.allocate())
         if self.has_state:
             self._take_slot(seq, changes)
-        if self.prefix_cache and seq.publishable and begin // block_size < end // block_size:
+        fills = begin // block_size < end // block_size and end <= len(seq.token_ids)  # an unknown token gives no key
+        if fills and self.prefix_cache and seq.publishable:
             changes.published += self._publish(seq, begin // block_size, end // block_size)
+
+    def publish_known(self, seq: Sequence, changes: TableChanges) -> None:
+        """The last known token of `seq` became known after a step (that of `changes`) was launched to compute it.
+
+        If it fills a block, that can be published now.
+        """
+        end = len(seq.token_ids)
+        if end % self.block_size == 0 and self.prefix_cache and seq.publishable:
+            changes.published += self._publish(seq, end // self.block_size - 1, end // self.block_size)
 
     def extend_for_drafts(self, seq: Sequence, begin: int, want: int) -> int:
         """Give `seq` blocks for up to `want` draft tokens from position `begin` on; returns how many tokens that is.

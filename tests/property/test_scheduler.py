@@ -4,16 +4,21 @@ The memory records for every slot whose keys and values were last written there:
 and the tokens up to that position; for every state slot likewise, the tokens of the state. A plan is executed as a model
 would: copies, then all writes of keys and values, then all reads; of states first all reads, then all writes. The fake
 sampler's token depends on the sequence's history only, so the outputs must too.
+
+With `overlap` the tokens of a step are told only after the next one was planned and executed, as on a device whose
+results are read late; now and then a step turns out only then to have failed.
 """
 
 import zlib
+from dataclasses import dataclass
 from random import Random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_paged.base.errors import InvalidArgument, RequestTooLarge
-from hf_paged.core.request import Request, SequenceStatus
+from hf_paged.core.plan import StepPlan
+from hf_paged.core.request import Request, Sequence, SequenceStatus
 from hf_paged.core.scheduler import GroupSpec, Scheduler
 
 EOS, STOP, MAX_MODEL_LEN = 6, 5, 40
@@ -50,14 +55,31 @@ def lowest(kind, position: int) -> int:
     return 0 if kind is None else max(0, position - kind + 1)
 
 
+@dataclass
+class Launched:
+    """A step that was executed, and whose tokens the scheduler does not know yet. If it `failed` it has none."""
+
+    plan: StepPlan
+    members: dict[int, Sequence]
+    tokens: dict[int, list[int]]
+    failed: bool
+
+    def token(self, place: int) -> int:
+        """What entry `place` of the plan's samples gives; anything, if the step failed."""
+        return 0 if self.failed else self.tokens[self.plan.samples[place][1]][0]
+
+
 class World:
     """A scheduler, the fake memory its plans run on, and the checks after each operation.
 
-    `guesses`: draft tokens a step may have; some are right, some are not.
+    `guesses`: draft tokens a step may have; some are right, some are not. `overlap`: steps stay launched for a while.
     """
 
-    def __init__(self, windows, block_size, guesses, scheduler: Scheduler):
+    def __init__(self, windows, block_size, guesses, overlap, scheduler: Scheduler):
         self.windows, self.block_size, self.guesses, self.scheduler = windows, block_size, guesses, scheduler
+        self.overlap = overlap
+        self.launched: Launched | None = None
+        self.histories: dict[int, list[int]] = {}  # of the current plan's sequences: all their tokens, guesses too
         self.drafts: dict[int, list[int]] = {}  # of the current plan
         self.memory = [{} for _ in windows]
         self.states = {}
@@ -89,32 +111,76 @@ class World:
             return
         self.requests.append(request)
 
-    def step(self, only=None, fail=False, abort=None, lose_sample=False):
-        """One step; `abort` picks a request to abort between schedule and commit."""
+    def step(self, only=None, fail=False, fail_late=False, abort=None, lose_sample=False):
+        """One step; `abort` picks a request to abort between schedule and commit.
+
+        It may `fail` at once, or, with `overlap`, when its tokens are asked for after the next step was launched.
+        """
+        if only is not None:
+            self.collect()
         if not self.schedule(only):
-            return False
+            return self.collect()
         stale = set(self.stale)  # as the plan saw it: an abort takes its sequences out
         if abort is not None:
             self.abort(abort)
         if fail:
             self.poison()
             self.scheduler.rollback(self.plan)
+            self.collect()
         else:
-            self.execute(stale)
-            tokens = {seq_id: self.accepted(self.members[seq_id]) for _, seq_id in self.plan.samples}
-            lost = self.plan.samples[-1][1] if lose_sample and tokens else None
-            tokens.pop(lost, None)
-            before = {seq_id: len(self.members[seq_id].token_ids) for seq_id in tokens}
-            got = self.scheduler.commit(self.plan, tokens)
-            for seq in got:
-                new = seq.token_ids[before[seq.seq_id] :]
-                assert new and new == tokens[seq.seq_id][: len(new)]
-                assert seq.finish_reason is not None or len(new) == len(tokens[seq.seq_id])
-            if lost is not None:
-                self.ended_by_us.add(lost)
-                self.scheduler.finish(lost, "error")
+            self.launch(stale, fail_late and self.overlap, lose_sample, wait=only is not None)
         self.check()
         return True
+
+    def launch(self, stale, fail_late, lose_sample, wait):
+        """Execute the plan, then tell the tokens of the step before it, and with `wait` its own."""
+        before = self.launched
+        failed = fail_late or (before is not None and before.failed)
+        if failed:
+            self.poison()
+        else:
+            self.execute(stale)
+        tokens = {seq_id: self.accepted(self.members[seq_id]) for _, seq_id in self.plan.samples}
+        after = Launched(self.plan, self.members, tokens, failed)
+        if not self.overlap:
+            return self.commit(after, lose_sample)
+        self.scheduler.launched(self.plan)
+        self.check()
+        self.launched = after
+        if before is not None and before.failed:
+            self.scheduler.rollback(after.plan)
+            self.scheduler.rollback(before.plan)
+            self.launched = None
+        elif before is not None:
+            self.commit(before, lose_sample)
+        if wait:
+            self.collect()
+
+    def collect(self):
+        """Tell the tokens of the step that is still under way. False if there is none."""
+        step, self.launched = self.launched, None
+        if step is None:
+            return False
+        if step.failed:
+            self.scheduler.rollback(step.plan)
+        else:
+            self.commit(step, False)
+        self.check()
+        return True
+
+    def commit(self, step, lose_sample):
+        tokens = dict(step.tokens)
+        lost = step.plan.samples[-1][1] if lose_sample and tokens else None
+        tokens.pop(lost, None)
+        before = {seq_id: len(step.members[seq_id].token_ids) for seq_id in tokens}
+        got = self.scheduler.commit(step.plan, tokens)
+        for seq in got:
+            new = seq.token_ids[before[seq.seq_id] :]
+            assert new and new == tokens[seq.seq_id][: len(new)]
+            assert seq.finish_reason is not None or len(new) == len(tokens[seq.seq_id])
+        if lost is not None:
+            self.ended_by_us.add(lost)
+            self.scheduler.finish(lost, "error")
 
     def schedule(self, only):
         plan = self.plan = self.scheduler.schedule(only)
@@ -124,6 +190,7 @@ class World:
         plan = self.plan = self.guess(plan) if self.guesses else plan
         ids = [*plan.seq_ids, *(seq_id for _, seq_id in plan.samples)]
         self.members = {seq_id: self.scheduler.sequence(seq_id) for seq_id in ids}
+        self.histories = {seq_id: self.tokens_of(seq) for seq_id, seq in self.members.items()}
         for row, seq_id in plan.samples:  # a fork carries on what its leader computed
             if seq_id not in plan.seq_ids and self.owner(row) in self.stale:
                 self.stale.add(seq_id)
@@ -153,6 +220,7 @@ class World:
         self.version += 1
         if recompute:
             self.scheduler.recompute_all()
+            self.launched = None
             assert self.scheduler.num_running == 0
         else:
             self.scheduler.reset_prefix_cache()
@@ -165,6 +233,10 @@ class World:
             if not self.scheduler.has_unfinished():
                 break
             assert self.step(), "unfinished requests, but nothing to run"
+        if self.launched is not None:  # rows of sequences that have ended, all of them
+            assert all(seq.finish_reason is not None for seq in self.launched.members.values())
+            self.scheduler.recompute_all()
+            self.check()
         assert not self.scheduler.has_unfinished(), "it does not come to an end"
         assert self.scheduler.stats()["blocks_in_use"] == [0] * len(self.windows)
         assert self.scheduler.stats()["slots_in_use"] == 0
@@ -196,15 +268,22 @@ class World:
 
     def accepted(self, seq):
         """What the rows of `seq` in the plan sample, up to the first that is not what was guessed."""
-        tokens, drafts = list(seq.token_ids), self.drafts.get(seq.seq_id, [])
+        drafts = self.drafts.get(seq.seq_id, [])
+        tokens = self.history(seq)[: len(self.history(seq)) - len(drafts)]
+        num_known = len(tokens)
         for guess in [*drafts, None]:
             tokens.append(sample(tokens, seq.index))
             if tokens[-1] != guess:
-                return tokens[len(seq.token_ids) :]
+                return tokens[num_known:]
+
+    def tokens_of(self, seq):
+        """Its tokens, the one the scheduler does not know yet and guesses of this step included."""
+        unknown = [self.launched.tokens[seq.seq_id][0]] if seq.num_unknown else []
+        return seq.token_ids + unknown + self.drafts.get(seq.seq_id, [])
 
     def history(self, seq):
-        """Its tokens, guesses of this step included."""
-        return seq.token_ids + self.drafts.get(seq.seq_id, [])
+        """`tokens_of` when the current plan was made."""
+        return self.histories[seq.seq_id]
 
     # -- the fake model
 
@@ -298,19 +377,21 @@ class World:
         assert only is None or set(plan.seq_ids) <= only
         assert plan.num_new == [n for n in plan.num_new if n == 1] + [n for n in plan.num_new if n > 1]
         packed = []
+        known = [token if token >= 0 else self.launched.token(-1 - token) for token in plan.token_ids]
+        failed = self.launched is not None and self.launched.failed  # what it sampled is anything
         for row, seq, begin, end in self.rows():
             assert not scheduler.whole_prompts or begin >= seq.num_prompt or (begin, end) == (0, seq.num_prompt)
             packed += self.history(seq)[begin:end]
             assert (seq.seq_id in {i for _, i in plan.samples}) == (end == len(self.history(seq)))
             for tables in plan.block_tables:
                 assert len(tables[row]) == -(-end // self.block_size)
-        assert packed == plan.token_ids
+        assert failed or packed == known
         sampled = {}
         for row, seq_id in plan.samples:
             assert self.members[self.owner(row)].request is self.members[seq_id].request
-            sampled.setdefault(seq_id, []).append(plan.token_ids[row])
+            sampled.setdefault(seq_id, []).append(known[row])
         for seq_id, tokens in sampled.items():
-            assert tokens == self.members[seq_id].token_ids[-1:] + self.drafts.get(seq_id, [])
+            assert failed or tokens == self.histories[seq_id][-1 - len(self.drafts.get(seq_id, [])) :]
 
 
 SPECS = st.tuples(
@@ -331,6 +412,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("steps"), st.integers(1, 6)),
     st.tuples(st.just("steps"), st.integers(1, 3)),
     st.tuples(st.just("fail"), PICK),
+    st.tuples(st.just("fail_late"), PICK),
     st.tuples(st.just("abort"), PICK),
     st.tuples(st.just("abort_in_step"), PICK),
     st.tuples(st.just("abort_in_failing_step"), PICK),
@@ -350,12 +432,13 @@ CONFIGS = st.fixed_dictionaries(
         prefix_cache=st.sampled_from([True, True, True, False]),
         policy=st.sampled_from(["fcfs", "priority"]),
         guesses=st.sampled_from([0, 3, 9]),
+        overlap=st.booleans(),
     )
 )
 
 
 def make_world(
-    windows, block_size, max_blocks, max_slots, prefix_cache, guesses, whole_prompts=False, **limits
+    windows, block_size, max_blocks, max_slots, prefix_cache, guesses, overlap, whole_prompts=False, **limits
 ) -> World:
     # smaller pools for sliding groups, so that each kind runs short now and then
     most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
@@ -370,7 +453,8 @@ def make_world(
         prefix_cache=prefix_cache and not max_slots,
         **limits,
     )
-    return World(windows, block_size, 0 if max_slots else guesses, scheduler)  # a state cannot be taken back
+    guesses = 0 if max_slots or overlap else guesses  # a state cannot be taken back; guesses follow known tokens
+    return World(windows, block_size, guesses, overlap, scheduler)
 
 
 def apply(world: World, operation: str, argument) -> None:
@@ -380,11 +464,13 @@ def apply(world: World, operation: str, argument) -> None:
         for _ in range(argument):
             world.step()
     elif operation == "fail":  # then each half by itself, as an engine looks for the culprit
-        if world.step(fail=True):
+        if world.step(fail=True) and world.plan is not None:
             ids = world.plan.seq_ids
             half = set(ids[: (len(ids) + 1) // 2])
             world.step(only=half, fail=argument % 2 == 0)
             world.step(only=set(ids) - half)
+    elif operation == "fail_late":
+        world.step(fail_late=True)
     elif operation == "abort_in_step":
         world.step(abort=argument)
     elif operation == "abort_in_failing_step":
@@ -422,6 +508,7 @@ def test_heavy_traffic_on_scarce_blocks(seed):
         prefix_cache=random.random() < 0.85,
         policy=random.choice(["fcfs", "priority"]),
         guesses=random.choice([0, 2, 5, 12]),
+        overlap=random.random() < 0.5,
     )
     heavy_traffic(world, random)
 
@@ -443,17 +530,18 @@ def test_heavy_traffic_on_scarce_state_slots(seed):
         prefix_cache=False,
         policy=random.choice(["fcfs", "priority"]),
         guesses=0,
+        overlap=random.random() < 0.5,
     )
     heavy_traffic(world, random)
 
 
 def heavy_traffic(world: World, random: Random) -> None:
     names = ["steps", "fail", "abort", "abort_in_step", "abort_in_failing_step", "lose_sample", "finish"]
-    names += ["change_weights", "interrupt"]
+    names += ["fail_late", "change_weights", "interrupt"]
     for _ in range(40):
         if random.random() < 0.5:
             world.add(random_spec(random))
-        name = random.choices(names, weights=[20] + [1] * 8)[0]
+        name = random.choices(names, weights=[20] + [1] * 9)[0]
         apply(world, name, random.random() < 0.5 if name == "change_weights" else random.randint(1, 5))
     world.drain()
 
