@@ -1,7 +1,7 @@
 """Linear layers and the operations around them in a decoder layer: dispatch to the device's kernels.
 
-Every function takes `backend`, as those of `ops` do: "auto" is the device's own kernels, or plain torch where they cannot
-run. `why_unavailable` says where fusing modules into these functions gains nothing.
+Every function takes `backend`, as those of `ops` do: "auto" is the device's own kernels, or plain torch where they
+cannot run. `why_unavailable` says where fusing modules into these functions gains nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .cpu import build
-from .cpu import linear as _linear
 from .norm import Norm
 from .ref import elementwise as _reference
 
@@ -35,27 +33,59 @@ def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:
     return ops.why_unsupported(backend, parameter.device)
 
 
-def supports_linear(weight: Tensor) -> bool:
+def supports_linear(weight: Tensor, *, backend: str = "auto") -> bool:
     """Whether `linear` has a kernel for this weight, so that it does better than torch."""
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and _compiled()
+    name = _kernels("linear", backend, weight.device)[1]
+    if name == "cpu":
+        return weight.dtype == torch.float32
+    return name == "triton" and weight.dtype in (torch.bfloat16, torch.float16)
 
 
-@cache
-def _compiled() -> bool:
-    return build.available()  # asked several times a layer: remembered here
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y = norm(x) @ weight.T + bias; then y = activation(y[..., :I]) * y[..., I:]; then y = residual + y.
 
+    On Triton few rows take one kernel (`triton.linear` tells how it rounds a norm); else every operation has its own.
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] @ weight [N, K].T + bias [N] -> [..., N]."""
-    if supports_linear(weight) and _linear.supports_linear(x, weight):
-        return _linear.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    Args:
+        x: [..., K].
+        weight: [N, K], with an activation [2 I, K]; bias: [N] or [2 I].
+        norm: an RMS norm of x; None for none.
+        activation: "silu", "gelu", "gelu_tanh"; None for none.
+        residual: of the result's shape and dtype.
+
+    Returns:
+        [..., N], with an activation [..., I], a new tensor.
+    """
+    run, name = _kernels("linear", backend, x.device)
+    if residual is not None:
+        _check_residual(residual, x, len(weight) // (1 if activation is None else 2))
+    if name == "reference" or name == "triton" and run.supports(x, weight, bias, norm, activation):
+        return run.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, backend=backend)
+    if name == "cpu" and run.supports_linear(x, weight):
+        y = run.linear(x, weight, bias)
+    else:
+        y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = act_and_mul(y, activation, backend=backend)
+    return y if residual is None else y.add_(residual)
 
 
 def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [H, M, K] @ weight [H, K, N] + bias [N] -> [H, M, N]."""
-    if supports_linear(weight) and _linear.supports_head_linear(x, weight):
-        return _linear.head_linear(x, weight, bias)
+    run, name = _kernels("linear", "auto", x.device)
+    if name == "cpu" and run.supports_head_linear(x, weight):
+        return run.head_linear(x, weight, bias)
     return torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
 
 
@@ -82,8 +112,8 @@ def rms_norm(
     Returns:
         A new contiguous tensor of x's shape; with `quantize` (e4m3, scales).
     """
-    run, is_cpu = _elementwise(backend, x.device)
-    if is_cpu:
+    run, name = _kernels("elementwise", backend, x.device)
+    if name == "cpu":
         return _maybe_quantized(run.rms_norm(x, weight, eps, offset=offset, cast=cast), quantize)
     return run.rms_norm(x, weight, eps, offset=offset, cast=cast, quantize=quantize)
 
@@ -92,8 +122,8 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, norm: Norm, *, quantize: str | None = None, backend: str = "auto"
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
     """(rms_norm(total), total) with total = x + residual in their dtype; x and residual [..., H]."""
-    run, is_cpu = _elementwise(backend, x.device)
-    if is_cpu:
+    run, name = _kernels("elementwise", backend, x.device)
+    if name == "cpu":
         total = residual + x
         normed = run.rms_norm(total, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
         return _maybe_quantized(normed, quantize), total
@@ -109,9 +139,9 @@ def layer_norm(
     quantize: str | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dimension of x [..., H]. On CPU it is torch's."""
-    run, is_cpu = _elementwise(backend, x.device)
-    return (_reference if is_cpu else run).layer_norm(x, weight, bias, eps, quantize=quantize)
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dimension of x [..., H]; on CPU torch's own."""
+    run, name = _kernels("elementwise", backend, x.device)
+    return (_reference if name == "cpu" else run).layer_norm(x, weight, bias, eps, quantize=quantize)
 
 
 def act_and_mul(
@@ -121,8 +151,8 @@ def act_and_mul(
 
     Activations: "silu", "gelu" (erf), "gelu_tanh". `quantize` as in `rms_norm`.
     """
-    run, is_cpu = _elementwise(backend, gate_up.device)
-    if is_cpu:
+    run, name = _kernels("elementwise", backend, gate_up.device)
+    if name == "cpu":
         return _maybe_quantized(run.act_and_mul(gate_up, activation), quantize)
     return run.act_and_mul(gate_up, activation, quantize=quantize)
 
@@ -139,7 +169,7 @@ def rotary(
     Returns:
         New contiguous q and k.
     """
-    return _elementwise(backend, q_THD.device)[0].rotary(q_THD, k_THD, cos_TR, sin_TR)
+    return _kernels("elementwise", backend, q_THD.device)[0].rotary(q_THD, k_THD, cos_TR, sin_TR)
 
 
 def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -156,10 +186,16 @@ def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 @cache
-def _elementwise(backend: str, device: torch.device):
-    """(module that implements a backend, whether it is the C++ kernels'); remembered, for it is asked in every layer."""
+def _kernels(part: str, backend: str, device: torch.device):
+    """(module that implements a part of a backend, the backend's name); remembered, for it is asked in every layer."""
     name = ops.resolve_backend(backend, device)
-    return import_module({"reference": ".ref"}.get(name, f".{name}") + ".elementwise", __package__), name == "cpu"
+    return import_module(f".{'ref' if name == 'reference' else name}.{part}", __package__), name
+
+
+def _check_residual(residual: Tensor, x: Tensor, columns: int) -> None:
+    shape = (*x.shape[:-1], columns)
+    if residual.shape != shape or residual.dtype != x.dtype:
+        raise ValueError(f"residual must be {x.dtype} {list(shape)}, not {residual.dtype} {list(residual.shape)}")
 
 
 def _maybe_quantized(result: Tensor, quantize: str | None):

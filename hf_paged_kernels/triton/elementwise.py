@@ -1,8 +1,8 @@
 """Norms, gated activations and rotary embedding. Signatures and formulas are those of `ref.elementwise`.
 
-Results are rounded where eager torch rounds. Rotary embedding has its very bits. A norm's sum over a row has another order
-than torch's: its scale may differ by some units in the last place of fp32, and so, by one unit, about one value of the row
-in ten thousand in bf16, in a thousand in fp16. The same holds for exponentials in activations.
+Results are rounded where eager torch rounds. Rotary embedding has its very bits. A norm's sum over a row has another
+order than torch's: its scale may differ by some units in the last place of fp32, and so, by one unit, about one value of
+the row in ten thousand in bf16, in a thousand in fp16. The same holds for exponentials in activations.
 
 Rows are kept in registers whole. What does not fit, and fp8 where the GPU cannot convert to it, is left to torch.
 """
@@ -20,7 +20,7 @@ from .functions import ACTIVATIONS, activate, rounded, scaled_by_weight
 from .launch import arch, launch
 
 _MAX_ROW = 16384  # elements: 32 a thread of 16 warps, inputs and weight beside each other without a spill
-_TILE = 2048  # elements of one program where rows are short or need not be whole: two 16-byte loads for each of 128 threads
+_TILE = 2048  # elements of a program where rows are short or need not be whole: a 16-byte load for each of 256 threads
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,8 +45,8 @@ def _store_rows(out, scale_out, y, row, row_inside, to, inside, DTYPE: tl.conste
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, total, out, scale_out, num_rows, rows_per_group, size, stride_group, stride_row, residual_stride,
-    eps, offset, inverse_size, WEIGHT_AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, total, out, scale_out, num_rows, rows_per_group, size, stride_group, stride_row,
+    residual_stride, eps, offset, inverse_size, WEIGHT_AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -211,7 +211,8 @@ def layer_norm(
     rows = x.reshape(-1, size)
     if len(rows):
         block = triton.next_power_of_2(size)
-        launch(_layer_norm_kernel, (len(rows),), rows, weight, bias, out, scale, size, rows.stride(0), eps, 1.0 / size,  BLOCK=block, num_warps=_num_warps(block))  # fmt: skip
+        launch(_layer_norm_kernel, (len(rows),), rows, weight, bias, out, scale, size, rows.stride(0), eps, 1.0 / size,
+               BLOCK=block, num_warps=_num_warps(block))  # fmt: skip
     return out if quantize is None else (out, scale)
 
 
@@ -237,9 +238,10 @@ def rotary(q_THD: Tensor, k_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tupl
     """See `ref.elementwise.rotary`; contiguous results. One launch for both, a program per token and few heads."""
     num_tokens, q_heads, size = q_THD.shape
     k_heads, half = k_THD.shape[1], cos_TR.shape[1] // 2
-    for name, tensor, shape in (("q", q_THD, (num_tokens, q_heads, size)), ("k", k_THD, (num_tokens, k_heads, size)),
-                                ("cos", cos_TR, (num_tokens, 2 * half)), ("sin", sin_TR, (num_tokens, 2 * half))):  # fmt: skip
-        _check(name, tensor, q_THD, shape)
+    for name, tensor, heads in (("q", q_THD, q_heads), ("k", k_THD, k_heads)):
+        _check(name, tensor, q_THD, (num_tokens, heads, size))
+    for name, tensor in (("cos", cos_TR), ("sin", sin_TR)):
+        _check(name, tensor, q_THD, (num_tokens, 2 * half))
     if 2 * half > size:
         raise ValueError(f"cos has {2 * half} columns, more than q's head size {size}")
     rest = size - 2 * half
@@ -282,7 +284,7 @@ def _check_choice(name: str, value, known: tuple) -> None:
 
 
 def _whole_rows(size: int, quantize: str | None, device: torch.device) -> bool:
-    """Whether a program can hold a row of that size, and convert it to fp8 if asked to (from compute capability 8.9)."""
+    """Whether a program can hold a row of that size, and convert it to fp8 if asked to (since compute capability 8.9)."""
     if quantize is not None and arch(device) in ("sm_80", "sm_86", "sm_87"):
         return False
     return size <= _MAX_ROW

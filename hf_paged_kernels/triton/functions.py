@@ -1,4 +1,4 @@
-"""Device functions that several kernels share. Arithmetic is fp32; `rounded` marks where eager torch stores a narrower type."""
+"""Device functions that several kernels share. Arithmetic is fp32; `rounded` is where eager torch stores less."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rounded(x, DTYPE: tl.constexpr):
 def exp(x):
     """e ** x as exact as torch's. tl.exp rounds x * log2(e) first: an error that grows with |x|.
 
-    With n = round(x / ln 2), x = n ln 2 + rest; ln 2 is taken in two parts, the first short enough that n times it is exact.
+    With n = round(x / ln 2), x = n ln 2 + rest; ln 2 is taken in two parts, the first so short that n times it is exact.
     """
     x = tl.minimum(tl.maximum(x, -150.0), 150.0)  # beyond, the result is 0 or infinite, but n would not be exact
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -42,7 +42,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def scaled_by_weight(y, weight, offset, WEIGHT_AFTER: tl.constexpr, DTYPE: tl.constexpr):
-    """(offset + weight) * y with the roundings of a Norm's cast; y and weight are fp32. The result is not yet rounded."""
+    """(offset + weight) * y with the roundings of a Norm's cast but for the last; y and weight are fp32."""
     if WEIGHT_AFTER:
         return rounded(offset + weight, DTYPE) * rounded(y, DTYPE)
     return (offset + weight) * y

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_paged_kernels import fused
 from hf_paged_kernels.cpu import build
 from hf_paged_kernels.cpu.linear import head_linear, linear, supports_linear
+from hf_paged_kernels.norm import Norm
 from hf_paged_kernels.ref import linear as reference
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=str(build.why_unavailable()))
@@ -153,3 +155,16 @@ def test_heads_refuse_what_does_not_fit():
             head_linear(bad, weight)
     with pytest.raises(ValueError, match="bias must be"):
         head_linear(x, weight, randn(5))
+
+
+def test_norm_activation_and_residual_are_the_separate_kernels():
+    """Bit for bit: one call of `fused.linear` is the calls it stands for."""
+    norm = Norm(randn(48, seed=1), 1e-6, 1.0, "weight_before")
+    x, weight, bias, residual = randn(5, 48), randn(64, 48, seed=2), randn(64, seed=3), randn(5, 32, seed=4)
+    for backend in ("cpu", "reference"):
+        normed = fused.rms_norm(x, norm.weight, norm.eps, offset=1.0, cast=norm.cast, backend=backend)
+        gated = fused.act_and_mul(fused.linear(normed, weight, bias, backend=backend), "silu", backend=backend)
+        once = fused.linear(x, weight, bias, norm=norm, activation="silu", residual=residual, backend=backend)
+        assert torch.equal(once, residual + gated)
+    with pytest.raises(ValueError, match=r"residual must be torch.float32 \[5, 64\]"):
+        fused.linear(x, weight, residual=residual)

@@ -14,6 +14,7 @@ import torch
 from hf_paged_kernels import ops
 from hf_paged_kernels.norm import Norm
 
+HMMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "mfma"}
 NO_FP8 = {"sm_80": "it cannot convert to e4m3, and torch does"}
 
 
@@ -65,8 +66,13 @@ CASES = [
     Case("add_rms_norm 16384", lambda: dense_calls.add_rms_norm(64, 16384)),
     Case("layer_norm 5120", lambda: dense_calls.layer_norm(64, 5120)),
     Case("act_and_mul silu 14336", lambda: dense_calls.act_and_mul(64, 14336, "silu")),
-    Case("act_and_mul silu 14336 to fp8", lambda: dense_calls.act_and_mul(64, 14336, "silu", quantize="fp8"), without=NO_FP8),
+    Case("act_and_mul silu to fp8", lambda: dense_calls.act_and_mul(64, 14336, "silu", quantize="fp8"), without=NO_FP8),
     Case("act_and_mul gelu_tanh 9216", lambda: dense_calls.act_and_mul(64, 9216, "gelu_tanh")),
     Case("act_and_mul gelu 9216", lambda: dense_calls.act_and_mul(64, 9216, "gelu")),
+    Case("linear 1 x 4096 -> 128256", lambda: dense_calls.linear(1, 128256, 4096), mma=HMMA),
+    Case("linear norm, 6144 and bias", lambda: dense_calls.linear(16, 6144, 4096, norm=True, bias=True), mma=HMMA),
+    Case("linear norm, silu, 2 x 14336", lambda: dense_calls.mlp(1, 14336, 4096, "silu"), mma=HMMA),
+    Case("linear norm, gelu_tanh, 32 rows", lambda: dense_calls.mlp(32, 9216, 2304, "gelu_tanh"), mma=HMMA),
+    Case("linear + residual, 3072 -> 1024", lambda: dense_calls.linear(8, 1024, 3072, residual=True), mma=HMMA),
     Case("rotary 32/8 x 128, R 64", lambda: dense_calls.rotary(32, 8, 128, 64)),
 ]

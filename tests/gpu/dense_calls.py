@@ -33,3 +33,16 @@ def rotary(q_heads: int, k_heads: int, size: int, rotated: int) -> None:
     q, k = (torch.empty(8, heads, size, dtype=BF16) for heads in (q_heads, k_heads))
     angles = torch.empty(8, rotated, dtype=BF16)
     fused.rotary(q, k, angles, angles, backend="triton")
+
+
+def linear(rows: int, N: int, K: int, *, norm=False, activation=None, residual=False, bias=False) -> None:
+    x, weight = torch.empty(rows, K, dtype=BF16), torch.empty(N * (2 if activation else 1), K, dtype=BF16)
+    fused.linear(
+        x, weight, torch.empty(len(weight), dtype=BF16) if bias else None,
+        norm=Norm(torch.empty(K, dtype=BF16), 1e-6) if norm else None, activation=activation,
+        residual=torch.empty(rows, N, dtype=BF16) if residual else None, backend="triton",
+    )  # fmt: skip
+
+
+def mlp(rows: int, N: int, K: int, activation: str) -> None:
+    linear(rows, N, K, norm=True, activation=activation)
