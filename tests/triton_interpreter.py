@@ -5,6 +5,7 @@
 3. Casts to fp8 lose the carry when rounding up.
 4. Casts from float32 to bfloat16 cut off instead of rounding.
 5. Infinities and NaN that a GPU computes without a word come with numpy's warnings.
+6. tl.fma rounds its product.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROUNDED = {
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
 _create_dot = interpreter.InterpreterBuilder.create_dot
+_create_fma = interpreter.InterpreterBuilder.create_fma
 _convert_float = interpreter._convert_float
 _run_grid = interpreter.GridExecutor.__call__
 
@@ -53,6 +55,13 @@ def run_grid(self, *args, **kwargs):
         return _run_grid(self, *args, **kwargs)
 
 
+def create_fma(self, x, y, z):
+    if z.dtype.scalar != tl.float32:
+        return _create_fma(self, x, y, z)
+    exact = x.data.astype(np.float64) * y.data + z.data  # the product is exact, the sum all but
+    return interpreter.TensorHandle(exact.astype(np.float32), tl.float32)
+
+
 def _widened(handle):
     if handle.dtype.scalar != tl.bfloat16:
         return handle
@@ -65,5 +74,6 @@ def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
 
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter.InterpreterBuilder.create_dot = create_dot
+interpreter.InterpreterBuilder.create_fma = create_fma
 interpreter._convert_float = convert_float
 interpreter.GridExecutor.__call__ = run_grid

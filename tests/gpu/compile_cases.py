@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import dense_calls
+import sampling_calls
 import torch
 
 from hf_paged_kernels import ops
@@ -75,4 +76,9 @@ CASES = [
     Case("linear norm, gelu_tanh, 32 rows", lambda: dense_calls.mlp(32, 9216, 2304, "gelu_tanh"), mma=HMMA),
     Case("linear + residual, 3072 -> 1024", lambda: dense_calls.linear(8, 1024, 3072, residual=True), mma=HMMA),
     Case("rotary 32/8 x 128, R 64", lambda: dense_calls.rotary(32, 8, 128, 64)),
+    Case("argmax of 4 rows", lambda: sampling_calls.argmax(4)),
+    Case("argmax of 1024 rows", lambda: sampling_calls.argmax(1024)),
+    Case("sample bf16, seeds", lambda: sampling_calls.sample(4, torch.bfloat16, counter=True)),
+    Case("sample fp32, uniforms", lambda: sampling_calls.sample(256, torch.float32, counter=False)),
+    Case("penalties", sampling_calls.penalize),
 ]
