@@ -60,7 +60,7 @@ class DraftModel:
         self._engine = engine
         self._rows = engine.hold(num_rows, name="draft", expendable=True)
         self._rows.keep_past = True
-        self._sampler = Sampler()
+        self._sampler = Sampler(engine.model.device, engine.config.attention_backend)
         self._guests: dict[int, _Guest] = {}  # by seq_id, least recently asked about first
         self._free = list(range(num_rows))
 

@@ -444,6 +444,7 @@ class BatchEngine:
             state.settle()
             if state.finished:
                 self._states.pop(request_id, None)
+                self._executor.forget(state)
                 self._forget_guesses(state)
         for state in touched.values():
             if state.callback is not None:

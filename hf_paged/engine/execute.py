@@ -77,7 +77,7 @@ class StepExecutor:
     def __init__(self, runner: ModelRunner, scheduler: Scheduler):
         self._runner = runner
         self._scheduler = scheduler
-        self._sampler = Sampler()
+        self._sampler = Sampler(runner.cache.device, runner.backend)
 
     def execute(self, plan: StepPlan, hooks: SequenceHooks, clock: StepClock) -> tuple[list[Due], SampleResult | None]:
         """Who was due to sample, in the order of the plan's samples, and what came of it; None if nobody was."""
@@ -104,6 +104,11 @@ class StepExecutor:
             offset += len(span)
         clock.lap("sample", mark)
         return due, result
+
+    def forget(self, state: RequestState) -> None:
+        """The request has ended."""
+        for sequence in state.sequences.values():
+            self._sampler.forget(sequence.row)
 
     def _due(self, plan: StepPlan) -> list[Due]:
         due: list[Due] = []

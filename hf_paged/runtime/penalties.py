@@ -65,7 +65,7 @@ def _add_bias(logits_RV: torch.Tensor, rows: list, errors: list) -> None:
         bias = row.params.logit_bias
         if bias:
             if max(bias) >= vocab_size:
-                errors[index] = _outside("logit_bias", max(bias), vocab_size)
+                errors[index] = outside("logit_bias", max(bias), vocab_size)
                 continue
             lists.append((index, bias.keys()))
             values.extend(bias.values())
@@ -82,7 +82,7 @@ def _keep_allowed(logits_RV: torch.Tensor, rows: list, errors: list) -> None:
         if allowed is None:
             continue
         if max(allowed) >= vocab_size:
-            errors[index] = _outside("allowed_token_ids", max(allowed), vocab_size)
+            errors[index] = outside("allowed_token_ids", max(allowed), vocab_size)
             continue
         ids = torch.tensor(allowed).to(logits_RV.device)
         kept = logits_RV[index][ids]
@@ -133,7 +133,7 @@ def _forbid(logits_RV: torch.Tensor, rows: list, errors: list) -> None:
             forbidden = _completions(row.bad_words_ids, row.token_ids, row.eos_token_ids)
             worst = max(forbidden, default=0)
             if worst >= vocab_size:
-                errors[index] = _outside("bad_words", worst, vocab_size)
+                errors[index] = outside("bad_words", worst, vocab_size)
                 continue
         params = row.params
         if row.num_output < params.min_tokens:
@@ -161,5 +161,5 @@ def _completions(words: list[list[int]], token_ids, eos_token_ids) -> list[int]:
     return found
 
 
-def _outside(name: str, token: int, vocab_size: int) -> InvalidArgument:
+def outside(name: str, token: int, vocab_size: int) -> InvalidArgument:
     return InvalidArgument(f"{name} has token {token}, outside the vocabulary of {vocab_size} tokens")

@@ -9,7 +9,7 @@ from transformers.generation import logits_process as stock
 
 from hf_paged.base.errors import InvalidArgument
 from hf_paged.base.sampling_params import SamplingParams
-from hf_paged.runtime import sampler as sampler_module
+from hf_paged.runtime import host_sampler
 from hf_paged.runtime.draw import derive_seed, draw, uniform
 from hf_paged.runtime.sampler import Sampler, SampleRow
 from hf_paged.runtime.warpers import WIDTHS, WarpParams, narrow, row_argmax, row_topk, warp_dense
@@ -133,7 +133,7 @@ def test_candidates_keep_what_the_whole_vocabulary_keeps():
                 torch.tensor([params.min_p], dtype=torch.float64),
             )
             for width in WIDTHS:
-                if not sampler_module._may_suffice(params, width):
+                if not host_sampler._may_suffice(params, width):
                     continue
                 found, dense = narrow(x, warp, width), x.clone()
                 warp_dense(dense, warp, [params])
@@ -169,7 +169,7 @@ def test_draws_do_not_depend_on_the_path(kind, monkeypatch):
     logits = random_logits(kind, 64, 20_011)
     rows = [make_row(seed=i, **OPTIONS[i % 14]) for i in range(64)]
     fast = SAMPLER.sample(logits, rows).tokens
-    monkeypatch.setattr(sampler_module, "WIDTHS", ())
+    monkeypatch.setattr(host_sampler, "WIDTHS", ())
     assert SAMPLER.sample(logits, rows).tokens == fast
 
 
@@ -487,7 +487,7 @@ def test_a_row_with_a_pending_token_samples_as_if_the_token_were_known():
     known = [make_row(token_ids=(1, 2, 3, 4), **options) for options in PENDING_OPTIONS]
     pending = [make_row(token_ids=(1, 2, 3), **options) for options in PENDING_OPTIONS]
     for row in pending:
-        assert not row.reads_tokens
+        assert not SAMPLER.reads_tokens(row)
         row.pending = 7
     assert SAMPLER.sample(logits, pending) == SAMPLER.sample(logits, known)
 
@@ -503,7 +503,7 @@ def test_a_row_with_a_pending_token_samples_as_if_the_token_were_known():
     ],
 )
 def test_rows_that_depend_on_every_token_say_so(options):
-    assert make_row(**options).reads_tokens
+    assert SAMPLER.reads_tokens(make_row(**options))
 
 
 def test_launched_samples_are_tokens_before_anybody_reads_the_result():

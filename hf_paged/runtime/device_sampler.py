@@ -1,0 +1,89 @@
+"""Sampling on the device, without waiting for it: rules, warpers and draws are kernels for all rows at once.
+
+Rows that are `hosted` run through the host's code. Their processed logits join the others, unless the draw itself is the
+host's (kept logits, torch's generator: transformers' own arithmetic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+
+import torch
+
+from hf_paged_kernels import sampling
+
+from .host_sampler import choose, processed_logits
+from .pending import PendingSamples
+from .rule_states import RuleStates
+from .sample_row import SampleResult, SampleRow
+from .transfer import to_device
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class DeviceSampler:
+    """Args: backend: as in `hf_paged_kernels.sampling`."""
+
+    def __init__(self, backend: str):
+        self._backend = backend
+        self._rules = RuleStates(backend)
+        self._rows: list[SampleRow] = []  # of the latest step, and their options on the device
+        self._options: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forget(self, row: SampleRow) -> None:
+        self._rules.forget(row)
+
+    @torch.inference_mode(False)
+    def sample(
+        self, logits_RV: torch.Tensor, rows: Sequence[SampleRow], result: SampleResult, previous: PendingSamples | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens int64 [R], maxima fp32 [R]), both on the device; what else is known already goes into `result`."""
+        logits = logits_RV if logits_RV.dtype in _KERNEL_DTYPES else logits_RV.float()
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        hosted = [i for i, row in enumerate(rows) if row.hosted]
+        scores = self._rules.apply(logits, rows, result.errors, previous)
+        if not hosted:
+            return self._draw(scores, rows)
+        x_HV = processed_logits(logits_RV, rows, hosted, result)
+        scores = scores.to(torch.float32, copy=True) if scores is logits else scores
+        scores[to_device(hosted, torch.int64, scores.device)] = x_HV
+        tokens, peaks = self._draw(scores, rows)
+        places = [place for place, i in enumerate(hosted) if _drawn_by_host(rows[i])]
+        if places:
+            chosen = [hosted[place] for place in places]
+            index = to_device(chosen, torch.int64, scores.device)
+            x_CV = x_HV[to_device(places, torch.int64, scores.device)]
+            tokens[index], peaks[index] = choose(x_CV, rows, chosen, result)
+        return tokens, peaks
+
+    def _draw(self, scores: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        if all(row.greedy for row in rows):
+            return sampling.argmax(scores, backend=self._backend)
+        (temperature, top_p, min_p), (top_k, seeds) = self._options_of(rows, scores.device)
+        positions = to_device([row.num_output for row in rows], torch.int64, scores.device)
+        return sampling.sample(
+            scores, temperature, top_k, top_p, min_p, seeds=seeds, positions=positions, backend=self._backend
+        )
+
+    def _options_of(self, rows: Sequence[SampleRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [3, R] and int64 [2, R]. They are sent again only when the rows change."""
+        if len(rows) != len(self._rows) or not all(map(is_, rows, self._rows)):
+            params = [row.params for row in rows]
+            # what the host draws counts as greedy here
+            temperature = [0.0 if _drawn_by_host(row) else row.params.temperature for row in rows]
+            reals = [temperature, [p.top_p for p in params], [p.min_p for p in params]]
+            wholes = [[min(p.top_k, 2**62) for p in params], [_signed(row.seed) for row in rows]]
+            self._options = to_device(reals, torch.float64, device), to_device(wholes, torch.int64, device)
+            self._rows = list(rows)
+        return self._options
+
+
+def _drawn_by_host(row: SampleRow) -> bool:
+    return row.use_torch_rng or row.capture
+
+
+def _signed(seed: int) -> int:
+    """A seed's 64 bits as int64 holds them."""
+    seed &= 2**64 - 1
+    return seed - 2**64 if seed >= 2**63 else seed
