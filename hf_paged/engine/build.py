@@ -9,10 +9,11 @@ from hf_paged_kernels import ops
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
+from ..runtime.inputs import make_inputs
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import blocks_for_budget, group_layers, slots_for_budget
 from ..runtime.memory import default_fraction, free_memory
-from ..runtime.runner import PagedModel
+from ..runtime.runner import ModelRunner, PagedModel
 from .draft_model import DraftModel
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
@@ -93,6 +94,20 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         max_queue=config.max_queue,
     )
     return cache, scheduler
+
+
+def build_runner(model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler) -> ModelRunner:
+    """What runs the scheduler's plans on the cache."""
+    inputs = make_inputs(
+        len(cache.groups),
+        block_size=cache.block_size,
+        device=cache.device,
+        backend=config.attention_backend,
+        max_batch_tokens=scheduler.max_batch_tokens,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_model_len=scheduler.max_model_len,
+    )
+    return ModelRunner(model, cache, inputs, backend=config.attention_backend)
 
 
 def build_speculator(model: PagedModel, config: EngineConfig, draft_engine) -> Speculator | None:

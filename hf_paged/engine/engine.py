@@ -25,9 +25,9 @@ from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
 from ..runtime.batch import SequenceHooks, StepContext
 from ..runtime.packed import Owner
-from ..runtime.runner import ModelRunner, PagedModel
+from ..runtime.runner import PagedModel
 from ..runtime.sampler import SampleResult, derive_seed
-from .build import build, build_speculator
+from .build import build, build_runner, build_speculator
 from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
 from .execute import Due, StepExecutor
 from .held import HeldRows
@@ -69,7 +69,7 @@ class BatchEngine:
         self._abandoned: deque[RequestState] = deque()  # requests nobody waits for
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
-        self._runner = ModelRunner(model, self._cache, backend=config.attention_backend)
+        self._runner = build_runner(model, config, self._cache, self._scheduler)
         self._executor = StepExecutor(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self.reset_stats()

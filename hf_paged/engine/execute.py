@@ -86,9 +86,9 @@ class StepExecutor:
         sampled = list(dict.fromkeys(row for row, _ in plan.samples))
         prompt_rows = self._prompt_rows(plan)
         rows = sampled + [row for span, _ in prompt_rows for row in span]
-        context = self._runner.prepare(plan, self._owner, hooks)
+        context = self._runner.prepare(plan, self._owner, hooks, rows=rows)
         mark = clock.lap("build", mark)
-        logits = self._runner.forward(context, rows)
+        logits = self._runner.forward(context)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         mark = clock.lap("model", mark)

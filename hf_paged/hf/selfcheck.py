@@ -9,8 +9,7 @@ import torch
 from ..base.config import EngineConfig
 from ..base.errors import UnsupportedModel
 from ..core.request import Request
-from ..engine.build import build
-from ..runtime.runner import ModelRunner
+from ..engine.build import build, build_runner
 from .adapters import Adaptations
 from .attention import attention_configs, observing, paged_attention
 from .swap import evaluating
@@ -81,13 +80,13 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> None:
         kv_cache_memory=_memory(adapter), max_batch_tokens=max(2, len(tokens)), max_num_seqs=2,
     )  # fmt: skip
     cache, scheduler = build(adapter, small, max_model_len=len(tokens) + 1)
-    runner = ModelRunner(adapter, cache, backend=config.attention_backend)
+    runner = build_runner(adapter, small, cache, scheduler)
     for index, prompt in enumerate(prompts):
         scheduler.add(Request(request_id=str(index), prompt_token_ids=prompt, max_tokens=1))
     errors: dict[int, list[torch.Tensor]] = {}
     try:
         while (plan := scheduler.schedule()) is not None:
-            logits = runner.forward(runner.prepare(plan), list(range(plan.num_tokens)))
+            logits = runner.forward(runner.prepare(plan, rows=range(plan.num_tokens)))
             for seq_id, begin, mine in zip(plan.seq_ids, plan.num_context, logits.split(plan.num_new)):
                 errors.setdefault(seq_id, []).append(_errors(mine, observed.logits[begin : begin + len(mine)]))
             scheduler.commit(plan, {seq_id: [tokens[0]] for _, seq_id in plan.samples})

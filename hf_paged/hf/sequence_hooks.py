@@ -82,7 +82,7 @@ class _ModuleHook:
                 activation, rebuild = _first_tensor(output)
                 lane = self._lane(activation)
                 own, packed = self._rows(seq_id)
-                replacement = self._replacement(function, lane[own], self.context.position_ids[0, packed])
+                replacement = self._replacement(function, lane[own], self.context.position_ids[0, packed].clone())
             except Exception as error:
                 self._fail(seq_id, error)
                 continue

@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from hf_paged_kernels import ops
 
 from ..core.plan import StepPlan
+from .inputs import StepInputs
 from .kv_cache import KVCache
 from .states import StepStates
-from .transfer import to_device
 
 
 @dataclass(slots=True)
@@ -39,6 +38,7 @@ class StepContext:
         input_ids: [1, T] new tokens of all sequences, one after another.
         positions: [T] their places in their own sequences.
         position_ids: [1, T] the numbers the model is told: the positions, or a caller's own.
+        rows: [R] packed rows whose logits whoever planned the step wants.
         metadata: one AttentionMetadata per block group.
         states: the layers that keep a state run through it.
         projections: results of merged projections waiting for the sibling module that asks next.
@@ -50,18 +50,18 @@ class StepContext:
     """
 
     __slots__ = (
-        *("plan", "input_ids", "positions", "position_ids", "metadata", "states", "projections", "owner", "logit_rows"),
-        *("packed", "hooks", "calls", "_layers", "_backend"),
+        *("plan", "input_ids", "positions", "position_ids", "rows", "metadata", "states", "projections", "owner"),
+        *("logit_rows", "packed", "hooks", "calls", "_layers", "_backend"),
     )
 
     def __init__(
         self,
         plan: StepPlan,
+        inputs: StepInputs,
         cache: KVCache,
         backend: str,
         owner: Callable | None,
         hooks: SequenceHooks,
-        sampled: torch.Tensor | None = None,
     ):
         self.plan = plan
         self._layers = cache.layers
@@ -71,30 +71,12 @@ class StepContext:
         self.logit_rows: torch.Tensor | None = None
         self.packed = None
         self.hooks = hooks
-        device, block_size = cache.device, cache.block_size
-
-        num_new = np.asarray(plan.num_new, dtype=np.int64)
-        context = np.asarray(plan.num_context, dtype=np.int64)
-        cu_seqlens = np.zeros(len(num_new) + 1, dtype=np.int32)
-        np.cumsum(num_new, out=cu_seqlens[1:])
-        sequence = np.repeat(np.arange(len(num_new)), num_new)
-        positions = np.arange(cu_seqlens[-1]) - cu_seqlens[sequence] + context[sequence]
-        seq_lens = (context + num_new).astype(np.int32)
-
-        self.input_ids = _input_ids(plan.token_ids, sampled, device)
-        self.positions = torch.from_numpy(positions.astype(np.int64)).to(device)
-        self.position_ids = self.positions[None]
-        shared = dict(
-            cu_seqlens_q=torch.from_numpy(cu_seqlens).to(device),
-            seq_lens=torch.from_numpy(seq_lens).to(device),
-            max_seqlen_q=int(num_new.max()),
-            max_seqlen_k=int(seq_lens.max()),
-        )
-        self.metadata = [
-            ops.AttentionMetadata(**shared, **_group_tables(tables, sequence, positions, block_size, device))
-            for tables in plan.block_tables
-        ]
-        self.states = StepStates(plan, cache.states) if plan.states else None
+        self.input_ids = inputs.input_ids
+        self.positions = inputs.positions
+        self.position_ids = inputs.positions[None]
+        self.rows = inputs.rows
+        self.metadata = inputs.metadata
+        self.states = StepStates(inputs.states, plan.num_tokens, cache.states) if plan.states else None
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
         """Write this step's keys and values into the pages, then attend. Shapes [T, heads, dim]; see ops.attention_."""
@@ -115,30 +97,6 @@ class StepContext:
             alibi_slopes=alibi_slopes,
             backend=self._backend,
         )
-
-
-def _input_ids(token_ids: list[int], sampled: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """[1, T] the tokens; those below 0 stand for `sampled[-1 - token]`."""
-    if sampled is None:
-        return torch.tensor([token_ids], dtype=torch.int64, device=device)
-    ids = np.array(token_ids, dtype=np.int64)
-    places = np.flatnonzero(ids < 0)
-    sources = -1 - ids[places]
-    ids[places] = 0
-    result = to_device(ids, torch.int64, device)
-    result[to_device(places, torch.int64, device)] = sampled[to_device(sources, torch.int64, device)]
-    return result[None]
-
-
-def _group_tables(tables: list[list[int]], sequence, positions, block_size: int, device) -> dict:
-    block_table = np.full((len(tables), max(map(len, tables))), -1, dtype=np.int32)
-    for row, table in zip(block_table, tables):
-        row[: len(table)] = table
-    blocks = block_table[sequence, positions // block_size].astype(np.int64)
-    slots = blocks * block_size + positions % block_size
-    return dict(
-        block_table=torch.from_numpy(block_table).to(device), slot_mapping=torch.from_numpy(slots).to(device)
-    )
 
 
 _active = threading.local()

@@ -83,15 +83,14 @@ class KVCache:
             v_cache[:old].copy_(layer.v_cache)
         layer.k_cache, layer.v_cache = k_cache, v_cache
 
-    def copy_blocks(self, copies: list[list[tuple[int, int]]]) -> None:
-        """Copy whole blocks, `copies[group]` being (source, destination) pairs."""
+    def copy_blocks(self, copies: list[torch.Tensor | None]) -> None:
+        """Copy whole blocks, `copies[group]` being int64 [n, 2] of (source, destination), or None."""
         for index, pairs in enumerate(copies):
-            if not pairs:
+            if pairs is None:
                 continue
-            tensor = torch.tensor(pairs, dtype=torch.int64, device=self.device)
             for spec in self.groups[index].layers:
                 layer = self.layers[spec.layer_idx, spec.call]
-                ops.copy_blocks(layer.k_cache, layer.v_cache, tensor, backend=self.backend)
+                ops.copy_blocks(layer.k_cache, layer.v_cache, pairs, backend=self.backend)
 
     def read(
         self, spec: LayerSpec, block_tables: list[list[int]], length: int, most: int

@@ -58,9 +58,10 @@ class PackedBatch:
 
     def __init__(self, context: StepContext):
         plan = context.plan
-        self.input_ids = context.input_ids
-        self.position_ids = context.position_ids
-        self.logit_rows = context.logit_rows
+        # Copies: those of the context may be the next step's soon.
+        self.input_ids = context.input_ids.clone()
+        self.position_ids = context.position_ids.clone()
+        self.logit_rows = None if context.logit_rows is None else context.logit_rows.clone()
         self.segments: list[Segment] = []
         token_ids, start = plan.token_ids, 0
         if token_ids and min(token_ids) < 0:  # some were still on the device when the step was planned

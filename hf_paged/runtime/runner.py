@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
@@ -10,11 +10,11 @@ import torch
 
 from ..core.plan import StepPlan
 from .batch import SequenceHooks, StepContext
+from .inputs import Inputs
 from .kv_cache import KVCache
 from .layout import LayerSpec
 from .packed import Owner
 from .states import StateSpec
-from .transfer import to_device
 
 T = TypeVar("T")
 
@@ -68,37 +68,39 @@ def as_in_a_step(device: torch.device):
 class ModelRunner:
     """Owns the KV cache of one model and executes plans on it."""
 
-    def __init__(self, model: PagedModel, cache: KVCache, *, backend: str):
+    def __init__(self, model: PagedModel, cache: KVCache, inputs: Inputs, *, backend: str):
         self.model = model
         self.cache = cache
         self.backend = backend
+        self._inputs = inputs
 
     def prepare(
         self,
         plan: StepPlan,
         owner: Callable[[int], Owner] | None = None,
         hooks: SequenceHooks | None = None,
+        *,
+        rows: Sequence[int] = (),
         sampled: torch.Tensor | None = None,
     ) -> StepContext:
-        """Grow the cache, copy blocks, pack the batch.
+        """Grow the cache, copy blocks, pack the batch. It is valid until the next one is prepared.
 
         Args:
             owner: tells whose a sequence id is; needed for a batch that a model will run on.
             hooks: functions of single sequences on activations.
-            sampled: int64, what the previous plan sampled, one token per entry of its `samples`, on the device; needed
-                if the plan refers to it.
+            rows: packed rows whose logits `forward` returns.
+            sampled: int64, on the device: what token ids below 0 in the plan stand for, -1 - i for entry i.
         """
-        # The cache outlives this call, so none of it may be an inference tensor, whatever mode the caller is in.
-        with torch.inference_mode(False), torch.no_grad():
+        with as_in_a_step(self.cache.device):  # what is made here outlives the call, whatever mode the caller is in
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
-            self.cache.copy_blocks(plan.copies)
-            return StepContext(plan, self.cache, self.backend, owner, hooks or SequenceHooks(), sampled)
+            inputs = self._inputs.prepare(plan, rows, sampled)
+            self.cache.copy_blocks(inputs.copies)
+            return StepContext(plan, inputs, self.cache, self.backend, owner, hooks or SequenceHooks())
 
-    def forward(self, context: StepContext, rows: list[int]) -> torch.Tensor:
-        """Run a prepared batch and return logits [len(rows), V] of those packed rows."""
-        index = to_device(rows, torch.int64, self.cache.device)
-        return self.run(context, lambda context: self.model.forward(context, index))
+    def forward(self, context: StepContext) -> torch.Tensor:
+        """Run a prepared batch and return logits [R, V] of its `rows`."""
+        return self.run(context, lambda context: self.model.forward(context, context.rows))
 
     def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:
         """Call `execute` on a prepared batch the way a forward of a step runs."""

@@ -121,29 +121,53 @@ class _Group:
         return _each(lambda *tokens: torch.cat(tokens, dim=1), *outputs), state
 
 
+@dataclass(frozen=True)
+class StateGroup:
+    """`_Group` as the host knows it.
+
+    Attributes:
+        count: new tokens of each sequence.
+        fresh: whether they are at their start.
+        entries: (first packed row, slot to read, slot to write) of each.
+    """
+
+    count: int
+    fresh: bool
+    entries: list[tuple[int, int, int]]
+
+
+def state_groups(plan: StepPlan) -> list[StateGroup]:
+    """The sequences of a step by what their layers with a state can advance together; none if there are no such layers."""
+    members: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
+    start = 0
+    for count, (read, write) in zip(plan.num_new, plan.states):
+        members.setdefault((count, read < 0), []).append((start, read, write))
+        start += count
+    return [StateGroup(count, fresh, entries) for (count, fresh), entries in members.items()]
+
+
 class StepStates:
     """One step's sequences, as the layers with a state see them.
+
+    Args:
+        groups: every group, and int64 [S, 3] of its entries on the device.
+        num_tokens: of the packed batch.
 
     Attributes:
         running: the layer whose own code is running, which sees no packed batch; None outside.
     """
 
-    def __init__(self, plan: StepPlan, cache: StateCache):
+    def __init__(self, groups: list[tuple[StateGroup, torch.Tensor]], num_tokens: int, cache: StateCache):
         self.running: str | None = None
         self._cache = cache
         self._done: set[str] = set()
-        members: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
-        start = 0
-        for count, (read, write) in zip(plan.num_new, plan.states, strict=True):
-            members.setdefault((count, read < 0), []).append((start, read, write))
-            start += count
-        self._num_tokens = start
-        self._groups = [self._group(count, fresh, entries) for (count, fresh), entries in members.items()]
+        self._num_tokens = num_tokens
+        self._groups = [self._group(group, entries) for group, entries in groups]
 
-    def _group(self, count: int, fresh: bool, entries: list[tuple[int, int, int]]) -> _Group:
-        starts, reads, writes = torch.tensor(entries, dtype=torch.int64, device=self._cache.device).unbind(1)
-        rows = starts[:, None] + torch.arange(count, device=self._cache.device)
-        return _Group(rows.flatten(), (len(entries), count), None if fresh else reads, writes)
+    def _group(self, group: StateGroup, entries: torch.Tensor) -> _Group:
+        starts, reads, writes = entries.unbind(1)
+        rows = starts[:, None] + torch.arange(group.count, device=self._cache.device)
+        return _Group(rows.flatten(), (len(entries), group.count), None if group.fresh else reads, writes)
 
     def advance(self, name: str, advance: Advance) -> Output:
         """Run a layer: every sequence goes on from its own state, and leaves it. Returns the packed output [1, T, ...]."""

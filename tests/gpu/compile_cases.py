@@ -12,7 +12,7 @@ import dense_calls
 import sampling_calls
 import torch
 
-from hf_paged_kernels import ops
+from hf_paged_kernels import inputs, ops
 from hf_paged_kernels.norm import Norm
 
 HMMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "mfma"}
@@ -55,6 +55,19 @@ def rotary_store(heads: tuple[int, int], dim: int, rotated: int, norm: bool, tok
     ops.rotary_store(query, key, value, *cache, slots, angles, angles, q_norm=norm, k_norm=norm, backend="triton")
 
 
+def prepare_inputs(*, groups: int, sampled: bool) -> None:
+    """A decode step of three sequences, padded to four."""
+    sizes = inputs.PackedSizes(3, 3, 3, groups, 1, 8)
+    long, short = dict(dtype=torch.int64), dict(dtype=torch.int32)
+    out = inputs.InputBuffers(
+        *(torch.empty(64, **long) for _ in range(3)), torch.empty(65, **short), torch.empty(64, **short),
+        torch.empty(groups, 64, 512, **short), torch.empty(groups, 64, **long),
+    )  # fmt: skip
+    known = torch.empty(3, **long) if sampled else None
+    packed = torch.empty(256, **short)
+    inputs.prepare_inputs(packed, sizes, out, block_size=64, padded_seqs=4, sampled=known, backend="triton")
+
+
 CASES = [
     Case("rotary_store 32/8 x 128", lambda: rotary_store((32, 8), 128, 128, norm=False)),
     Case("rotary_store 16/8 x 128, norms", lambda: rotary_store((16, 8), 128, 128, norm=True)),
@@ -81,4 +94,6 @@ CASES = [
     Case("sample bf16, seeds", lambda: sampling_calls.sample(4, torch.bfloat16, counter=True)),
     Case("sample fp32, uniforms", lambda: sampling_calls.sample(256, torch.float32, counter=False)),
     Case("penalties", sampling_calls.penalize),
+    Case("prepare_inputs", lambda: prepare_inputs(groups=1, sampled=False)),
+    Case("prepare_inputs, sampled", lambda: prepare_inputs(groups=3, sampled=True)),
 ]
