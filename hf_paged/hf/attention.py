@@ -47,7 +47,7 @@ def paged_attention_forward(
             f"{type(module).__name__} builds its own attention mask; hf_paged cannot tell what it hides"
         )
     _check_layer(module)
-    if softcap is not None and drops_softcap(_original.get(id(module.config))):
+    if softcap is not None and drops_softcap(implementation(module.config)):
         softcap = None  # the same tokens as this model gives unpatched
     options = dict(scale=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap, sinks=s_aux)
     if isinstance(module, LatentAttention):
@@ -59,6 +59,11 @@ def paged_attention_forward(
 def _check_layer(module) -> None:
     if getattr(module, "layer_idx", None) is None:
         raise UnsupportedModel(f"{type(module).__name__} has no layer_idx, so its KV cache cannot be found")
+
+
+def implementation(config) -> str | None:
+    """The attention implementation that stock would use with `config`, inside a step or outside."""
+    return _original.get(id(config), config._attn_implementation_internal)
 
 
 def drops_softcap(implementation: str | None) -> bool:

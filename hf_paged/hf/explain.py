@@ -37,6 +37,9 @@ class Explanation:
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
+        alone: class of attention modules or decoder layers that run their own code, part by part -> why.
+        launches: the kernels of Triton and torch that a decoder layer launched for one token when the model was patched,
+            by name, of the layer with the most of them; None without Triton, or with `verify`.
         largest_difference: that `patch(verify=True)` found between a row of a layer's output, or of the logits, and
             the unpatched model's, as a share of the row's size (in 16-bit types: of the median row, where that is
             largest); None if it was not asked to.
@@ -51,6 +54,8 @@ class Explanation:
     fallbacks: dict[str, str] = field(default_factory=dict)
     calls: dict[str, str] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
+    launches: list[str] | None = None
     largest_difference: float | None = None
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
@@ -69,6 +74,9 @@ class Explanation:
             lines.append(f"{number:<7} {layer.kind:<22} {layer.heads:<15} {layer.kernel}")
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
+        lines += [f"alone   {name}: {reason}" for name, reason in self.alone.items()]
+        if self.launches is not None:
+            lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
         if self.guesses:
             lines.append(f"guesses {self.guesses}")
         lines += [f"slower  {name}: {reason}" for name, reason in {**self.fallbacks, **self.calls}.items()]
@@ -136,6 +144,8 @@ def explain_patch(model, patch, config) -> Explanation:
         fallbacks=fallbacks,
         calls=dict(patch.calls),
         off=_resting(model, patch, config),
+        alone=dict(patch.fusions.alone),
+        launches=patch.launches,
         largest_difference=patch.largest_difference,
         limits=limits,
         guesses=_guesses(config),
@@ -149,10 +159,11 @@ def _resting(model, patch, config) -> dict[str, str]:
         off["prefix sharing"] = f"forward hooks, on {_some(hooked)}, may treat requests differently"
     if hooked and config.speculation:
         off["guesses"] = f"forward hooks, on {_some(hooked)}, would see tokens that never come to be"
-    aside = {id(module) for module in patch.fusions.stepping_aside()}
-    names = [name for name, module in model.named_modules() if id(module) in aside]
-    if names:
-        off["fused mlp"] = f"parts of {_some(names)} are hooked or replaced"
+    paths = {id(module): name for name, module in model.named_modules()}
+    for kind, modules in patch.fusions.stepping_aside().items():
+        names = [paths[id(module)] for module in modules if id(module) in paths]
+        if names:
+            off[f"fused {kind}"] = f"parts of {_some(names)} are hooked or replaced"
     return off
 
 

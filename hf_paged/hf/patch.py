@@ -14,7 +14,7 @@ from ..runtime.runner import as_in_a_step
 from .adapters import adapt
 from .draft import check_draft, draft_config
 from .explain import Explanation, explain_patch
-from .fusion import Fusions, fuse
+from .fusion import Fusions, fuse, fuse_layers
 from .generation import PagedMixin
 from .model import TransformersModel
 from .peft import base_model
@@ -37,12 +37,13 @@ class Patch:
         try:
             if config.fuse:
                 with evaluating(model), without_hooks(model):
-                    self.fusions = fuse(model)
+                    self.fusions = fuse(model, config.attention_backend)
         except BaseException:
             self.adaptations.undo()
             raise
         self.adapter: TransformersModel | None = None
         self.largest_difference: float | None = None  # that `verify` found
+        self.launches: list[str] | None = None  # kernels of a layer that decodes, where they are Triton's
         self.calls: dict[str, str] = {}  # options of calls so far that took a slower path, and why
         self._engine = None
         self._lock = threading.Lock()
@@ -53,8 +54,10 @@ class Patch:
             observed = observe(model, self.adaptations)
             self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed.visibility)
             check_config(self.adapter, self.config)
+            if self.config.fuse:
+                fuse_layers(model, self.fusions, self.adapter.length_limit)
             if check:
-                check_forward(self.adapter, observed, self.config)
+                self.launches = check_forward(self.adapter, observed, self.config)
         self.adapter.weights_replaced()  # with its hooks
 
     @property

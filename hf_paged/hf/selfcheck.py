@@ -6,17 +6,24 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_paged_kernels import ops
+
 from ..base.config import EngineConfig
 from ..base.errors import UnsupportedModel
+from ..core.plan import StepPlan
 from ..core.request import Request
 from ..engine.build import build, build_runner
+from ..runtime.runner import ModelRunner
 from .adapters import Adaptations
 from .attention import attention_configs, observing, paged_attention
+from .fusion.launches import counting
+from .spec import decoder_layers
 from .swap import evaluating
 from .visibility import Visibility
 
 TOKENS = 12
 MOST_TOKENS = 80  # to reach beyond a window or chunk of up to 64
+SINGLES = 2  # of them computed one by one
 
 # Largest difference of a row's logits, relative to its largest logit. Rounding stays far below, a wrong mask, position
 # or state is far above. In narrow types most rows must stay below the first limit and all below the second: single rows
@@ -66,30 +73,38 @@ def _tokens(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
     return torch.tensor([ids], dtype=torch.int64, device=device)
 
 
-def check_forward(adapter, observed: Observed, config: EngineConfig) -> None:
+def check_forward(adapter, observed: Observed, config: EngineConfig) -> list[str] | None:
     """Raise UnsupportedModel unless two sequences in the batches of an engine get the logits that stock gives each.
 
     Their tokens begin alike, so that stock's one forward says what both must be. The first step computes the shorter
     one beside a third of the longer one, the second the rest: its rows are neither where they would be alone, nor where
-    those before them were.
+    those before them were. Then the shorter one goes on by single tokens, beside the longer one and alone.
+
+    Returns:
+        The kernels of Triton and of torch that a decoder layer launched in the last step, by name, of the layer with
+        the most of them; None where the kernels are not Triton's.
     """
     tokens = observed.ids[0].tolist()
-    prompts = [tokens[: max(1, len(tokens) * 2 // 3)], tokens]
+    shorter = tokens[: max(1, len(tokens) * 2 // 3)]
     small = config.replace(
         **dict.fromkeys(("block_size", "memory_fraction", "kv_dtype", "max_queue", "speculation")), prefix_cache=False,
         kv_cache_memory=_memory(adapter), max_batch_tokens=max(2, len(tokens)), max_num_seqs=2,
     )  # fmt: skip
     cache, scheduler = build(adapter, small, max_model_len=len(tokens) + 1)
     runner = build_runner(adapter, small, cache, scheduler)
-    for index, prompt in enumerate(prompts):
-        scheduler.add(Request(request_id=str(index), prompt_token_ids=prompt, max_tokens=1))
+    singles = min(SINGLES, len(tokens) - len(shorter))
+    scheduler.add(Request(request_id="shorter", prompt_token_ids=shorter, max_tokens=singles + 1))
+    scheduler.add(Request(request_id="longer", prompt_token_ids=tokens, max_tokens=1))
     errors: dict[int, list[torch.Tensor]] = {}
+    launches = None
     try:
         while (plan := scheduler.schedule()) is not None:
-            logits = runner.forward(runner.prepare(plan, rows=range(plan.num_tokens)))
+            logits, launches = _forward(runner, plan)
+            ends = {}
             for seq_id, begin, mine in zip(plan.seq_ids, plan.num_context, logits.split(plan.num_new)):
-                errors.setdefault(seq_id, []).append(_errors(mine, observed.logits[begin : begin + len(mine)]))
-            scheduler.commit(plan, {seq_id: [tokens[0]] for _, seq_id in plan.samples})
+                end = ends[seq_id] = begin + len(mine)
+                errors.setdefault(seq_id, []).append(_errors(mine, observed.logits[begin:end]))
+            scheduler.commit(plan, {seq_id: [(tokens + tokens)[ends[seq_id]]] for _, seq_id in plan.samples})
     finally:
         runner.close()
     narrow = adapter.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
@@ -99,6 +114,17 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> None:
                 f"model: {type(adapter.module).__name__} computes other logits in packed batches than by itself (off "
                 f"by {rows.max():.1g} of the largest), which hf_paged cannot explain"
             )
+    return launches
+
+
+def _forward(runner: ModelRunner, plan: StepPlan) -> tuple[torch.Tensor, list[str] | None]:
+    """Logits of all rows, and of a single row on Triton what the layer with the most kernels launched."""
+    step = runner.prepare(plan, rows=range(plan.num_tokens))
+    if plan.num_tokens > 1 or ops.resolve_backend(runner.backend, runner.cache.device) != "triton":
+        return runner.forward(step), None
+    with counting(list(decoder_layers(runner.model.module).values()), runner.cache.device) as layers:
+        logits = runner.forward(step)
+    return logits, max(layers, key=len, default=None)
 
 
 def _small(errors: torch.Tensor, narrow: bool) -> bool:

@@ -71,6 +71,15 @@ def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
+def decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Name -> module of the decoder layers: the first list of as many modules as the model has layers."""
+    count = text_config(model).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
+    return {}
+
+
 def probe_layers(
     model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility
 ) -> tuple[list[LayerSpec], list[StateSpec], int | None]:

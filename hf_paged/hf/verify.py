@@ -22,7 +22,7 @@ from ..engine.engine import BatchEngine
 from ..engine.request_state import RowHooks
 from ..runtime.packed import current_batch
 from .model import TransformersModel
-from .spec import text_config
+from .spec import decoder_layers, text_config
 from .swap import evaluating
 from .watch import without_hooks
 
@@ -48,7 +48,7 @@ class Verification:
     """Made before a model is patched; `check` compares with it afterwards."""
 
     def __init__(self, model: torch.nn.Module):
-        self._layers = _decoder_layers(model)
+        self._layers = decoder_layers(model)
         self._expected = [_Trace(prompt) for prompt in _prompts(model)]
         saved = model.generation_config
         model.generation_config = GenerationConfig(pad_token_id=0)
@@ -160,15 +160,6 @@ def _prompts(model: torch.nn.Module) -> list[list[int]]:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     lengths = [max(1, min(length, most)) for length in (short, long)]
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
-
-
-def _decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Name -> module of the decoder layers: the first list of as many modules as the model has layers."""
-    count = text_config(model).num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
-    return {}
 
 
 @contextmanager

@@ -82,6 +82,11 @@ def _of_user(hooks: dict) -> bool:
     return not all(map(_harmless, hooks.values()))
 
 
+def only_recorders(module: torch.nn.Module) -> bool:
+    """Whether all forward hooks of `module` are transformers' own that record what it returns, when asked to."""
+    return not _of_user(module._forward_hooks)
+
+
 def _harmless(hook) -> bool:
     home = getattr(hook, "__module__", None) or ""
     return getattr(hook, "__name__", "") in _HARMLESS and home.partition(".")[0] in ("transformers", "peft")

@@ -80,8 +80,34 @@ class StepContext:
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
         """Write this step's keys and values into the pages, then attend. Shapes [T, heads, dim]; see ops.attention_."""
-        layer = self._layers[layer_idx, self.calls[layer_idx]]
-        self.calls[layer_idx] += 1
+        options = dict(scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes)
+        return self._attend(self._next(layer_idx), query, key, value, **options)
+
+    def attend_rotary(
+        self, layer_idx, query, key, value, cos, sin, *, scale, q_norm=None, k_norm=None, softcap=None, sinks=None
+    ):
+        """The same for queries and keys as their projections gave them: see ops.rotary_store for what they go through.
+
+        cos, sin [T, R], or None where nothing is rotated.
+        """
+        layer = self._next(layer_idx)
+        metadata = self.metadata[layer.group]
+        query = ops.rotary_store(
+            query,
+            key,
+            value,
+            layer.k_cache,
+            layer.v_cache,
+            metadata.slot_mapping,
+            cos,
+            sin,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            backend=self._backend,
+        )
+        return self._attend(layer, query, None, None, scale=scale, softcap=softcap, sinks=sinks)
+
+    def _attend(self, layer, query, key, value, **options):
         return ops.attention_(
             query,
             key,
@@ -89,14 +115,17 @@ class StepContext:
             layer.k_cache,
             layer.v_cache,
             self.metadata[layer.group],
-            scale=scale,
             window=layer.spec.window,
             chunk=layer.spec.chunk,
-            softcap=softcap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
             backend=self._backend,
+            **options,
         )
+
+    def _next(self, layer_idx: int):
+        """The pages of a layer's next attention in this forward."""
+        layer = self._layers[layer_idx, self.calls[layer_idx]]
+        self.calls[layer_idx] += 1
+        return layer
 
 
 _active = threading.local()

@@ -118,8 +118,8 @@ def test_a_state_from_row_to_row_is_refused(monkeypatch, dtype):
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):
-    right = StepContext.attend
-    monkeypatch.setattr(StepContext, "attend", lambda self, *args, **kwargs: right(self, *args, **kwargs) * 1.01)
+    right = StepContext.attend_rotary
+    monkeypatch.setattr(StepContext, "attend_rotary", lambda self, *args, **kwargs: right(self, *args, **kwargs) * 1.01)
     assert "other logits in packed batches" in refusal(tiny_model("llama"))
 
 

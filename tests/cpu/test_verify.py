@@ -12,7 +12,7 @@ import hf_paged
 from hf_paged import VerificationFailed
 from hf_paged.hf import model as model_module
 from hf_paged.hf import patch as patch_module
-from hf_paged.hf.fusion import FusedNorm
+from hf_paged.hf.fusion.norm import FusedNorm
 from hf_paged.runtime.batch import StepContext
 
 PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8]])
@@ -72,25 +72,25 @@ def test_without_it_nothing_is_said():
 
 
 def test_attention_that_is_wrong_in_one_layer_is_named(monkeypatch):
-    right = StepContext.attend
+    right = StepContext.attend_rotary
 
     def wrong(self, layer_idx, *args, **kwargs):
         output = right(self, layer_idx, *args, **kwargs)
         return output * 1.01 if layer_idx == 1 else output
 
-    monkeypatch.setattr(StepContext, "attend", wrong)
+    monkeypatch.setattr(StepContext, "attend_rotary", wrong)
     message = refused(tiny_model("llama"), r"first in model.layers.1: off by 0.0\d+ of its size")
     assert "LlamaForCausalLM" in message and "left unpatched" in message
 
 
 def test_attention_that_is_wrong_when_decoding_is_found(monkeypatch):
-    right = StepContext.attend
+    right = StepContext.attend_rotary
 
     def wrong(self, layer_idx, query, *args, **kwargs):
         output = right(self, layer_idx, query, *args, **kwargs)
         return output * 1.2 if len(query) <= 2 and layer_idx == 2 else output
 
-    monkeypatch.setattr(StepContext, "attend", wrong)
+    monkeypatch.setattr(StepContext, "attend_rotary", wrong)
     place = "(2[1-4] of a prompt of 21|4[5-8] of a prompt of 45)"
     refused(tiny_model("llama"), f"first in model.layers.2: .* most at position {place} tokens")
 
@@ -123,8 +123,8 @@ def test_a_wrong_window_is_found(monkeypatch, window):
 
 
 def test_a_fault_in_a_narrow_type_is_found(monkeypatch):
-    right = StepContext.attend
-    monkeypatch.setattr(StepContext, "attend", lambda self, layer, q, *a, **k: right(self, layer, q, *a, **k).flip(1))
+    right = StepContext.attend_rotary
+    monkeypatch.setattr(StepContext, "attend_rotary", lambda self, layer, q, *a, **k: right(self, layer, q, *a, **k).flip(1))
     refused(tiny_model("llama", dtype=torch.bfloat16), "first in model.layers.0")
 
 
@@ -138,5 +138,5 @@ def test_a_forward_that_fails_on_pages_is_told(monkeypatch):
     def fail(self, layer_idx, query, *args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(StepContext, "attend", fail)
+    monkeypatch.setattr(StepContext, "attend_rotary", fail)
     refused(tiny_model("llama"), "fails where it did not before: no such kernel")

@@ -1,0 +1,61 @@
+"""Faster forwards for modules of a patched model, active only inside a step of the engine.
+
+Only plain nn.Linear layers are merged or given another kernel unseen. Everything else is not chosen by a class's name
+alone: it runs once beside the module's own forward on random inputs and is kept only if the results agree (proof.py).
+Outside a step, or when someone hooked a part that the fused form would bypass, the module's own forward runs.
+
+- linear.py: y = x W^T by our kernel, on the live weight.
+- merged.py: q/k/v, gate/up: one weight holds all of them, the model's own parameters are views of it. The first
+  projection called on an input computes all; its siblings, called on the same tensor, take their share.
+- norm.py, mlp.py, rotary.py: one kernel instead of five to twelve operations.
+- attention.py, layer.py: whole attention modules and decoder layers, in which those kernels take in each other's work:
+  on Triton seven kernels are left of a layer that decodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hf_paged_kernels import fused, ops
+
+from .base import Fusions
+from .layer import fuse_layers
+from .linear import fuse_linear
+from .merged import merge_projections
+from .mlp import fuse_mlp
+from .norm import fuse_norm
+from .rotary import fuse_rotary
+
+__all__ = ["Fusions", "fuse", "fuse_layers"]
+
+
+def fuse(model: nn.Module, backend: str = "auto") -> Fusions:
+    """Fuse what is proven equal in `model`; what cannot be fused is left alone and noted.
+
+    Args:
+        backend: whose kernels to use: a name of `ops.BACKENDS` that can run on the model's device.
+    """
+    parameter = next(model.parameters())
+    fusions = Fusions(ops.resolve_backend(backend, parameter.device))
+    try:
+        with torch.no_grad():
+            _fuse_all(model, fusions, fused.why_unavailable(parameter, backend=backend))
+    except BaseException:
+        fusions.undo()
+        raise
+    return fusions
+
+
+def _fuse_all(model: nn.Module, fusions: Fusions, unavailable: str | None) -> None:
+    merge_projections(model, fusions)
+    if unavailable is not None:
+        fusions.notes["kernels"] = unavailable
+        return
+    modules = list(model.modules())
+    for module in modules:
+        fuse_mlp(module, fusions)
+    for module in modules:
+        fuse_linear(module, fusions)
+        fuse_norm(module, fusions)
+    fuse_rotary(model, fusions)

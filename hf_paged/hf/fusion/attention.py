@@ -1,0 +1,197 @@
+"""Attention modules of the standard structure: a projection, one kernel up to the cache, attention, a projection.
+
+The structure is q_proj, k_proj, v_proj (or a joint qkv_proj) -> heads -> q_norm, k_norm -> rotary embedding ->
+attention -> o_proj, the norms and the embedding optional. Sizes, scale, softcap and sinks are those that the module's
+own forward hands to attention when it runs in a probe; positions reach to the end of what the model takes, so that a
+scale that grows with them is seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hf_paged_kernels import fused
+from hf_paged_kernels.norm import Norm
+
+from ...runtime.batch import active_context
+from ..attention import drops_softcap, implementation
+from ..swap import Swapped, can_swap
+from .base import Bypass, Fusions, Parts, idle_children, is_plain
+from .calls import Attended, Call
+from .linear import project
+from .merged import QKV, Merged, merged_of
+from .norm import FusedNorm, norm_of
+from .proof import random_rows
+from .trial import Trial
+
+JOINED = ("qkv_proj",)
+NORMS = ("q_norm", "k_norm")
+OUTPUT = "o_proj"
+
+
+@dataclass(eq=False)
+class _Attention(Bypass):
+    """
+    Attributes:
+        projections: the names of the children that make queries, keys and values: three, or one for all.
+        merged: the three as one.
+        direct: the projections, while one product with their joint weight may stand for them.
+        parts: what is bypassed in any case.
+        heads: (query heads, key/value heads, size of a query or key head, of a value head).
+        rotates: whether there is a rotary embedding.
+        options: of attention.
+        sinks: the name of the parameter that attention gets as sinks.
+        drops_softcap: whether the model's implementation of attention was one that ignores a softcap.
+    """
+
+    KIND = "attention"
+
+    module: nn.Module
+    backend: str
+    call: Call
+    projections: tuple[str, ...]
+    merged: Merged | None
+    direct: Parts
+    parts: Parts
+    heads: tuple[int, int, int, int]
+    rotates: bool
+    options: dict
+    sinks: str | None
+    drops_softcap: bool
+
+    def untouched(self) -> bool:
+        return self.parts.untouched() and _drops_softcap(self.module) == self.drops_softcap
+
+    def run(
+        self,
+        context,
+        x: Tensor,
+        embeddings: tuple[Tensor, Tensor],
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """residual + what the module makes of norm(x), [1, T, H]."""
+        module, children = self.module, self.module._modules
+        query, key, value = self._heads(x, norm)
+        options = dict(self.options)
+        if self.sinks is not None:
+            options["sinks"] = module._parameters[self.sinks]
+        if NORMS[0] in children:
+            options["q_norm"], options["k_norm"] = (norm_of(children[name]) for name in NORMS)
+        cos, sin = (table[0] for table in embeddings) if self.rotates else (None, None)
+        output = context.attend_rotary(module.layer_idx, query, key, value, cos, sin, **options)
+        return project(children[OUTPUT], output.flatten(1)[None], residual, self.backend)
+
+    def _heads(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
+        """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of x [1, T, H]."""
+        Hq, Hkv, D, Dv = self.heads
+        children = [self.module._modules[name] for name in self.projections]
+        joint = self.merged or (children[0] if len(children) == 1 and is_plain(children[0]) else None)
+        if joint is not None and self.direct.untouched():
+            projected = fused.linear(x, joint.weight, joint.bias, norm=norm, backend=self.backend)
+        else:
+            if norm is not None:
+                x = fused.rms_norm(x, *norm[:2], offset=norm.offset, cast=norm.cast, backend=self.backend)
+            parts = [child(x)[0] for child in children]
+            if len(parts) == 3:
+                query, key, value = parts
+                return query.unflatten(1, (Hq, D)), key.unflatten(1, (Hkv, D)), value.unflatten(1, (Hkv, Dv))
+            projected = parts[0][None]
+        query, key, value = projected[0].split_with_sizes((Hq * D, Hkv * D, Hkv * Dv), dim=1)
+        return query.unflatten(1, (Hq, D)), key.unflatten(1, (Hkv, D)), value.unflatten(1, (Hkv, Dv))
+
+
+class FusedAttention(Swapped):
+    def forward(self, *args, **kwargs):
+        context, state = active_context(), self._hf_paged
+        x = None if context is None else state.call.hidden_states(args, kwargs)
+        if x is None or not state.untouched():
+            return super().forward(*args, **kwargs)
+        return state.run(context, x, kwargs["position_embeddings"]), None
+
+
+def has_structure(module: nn.Module) -> bool:
+    """Whether `module` may be an attention module that can be fused; the proof is in running it."""
+    known = can_swap(module) and hasattr(module, "layer_idx") and hasattr(module, "config")
+    return known and _projections(module) is not None
+
+
+def _projections(module: nn.Module) -> tuple[str, ...] | None:
+    children = {name for name, child in module._modules.items() if child is not None} - idle_children(module)
+    norms = children & set(NORMS)
+    if module._buffers or norms and not all(isinstance(module._modules.get(name), FusedNorm) for name in NORMS):
+        return None
+    return next((names for names in (QKV, JOINED) if children - norms == {*names, OUTPUT}), None)
+
+
+def fuse_attention(module: nn.Module, call: Call, positions: Tensor, fusions: Fusions) -> str | None:
+    """Fuse an attention module that its model calls as `call` says. Returns why it is left alone, or None."""
+    first = _inner(module._modules[_projections(module)[0]])
+    x = random_rows(first.in_features, first.weight)[None]
+    trial = Trial(module, call, x, _attention_output, positions, fusions.backend)
+    if trial.own is None:
+        return "it does more than attend once"
+    attended = trial.own.attended
+    reason = _why_not(module, attended)
+    if reason is not None:
+        return reason
+    cos = call.arguments["position_embeddings"][0]
+    rotary = cos.dtype == attended.query.dtype and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= attended.query.shape[-1]
+    for rotates in (True, False) if rotary else (False,):
+        state = _describe(module, call, attended, rotates, fusions.backend)
+        difference = trial.difference(state.run)
+        if difference is None:
+            fusions.swap(module, FusedAttention, state, "attention")
+            return None
+        reason = reason or f"its {difference} is computed otherwise"
+    return reason
+
+
+def _attention_output(result) -> Tensor | None:
+    return result[0] if isinstance(result, tuple) and len(result) == 2 and result[1] is None else None
+
+
+def _inner(layer: nn.Module) -> nn.Module:
+    return getattr(layer, "base_layer", layer)
+
+
+def _why_not(module: nn.Module, attended: Attended) -> str | None:
+    """What attention is asked for that a fused form cannot ask."""
+    options = attended.options
+    if options["layer_idx"] != module.layer_idx or options["alibi_slopes"] is not None:
+        return "it asks for attention in a way of its own"
+    parameters = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
+    if parameters != ({id(options["sinks"])} if options["sinks"] is not None else set()):
+        return "it has parameters that do not go to attention as they are"
+    head_dim = attended.query.shape[2]
+    if any(name in module._modules and module._modules[name].weight.shape != (head_dim,) for name in NORMS):
+        return "its norms are not norms of heads"
+    widths = sum(_inner(module._modules[name]).out_features for name in _projections(module))
+    if widths != sum(part[0].numel() for part in attended[:3]):
+        return "its projections are more than queries, keys and values"
+    return None
+
+
+def _describe(module: nn.Module, call: Call, attended: Attended, rotates: bool, backend: str) -> _Attention:
+    (_, Hq, D), (_, Hkv, Dv) = attended.query.shape, attended.value.shape
+    names, sinks = _projections(module), attended.options["sinks"]
+    return _Attention(
+        module=module,
+        backend=backend,
+        call=call,
+        projections=names,
+        merged=merged_of(module, QKV) if names == QKV else None,
+        direct=Parts(module, *names),
+        parts=Parts(module, *NORMS, *idle_children(module)),
+        heads=(Hq, Hkv, D, Dv),
+        rotates=rotates,
+        options={name: attended.options[name] for name in ("scale", "softcap")},
+        sinks=next((name for name, own in module._parameters.items() if own is not None and own is sinks), None),
+        drops_softcap=_drops_softcap(module),
+    )
+
+
+def _drops_softcap(module: nn.Module) -> bool:
+    return drops_softcap(implementation(module.config))

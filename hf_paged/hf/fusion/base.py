@@ -1,0 +1,108 @@
+"""What was fused in a model, and what fused forms must watch: the parts whose own forward they do not call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..swap import restore, swap
+from ..watch import is_hooked, only_recorders
+
+
+class Parts:
+    """Submodules that a fused form stands in for, as they were when it was proven.
+
+    Args:
+        module: their parent.
+        names: of the children; None and names of no child are left out.
+        attention: a child whose recorders of attention weights do not count: on pages there are none to record.
+    """
+
+    def __init__(self, module: nn.Module, *names: str | None, attention: str | None = None):
+        present = [name for name in (*names, attention) if module._modules.get(name) is not None]
+        children = [(module._modules, name, module._modules[name]) for name in present]
+        self._places = [(*place, place[2].__dict__, place[1] == attention) for place in children]
+
+    def untouched(self) -> bool:
+        """Whether all of them are still in place, with nothing but their class's own forward to run."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        for siblings, name, then, own, attends in self._places:
+            if siblings.get(name) is not then or own["_forward_pre_hooks"] or "forward" in own:
+                return False
+            if own["_forward_hooks"] and not (attends and only_recorders(then)):
+                return False
+        return True
+
+
+def idle_children(module: nn.Module) -> set[str]:
+    """Names of children that pass on what they are given, in a step: everything is in eval mode there."""
+    return {name for name, child in module._modules.items() if type(child) in (nn.Dropout, nn.Identity)}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` is no more than y = x W^T + b, which nobody watches."""
+    from .linear import FusedLinear
+
+    return (type(layer) is nn.Linear or isinstance(layer, FusedLinear)) and not is_hooked(layer)
+
+
+@dataclass
+class Fusions:
+    """What was fused in one model, with reasons for what was not; `undo` takes it all back.
+
+    Attributes:
+        backend: whose kernels the fused forms call, resolved: "cpu", "triton" or "reference".
+        counts: kind -> fused modules.
+        notes: slower paths and their reasons.
+        alone: class name -> why attention modules or layers of that class run their own code, part by part.
+    """
+
+    backend: str = "reference"
+    swapped: list[nn.Module] = field(default_factory=list)
+    merged: list = field(default_factory=list)
+    unwrap: list[Callable[[], None]] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    notes: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
+
+    def swap(self, module: nn.Module, mixin: type, state, kind: str) -> None:
+        swap(module, mixin, state)
+        self.swapped.append(module)
+        self.counts[kind] += 1
+
+    def stepping_aside(self) -> dict[str, list[nn.Module]]:
+        """Kind -> fused modules whose own forward runs for now, because a part they bypass was hooked or replaced."""
+        aside: dict[str, list[nn.Module]] = {}
+        for module in self.swapped:
+            state = module._hf_paged
+            if isinstance(state, Bypass) and not state.untouched():
+                aside.setdefault(state.KIND, []).append(module)
+        return aside
+
+    def rejoin(self) -> None:
+        for merged in self.merged:
+            if not merged.intact():
+                merged.rejoin()
+
+    def undo(self) -> None:
+        for module in self.swapped:
+            restore(module)
+        for merged in self.merged:
+            merged.separate()
+        for unwrap in self.unwrap:
+            unwrap()
+        self.swapped, self.merged, self.unwrap = [], [], []
+
+
+class Bypass:
+    """Base of the states of fused forms that do not call some submodules."""
+
+    KIND: str
+
+    def untouched(self) -> bool:
+        raise NotImplementedError

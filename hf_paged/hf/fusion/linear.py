@@ -1,0 +1,64 @@
+"""Linear layers by our kernels, on the live weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_paged_kernels import fused
+
+from ...runtime.batch import active_context
+from ..swap import Swapped, can_swap
+from .base import Fusions, is_plain
+from .proof import agree, random_rows
+
+
+class FusedLinear(Swapped):
+    """y = x W^T + b. State: the backend."""
+
+    def forward(self, input):
+        if active_context() is None:
+            return super().forward(input)
+        return fused.linear(input, self.weight, self.bias, backend=self._hf_paged)
+
+
+class FusedConv1D(Swapped):
+    """GPT-2's linear layer, whose weight is kept [K, N]. State: the backend."""
+
+    def forward(self, x):
+        if active_context() is None or x.dim() != 3:
+            return super().forward(x)
+        return fused.head_linear(x, self.weight[None], self.bias)
+
+
+def project(layer: nn.Module, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+    """residual + layer(x), in one call where `layer` is a plain linear layer."""
+    if is_plain(layer):
+        return fused.linear(x, layer.weight, layer.bias, residual=residual, backend=backend)
+    y = layer(x)
+    return y if residual is None else residual + y
+
+
+def fuse_linear(module: nn.Module, fusions: Fusions) -> None:
+    if not (isinstance(module, nn.Linear | Conv1D) and can_swap(module)):
+        return
+    if not fused.supports_linear(module.weight, backend=fusions.backend):
+        return
+    if type(module) is Conv1D:
+        if fusions.backend == "cpu":
+            fusions.swap(module, FusedConv1D, None, "linear")
+    elif isinstance(module, nn.Linear):
+        if type(module) is nn.Linear or _only_linear(module, fusions.backend):
+            fusions.swap(module, FusedLinear, fusions.backend, "linear")
+
+
+def _only_linear(module: nn.Linear, backend: str) -> bool:
+    """Whether a modeling file's subclass, such as Falcon's, computes just what nn.Linear does."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    x = random_rows(module.in_features, module.weight)
+    expected = module(x)
+    return isinstance(expected, torch.Tensor) and agree(
+        fused.linear(x, module.weight, module.bias, backend=backend), expected, tolerance=1e-5
+    )
