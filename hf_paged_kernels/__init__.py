@@ -3,9 +3,11 @@
 from .ops import (
     AttentionMetadata,
     allocate_kv,
+    allocate_scales,
     attention_,
     copy_blocks,
     gather_kv,
+    merge_states,
     resolve_backend,
     store_kv,
     supports,
@@ -15,9 +17,11 @@ from .ops import (
 __all__ = [
     "AttentionMetadata",
     "allocate_kv",
+    "allocate_scales",
     "attention_",
     "copy_blocks",
     "gather_kv",
+    "merge_states",
     "resolve_backend",
     "store_kv",
     "supports",

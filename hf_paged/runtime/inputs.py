@@ -115,6 +115,7 @@ class HostInputs:
             seq_lens=self._tensor(seq_lens, torch.int32),
             max_seqlen_q=int(num_new.max()),
             max_seqlen_k=int(seq_lens.max()),
+            num_decodes=_num_decodes(plan),
         )
         return StepInputs(
             input_ids=input_ids[None],
@@ -179,7 +180,8 @@ class StagedInputs:
             backend=self._backend,
         )
         if padded is None:
-            inputs = self._views(sizes.num_seqs, sizes.num_tokens, sizes.num_rows, sizes.longest_new, longest)
+            counts = sizes.num_seqs, sizes.num_tokens, sizes.num_rows
+            inputs = self._views(*counts, sizes.longest_new, longest, _num_decodes(plan))
         else:
             inputs = self.static(padded)
         extras = iter(sent[sum(map(len, parts)) :].split([len(extra) for extra in (*copies, *states)]))
@@ -193,15 +195,18 @@ class StagedInputs:
         Lengths are bounds: no number of this step is in it.
         """
         width = self._buffers.block_table.shape[2]
-        return self._views(num_seqs, num_seqs, num_seqs, 1, width * self._block_size)
+        return self._views(num_seqs, num_seqs, num_seqs, 1, width * self._block_size, num_seqs)
 
-    def _views(self, num_seqs: int, num_tokens: int, num_rows: int, longest_new: int, longest: int) -> StepInputs:
+    def _views(
+        self, num_seqs: int, num_tokens: int, num_rows: int, longest_new: int, longest: int, num_decodes: int
+    ) -> StepInputs:
         out = self._buffers
         shared = dict(
             cu_seqlens_q=out.cu_seqlens[: num_seqs + 1],
             seq_lens=out.seq_lens[:num_seqs],
             max_seqlen_q=longest_new,
             max_seqlen_k=longest,
+            num_decodes=num_decodes,
         )
         return StepInputs(
             input_ids=out.input_ids[:num_tokens][None],
@@ -296,6 +301,11 @@ def _pack(plan: StepPlan, rows: Sequence[int]) -> tuple[PackedSizes, list[np.nda
         longest_table=int(lengths.max(initial=0)),
     )
     return sizes, sections, int((context + num_new).max())
+
+
+def _num_decodes(plan: StepPlan) -> int:
+    """How many sequences have one new token: they come first."""
+    return next((i for i, count in enumerate(plan.num_new) if count != 1), len(plan.num_new))
 
 
 def _cumulated(counts: np.ndarray) -> np.ndarray:

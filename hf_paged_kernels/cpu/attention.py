@@ -22,9 +22,13 @@ _entry = None
 
 def attention_(
     query, key, value, k_cache, v_cache, metadata, *, scale, window=None, chunk=None, softcap=None, sinks=None,
-    alibi_slopes=None, out=None,
+    alibi_slopes=None, k_scale=None, v_scale=None, out=None, lse=None, split_size=None,
 ) -> Tensor:  # fmt: skip
-    """See `ops.attention_`."""
+    """See `ops.attention_`. `split_size` changes nothing: no row's bits depend on the batch."""
+    if k_scale is not None:
+        raise ValueError("k_scale and v_scale: the C++ kernels have no quantized caches; backend='reference' has")
+    if lse is not None or out is not None and out.dtype != query.dtype:
+        raise ValueError(f"lse must be None and out of the query's dtype {query.dtype} with the C++ kernels")
     num_tokens, num_heads, k_dim = query.shape
     num_blocks, num_kv_heads, block_size, v_dim = v_cache.shape
     if out is None:
@@ -37,8 +41,12 @@ def attention_(
     return out
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, k_scale=None, v_scale=None
+) -> None:
     """See `ops.store_kv`: a batch of no sequences, which is written and attended by nobody."""
+    if k_scale is not None:
+        raise ValueError("k_scale and v_scale: the C++ kernels have no quantized caches; backend='reference' has")
     num_blocks, num_kv_heads, block_size, v_dim = v_cache.shape
     _run(key, key, value, k_cache, v_cache, None, 0, 0, 0, slot_mapping.data_ptr(), None, None,
          (key.shape[0], 0, 0, num_blocks, block_size, num_kv_heads, num_kv_heads, key.shape[2], v_dim), 0, 0, 1.0,

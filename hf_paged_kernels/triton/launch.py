@@ -67,6 +67,15 @@ def why_unavailable(device: torch.device | str) -> str | None:
     return None
 
 
+def why_dtype_unavailable(device: torch.device | str, dtype: torch.dtype | None) -> str | None:
+    """Why kernels on `device`, on which kernels run, cannot have tensors of `dtype`, or None if they can."""
+    if dtype == torch.float8_e4m3fn:
+        name = arch(torch.device(device))
+        if name.startswith("sm_") and int(name[3:]) < 89:
+            return f"fp8 needs compute capability 8.9, not that of {name}; int8 is possible"
+    return None
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return find_spec("triton") is not None and _triton()[1]

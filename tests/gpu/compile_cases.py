@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import attention_calls
 import dense_calls
 import sampling_calls
 import torch
@@ -15,6 +16,7 @@ import torch
 from hf_paged_kernels import inputs, ops
 from hf_paged_kernels.norm import Norm
 
+WGMMA = {"sm_90": "HGMMA"}
 HMMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "mfma"}
 NO_FP8 = {"sm_80": "it cannot convert to e4m3, and torch does"}
 
@@ -96,4 +98,7 @@ CASES = [
     Case("penalties", sampling_calls.penalize),
     Case("prepare_inputs", lambda: prepare_inputs(groups=1, sampled=False)),
     Case("prepare_inputs, sampled", lambda: prepare_inputs(groups=3, sampled=True)),
+    Case("attention D 64", lambda: attention_calls.attention(8, 4, dims=(64, 64)), WGMMA),
+    Case("attention D 128", lambda: attention_calls.attention(8, 4), WGMMA),
+    Case("attention D 256", lambda: attention_calls.attention(8, 4, (8, 1), (256, 256), window=1000, softcap=50.0), WGMMA),
 ]

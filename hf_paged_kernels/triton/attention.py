@@ -1,0 +1,40 @@
+"""Paged attention on Triton: which kernel takes which sequences of a step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attention_tile import AttentionCall
+from .decode import MAX_ROWS, decode
+from .store_kv import store_kv
+from .prefill import prefill
+
+
+def attention_(
+    query, key, value, k_cache, v_cache, metadata, *, scale, window=None, chunk=None, softcap=None, sinks=None,
+    alibi_slopes=None, k_scale=None, v_scale=None, out=None, lse=None, split_size=None,
+) -> Tensor:  # fmt: skip
+    """See `ops.attention_`.
+
+    Where every sequence has few new tokens, all of them go to the decode kernel. Else only the leading
+    `metadata.num_decodes` do, and the prefill kernel takes the rest.
+    """
+    num_tokens, num_heads, _ = query.shape
+    if key is not None:
+        store_kv(key, value, k_cache, v_cache, metadata.slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    if out is None:
+        out = query.new_empty(num_tokens, num_heads, v_cache.shape[3])
+    if not num_tokens:
+        return out
+    call = AttentionCall(
+        query if query.stride(2) == 1 else query.contiguous(), k_cache, v_cache, k_scale, v_scale, metadata, sinks,
+        alibi_slopes, scale, softcap, window or chunk or 0, "window" if window else "chunk" if chunk else "all",
+    )  # fmt: skip
+    decodes, max_q = metadata.num_decodes, metadata.max_seqlen_q
+    if max_q == 1 or (split_size is None and max_q * call.group <= MAX_ROWS):
+        decode(call, metadata.num_seqs, max_q, out, lse, split_size)
+        return out
+    if decodes:
+        decode(call, decodes, 1, out[:decodes], None if lse is None else lse[:decodes], split_size)
+    prefill(call, decodes, out, lse)
+    return out
