@@ -37,6 +37,9 @@ class EngineConfig:
         strict: turn every fallback to a slower path into an error: of the model when it is patched and when requests come
             (`explain` names them), and of a call of `generate`.
         seed: seed of requests that name none.
+        overlap: schedule a step while the one before it runs; its tokens stay on the device, and `step` returns them one
+            call later. The same output. Requests whose tokens somebody must see one by one (their own processors or
+            hooks; on CPU also penalties) make the steps they are in wait. Default on CUDA only. With speculation, never.
         speculation: guess tokens ahead and keep those that would have been sampled anyway: the same output in fewer
             steps. "ngram" repeats what prompt and output said before, "draft" asks the `draft_model` that `patch` or
             `Engine` was given. None: off.
@@ -59,6 +62,7 @@ class EngineConfig:
     fuse: bool = True
     strict: bool = False
     seed: int = 0
+    overlap: bool | None = None
     speculation: Literal["ngram", "draft"] | None = None
     num_speculative_tokens: int = 7
     ngram_range: tuple[int, int] = (2, 5)
@@ -85,6 +89,8 @@ class EngineConfig:
             raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {self.policy!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
+        if self.overlap is not None and not isinstance(self.overlap, bool):
+            raise InvalidArgument(f"overlap must be True, False or None, got {self.overlap!r}")
         self._check_speculation()
 
     def _check_speculation(self) -> None:

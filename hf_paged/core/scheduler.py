@@ -229,6 +229,10 @@ class Scheduler:
         """
         self._under_way.rollback(plan)
 
+    def take_back(self) -> None:
+        """Roll back every plan that is under way."""
+        self._under_way.take_back(launched=True)
+
     # -- ends
 
     def finish(self, seq_id: int, reason: str, stop_reason: int | str | None = None) -> None:
@@ -316,7 +320,7 @@ class Scheduler:
 
         Plans that are under way are rolled back. Outputs so far are kept. Not counted as preemption.
         """
-        self._under_way.take_back(launched=True)
+        self.take_back()
         self.reset_prefix_cache()
         for seq in list(self._queues.running):
             self._planner.send_back(seq)
@@ -348,6 +352,11 @@ class Scheduler:
         """A sequence of an unfinished request, or of one that ended since the last `schedule`; else KeyError."""
         seq = self._sequences.get(seq_id)
         return self._ended[seq_id] if seq is None else seq
+
+    def unfinished(self, seq_id: int) -> Sequence | None:
+        """A sequence that has not ended; None if it has."""
+        seq = self._sequences.get(seq_id)
+        return None if seq is None or seq.status is SequenceStatus.FINISHED else seq
 
     def stats(self) -> dict:
         """Counts since `reset_stats`, and the state now. Lists have one entry per group, in blocks."""

@@ -1,8 +1,8 @@
 """The engine: `add` requests, `step` them all forward together, read their outputs.
 
-One step is: schedule a plan, run the model on it once, sample every row that is due, commit, tell the callers. A
-request that cannot go on (a user's callable raised, logits are not numbers, the forward fails because of it) ends with
-its own error; the others never notice.
+One step is: schedule a plan, run the model on it once, sample every row that is due, commit, tell the callers; `stepper`
+says in which order. A request that cannot go on (a user's callable raised, logits are not numbers, the forward fails
+because of it) ends with its own error; the others never notice.
 """
 
 from __future__ import annotations
@@ -12,33 +12,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from ..base.config import EngineConfig
-from ..base.errors import (
-    DeadlineExceeded,
-    EngineClosed,
-    InvalidArgument,
-    QueueFull,
-    RequestFailed,
-)
+from ..base.errors import EngineClosed, InvalidArgument, QueueFull
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
-from ..runtime.batch import SequenceHooks, StepContext
+from ..runtime.batch import StepContext
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
-from ..runtime.sampler import SampleResult, derive_seed
+from ..runtime.sampler import derive_seed
 from .build import build, build_runner, build_speculator
 from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
-from .execute import Due, StepExecutor
+from .execute import StepExecutor
 from .held import HeldRows
-from .isolation import Isolation
 from .job import run_job
 from .lock import FairLock
-from .metrics import StepClock
+from .open_requests import OpenRequests
 from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
+from .stepper import Stepper
 
-HELD_WAIT = 0.001  # seconds
 Prompt = str | list[int] | list[dict]
 
 
@@ -60,9 +53,6 @@ class BatchEngine:
         if self.max_model_len > model.length_limit:
             raise InvalidArgument(f"max_model_len {self.max_model_len} is too long: {model.length_note}")
         self._lock = FairLock()
-        self._states: dict[str, RequestState] = {}
-        self._touched: dict[str, RequestState] = {}
-        self._isolation = Isolation()
         self._count = 0
         self._stepping = False
         self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
@@ -70,8 +60,17 @@ class BatchEngine:
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = build_runner(model, config, self._cache, self._scheduler)
-        self._executor = StepExecutor(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
+        self._requests = OpenRequests(self._scheduler, self._forget)
+        self._executor = StepExecutor(self._runner, self._scheduler)
+        self._stepper = Stepper(
+            model,
+            self._executor,
+            self._scheduler,
+            self._requests,
+            self._speculator,
+            overlap=model.device.type == "cuda" if config.overlap is None else config.overlap,
+        )
         self.reset_stats()
 
     # Requests in
@@ -156,7 +155,7 @@ class BatchEngine:
         with self._lock:
             self._check_open()
             request_id = new_request_id() if request_id is None else request_id
-            if not isinstance(request_id, str) or request_id in self._states:
+            if not isinstance(request_id, str) or request_id in self._requests:
                 raise InvalidArgument(f"request_id {request_id!r} must be a string that is not in use")
             self._look_if_idle()
             request = Request(
@@ -189,7 +188,7 @@ class BatchEngine:
             )
             request.state = state
             self._scheduler.add(request)
-            self._states[request_id] = state
+            self._requests.add(state)
         return state
 
     def submit_when_possible(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
@@ -203,142 +202,38 @@ class BatchEngine:
     # One step
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return the outputs it changed. They are live objects: later steps update them in place."""
+        """Run one step and return the outputs it changed. They are live objects: later steps update them in place.
+
+        With `overlap` a call starts the next step and returns what the one before it changed: nothing the first time.
+        """
         with self._lock:
             self._check_open()
             if self._stepping:
                 raise InvalidArgument("step was called from inside a step (by a processor, criterion or hook)")
             self._stepping = True
+            started = time.perf_counter()
             try:
-                return self._step()
+                self._release_dropped()
+                self._stepper.step()
+            except BaseException:
+                self._requests.publish()
+                raise
             finally:
                 self._stepping = False
-
-    def _step(self) -> list[RequestOutput]:
-        started = time.perf_counter()
-        self._release_dropped()
-        self._expire()
-        self._look_at_model()
-        plan = self._schedule()
-        mark = self._clock.lap("schedule", started)
-        if plan is not None:
-            if self._may_guess():
-                plan = self._speculator.extend(plan, self._scheduler)
-                self._clock.lap("draft", mark)
-            self._run(plan)
-        outputs = self._publish()
-        self._clock.lap("total", started)
-        return outputs
-
-    def _look_at_model(self) -> None:
-        """Before blocks are looked up: what the model has become decides which of them may be shared."""
-        if self.model.weights_changed():
-            self._scheduler.reset_prefix_cache()
-        self._scheduler.share_prefixes(not self.model.hooked)
+            outputs = self._requests.publish()
+            self._stepper.clock.lap("total", started)
+            return outputs
 
     def _look_if_idle(self) -> None:
         """When work starts: the slower look, which also finds writes behind autograd's back."""
         if not self._scheduler.has_unfinished() and self.model.weights_replaced():
             self._scheduler.reset_prefix_cache()
 
-    def _may_guess(self) -> bool:
-        """Not while a failing step is being bisected, nor while user code in the forward would see the guesses."""
-        return self._speculator is not None and self._isolation.suspects() is None and not self.model.hooked
-
     def is_hooked(self) -> bool:
         """Whether somebody's forward hooks watch the model now, so that every row has to be computed."""
         with self._lock:
-            self._look_at_model()
+            self._stepper.look_at_model()
             return self.model.hooked
-
-    def _schedule(self) -> StepPlan | None:
-        plan = self._scheduler.schedule(only=self._isolation.suspects())
-        while plan is None and self._isolation.suspects() is not None:
-            self._isolation.cleared()  # the suspects are gone
-            plan = self._scheduler.schedule(only=self._isolation.suspects())
-        if plan is None and self._scheduler.has_unfinished():
-            assert self._scheduler.held, "requests are left but none can run"
-            time.sleep(HELD_WAIT)  # held rows have the blocks: let their owner get on
-        return plan
-
-    def _run(self, plan: StepPlan) -> None:
-        hooks = self._sequence_hooks(plan)
-        try:
-            due, result = self._executor.execute(plan, hooks, self._clock)
-        except Exception as error:
-            self._scheduler.rollback(plan)
-            if self._speculator is not None and self._speculator.bar(plan):
-                return  # try again without guesses before anybody is blamed
-            culprit = self._isolation.failed(plan.seq_ids)
-            if culprit is not None:
-                self._fail(culprit, error)
-            return
-        except BaseException:  # an interrupt: leave a state that another step can take up
-            self._scheduler.rollback(plan)
-            raise
-        self._isolation.succeeded()
-        for seq_id, error in hooks.errors.items():
-            self._fail(seq_id, error)
-        self._commit(plan, due, result)
-
-    def _sequence_hooks(self, plan: StepPlan) -> SequenceHooks:
-        states = ((seq_id, self._scheduler.sequence(seq_id).request.state) for seq_id in plan.seq_ids)
-        return SequenceHooks({seq_id: state.hooks.forward_hooks for seq_id, state in states if state.hooks.forward_hooks})
-
-    def _commit(self, plan: StepPlan, due: list[Due], result: SampleResult | None) -> None:
-        mark = time.perf_counter()
-        tokens: dict[int, list[int]] = {}
-        failures: list[tuple[Sequence, Exception]] = []
-        for one in due:
-            taken, error = one.taken(result)
-            if taken:
-                tokens[one.sequence.seq_id] = taken
-            if error is not None:
-                failures.append((one.sequence, error))
-            if self._speculator is not None:
-                self._speculator.learn(one.sequence, len(one.drafts), max(len(taken) - 1, 0))
-        committed = self._scheduler.commit(plan, tokens)
-        self._clock.count(steps=1, tokens=plan.num_tokens)
-        mark = self._clock.lap("schedule", mark)
-        entries = {one.sequence.seq_id: [result.logprobs[index] for index in one.samples] for one in due}
-        waiting = committed[::-1]
-        try:
-            while waiting:
-                sequence = waiting.pop()
-                self._advance(sequence, entries[sequence.seq_id])
-        except BaseException as error:  # an interrupt: nobody may go on with a token that was not recorded
-            for unrecorded in [sequence, *waiting, *(sequence for sequence, _ in failures)]:
-                self._fail(unrecorded.seq_id, error)
-            self._publish()
-            raise
-        for sequence, error in failures:
-            if sequence.finish_reason is None:
-                self._fail(sequence.seq_id, error)
-        self._clock.lap("detokenize", mark)
-
-    def _advance(self, sequence: Sequence, logprobs: list) -> None:
-        """One completion got tokens: text, stop strings, the user's criteria, one token after the other."""
-        state: RequestState = sequence.request.state
-        if state.finished:  # another completion of the request failed just now
-            return
-        self._touch(state)
-        done, last = len(state.sequence_state(sequence).output.token_ids), sequence.num_output
-        for count, entry in zip(range(done + 1, last + 1), logprobs):
-            end = sequence.num_prompt + count
-            token = sequence.token_ids[end - 1]
-            self._clock.count(output_tokens=1)
-            try:
-                stop_string = state.record_token(sequence, token, entry)
-                if state.hooks.on_token is not None:
-                    state.hooks.on_token(token)
-                stopped = any([criterion(sequence.token_ids[:end]) for criterion in state.hooks.criteria])
-            except Exception as error:
-                return self._fail(sequence.seq_id, error)
-            if (stop_string is not None or stopped) and (sequence.finish_reason is None or count < last):
-                self._scheduler.cut(sequence.seq_id, count, "stop", stop_string)
-                break
-        if sequence.finish_reason is not None:
-            state.finish_sequence(sequence)
 
     # Rows driven from outside
 
@@ -352,23 +247,23 @@ class BatchEngine:
         if self._stepping:
             raise InvalidArgument("a model call came from inside a step (from a processor, criterion or hook)")
         self._release_dropped()
-        self._look_at_model()
+        self._stepper.look_at_model()
 
     def _execute_held(
         self, plan: StepPlan, execute: Callable[[StepContext], object], owner: Callable[[int], Owner]
     ):
         """Build the batch of a held plan and run `execute` on it as this engine's step."""
-        started = time.perf_counter()
+        clock, started = self._stepper.clock, time.perf_counter()
         self._stepping = True
         try:
             context = self._runner.prepare(plan, owner)
-            mark = self._clock.lap("build", started)
+            mark = clock.lap("build", started)
             result = self._runner.run(context, execute)
-            self._clock.lap("model", mark)
+            clock.lap("model", mark)
         finally:
             self._stepping = False
-        self._clock.count(steps=1, tokens=plan.num_tokens)
-        self._clock.lap("total", started)
+        clock.count(steps=1, tokens=plan.num_tokens)
+        clock.lap("total", started)
         return result
 
     def _release_dropped(self) -> None:
@@ -376,55 +271,32 @@ class BatchEngine:
             for sequence in self._dropped.popleft():
                 self._scheduler.held.release(sequence)
         while self._abandoned:
-            self._end(self._abandoned.popleft(), "abort")
+            self._requests.end(self._abandoned.popleft(), "abort")
 
     # Ends
-
-    def _fail(self, seq_id: int, error: BaseException) -> None:
-        """End the whole request of a sequence with an error of its own."""
-        self._end_with(self._scheduler.sequence(seq_id).request.state, error)
-
-    def _end_with(self, state: RequestState, error: BaseException) -> None:
-        """End a request with an error, as a RequestFailed whose cause it is."""
-        request_id = state.request.request_id
-        if not (isinstance(error, RequestFailed) and error.request_id == request_id):
-            cause = error
-            error = RequestFailed(request_id, f"{type(cause).__name__}: {cause}")
-            error.__cause__ = cause
-        self._end(state, "error", error)
-
-    def _end(self, state: RequestState, reason: str, error: Exception | None = None) -> None:
-        if state.finished:
-            return
-        self._scheduler.abort(state.request.request_id)
-        state.end(reason, error)
-        self._touch(state)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for request in self._scheduler.expired(now):
-            self._end(
-                request.state,
-                "error",
-                DeadlineExceeded(request.request_id, f"not finished {request.deadline - request.arrival:g} s after it came"),
-            )
 
     def abort(self, request_id: str) -> bool:
         """End a request now, wherever it is, and free what it held. False if there is no such unfinished request."""
         with self._lock:
-            state = self._states.get(request_id)
+            state = self._requests.get(request_id)
             if state is None or state.finished:
                 return False
-            self._end(state, "abort")
-            self._publish()
+            self._requests.end(state, "abort")
+            self._settle()
             return True
 
     def fail_all(self, error: BaseException) -> None:
         """End every unfinished request with `error`: the engine itself could not go on."""
         with self._lock:
-            for state in list(self._states.values()):
-                self._end_with(state, error)
-            self._publish()
+            for state in self._requests:
+                self._requests.end_with(state, error)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Requests were ended, perhaps between steps: keep no step in flight that is nobody's, tell who waits."""
+        if not self._stepping and not self._scheduler.has_unfinished():
+            self._stepper.take_back()
+        self._requests.publish()
 
     def release(self, state: RequestState) -> None:
         """Abort a submitted request if it still runs; for callers of `submit`."""
@@ -434,24 +306,9 @@ class BatchEngine:
         """`release` for finalizers, which may run in the middle of a step: done when the next step begins."""
         self._abandoned.append(state)
 
-    def _touch(self, state: RequestState) -> None:
-        self._touched[state.request.request_id] = state
-
-    def _publish(self) -> list[RequestOutput]:
-        """Close what finished, tell the callbacks, return the outputs that changed."""
-        touched, self._touched = self._touched, {}
-        for request_id, state in touched.items():
-            state.settle()
-            if state.finished:
-                self._states.pop(request_id, None)
-                self._executor.forget(state)
-                self._forget_guesses(state)
-        for state in touched.values():
-            if state.callback is not None:
-                state.notify()
-        return [state.output for state in touched.values()]
-
-    def _forget_guesses(self, state: RequestState) -> None:
+    def _forget(self, state: RequestState) -> None:
+        """The request has ended."""
+        self._executor.forget(state)
         if self._speculator is not None:
             for sequence in state.request.sequences:
                 self._speculator.forget(sequence.seq_id)
@@ -483,6 +340,8 @@ class BatchEngine:
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; for weights changed in ways the engine cannot see."""
         with self._lock:
+            if not self._stepping:
+                self._stepper.take_back()
             self._scheduler.reset_prefix_cache()
 
     # Life and numbers
@@ -504,7 +363,7 @@ class BatchEngine:
             return {
                 **scheduler,
                 "acceptance_rate": accepted / drafted if drafted else None,
-                **self._clock.stats(),
+                **self._stepper.clock.stats(),
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
@@ -515,7 +374,7 @@ class BatchEngine:
 
     def reset_stats(self) -> None:
         with self._lock:
-            self._clock = StepClock()
+            self._stepper.clock.reset()
             self._scheduler.reset_stats()
 
     def check_integrity(self) -> None:
@@ -529,9 +388,10 @@ class BatchEngine:
             if self.closed:
                 return
             self.closed = True
-            for state in list(self._states.values()):
-                self._end(state, "error", EngineClosed(f"the engine was closed before {state.request.request_id} ended"))
-            self._publish()
+            for state in self._requests:
+                name = state.request.request_id
+                self._requests.end(state, "error", EngineClosed(f"the engine was closed before {name} ended"))
+            self._settle()
             for sequence in list(self._scheduler.held):
                 self._scheduler.held.release(sequence)
             self._runner.close()

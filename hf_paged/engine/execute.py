@@ -1,6 +1,6 @@
 """From a plan to sampled tokens: forward, sampling, log-probabilities.
 
-Nothing is committed, so a failure can be taken back.
+Nothing is committed, so a failure can be taken back. On CUDA nothing waits for the device until the result is read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from ..core.request import Sequence
 from ..core.scheduler import Scheduler
 from ..runtime.batch import SequenceHooks
 from ..runtime.packed import Owner
+from ..runtime.pending import PendingLogprobs, PendingSamples
 from ..runtime.runner import ModelRunner
 from ..runtime.sampler import Sampler, SampleResult, SampleRow
+from ..runtime.transfer import Milestone, to_device
 from .metrics import StepClock
 from .request_state import RequestState
 
@@ -28,11 +30,13 @@ class Due:
 
     Attributes:
         first: index of its first row among the step's samples.
+        pending: the place, among the samples of the step before, of the token it computes; None if that is known.
         drafts: the guesses that the rows after the first assume.
     """
 
     sequence: Sequence
     first: int
+    pending: int | None
     drafts: list[int]
 
     @property
@@ -41,10 +45,11 @@ class Due:
 
     def rows(self) -> Iterator[SampleRow]:
         """The sampler's row for each of them: the sequence's own, and copies that end with the drafts so far."""
-        state = self.sequence.request.state.sequence_state(self.sequence)
-        yield state.row
+        row = self.sequence.request.state.sequence_state(self.sequence).row
+        row.pending = self.pending
+        yield row
         for count in range(1, len(self.drafts) + 1):
-            yield state.row.extended(self.drafts[:count])
+            yield row.extended(self.drafts[:count])
 
     def taken(self, result: SampleResult) -> tuple[list[int], Exception | None]:
         """(tokens the sequence gets, why no more): the sampled ones, as long as each is what the next row assumes."""
@@ -71,6 +76,40 @@ class Due:
         return token if state.hooks.replace is None else state.hooks.replace(token)
 
 
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """A step that was launched. On CUDA the device may still be at it.
+
+    Attributes:
+        hooks: the functions of single sequences that ran in its forward, and how they fared.
+        due: who samples, in the order of the plan's samples.
+        samples: what they get; None if nobody is due.
+        prompts: log-probabilities of the next prompt tokens of requests that asked for them.
+        may_run_on: the next step can be launched before this one's result is read: nobody needs to see it in between.
+        done: when the device has done all of it.
+    """
+
+    plan: StepPlan
+    hooks: SequenceHooks
+    due: list[Due]
+    samples: PendingSamples | None
+    prompts: list[tuple[RequestState, PendingLogprobs]]
+    may_run_on: bool
+    done: Milestone
+
+    def result(self, clock: StepClock) -> SampleResult | None:
+        """What was sampled; waits for the device. Raises what went wrong there."""
+        mark = time.perf_counter()
+        self.done.wait()
+        mark = clock.lap("model", mark)
+        result = None if self.samples is None else self.samples.result()
+        for state, pending in self.prompts:
+            if not state.finished:
+                state.record_prompt_logprobs(pending.result())
+        clock.lap("sample", mark)
+        return result
+
+
 class StepExecutor:
     """Runs the plans of one scheduler on one model."""
 
@@ -79,44 +118,53 @@ class StepExecutor:
         self._scheduler = scheduler
         self._sampler = Sampler(runner.cache.device, runner.backend)
 
-    def execute(self, plan: StepPlan, hooks: SequenceHooks, clock: StepClock) -> tuple[list[Due], SampleResult | None]:
-        """Who was due to sample, in the order of the plan's samples, and what came of it; None if nobody was."""
+    def launch(
+        self, plan: StepPlan, hooks: SequenceHooks, previous: PendingSamples | None, clock: StepClock
+    ) -> InFlight:
+        """Start a step: forward, sampling, copies of the results to the host.
+
+        Args:
+            previous: what the step before sampled, if that is still in flight.
+        """
         mark = time.perf_counter()
         due = self._due(plan)
-        sampled = list(dict.fromkeys(row for row, _ in plan.samples))
-        prompt_rows = self._prompt_rows(plan)
-        rows = sampled + [row for span, _ in prompt_rows for row in span]
-        context = self._runner.prepare(plan, self._owner, hooks, rows=rows)
+        rows = list(dict.fromkeys(row for row, _ in plan.samples))
+        place = {row: index for index, row in enumerate(rows)}
+        spans = self._prompt_spans(plan)
+        for _, _, span in spans:
+            rows += span
+        sampled = None if previous is None else previous.tokens
+        context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled)
         mark = clock.lap("build", mark)
         logits = self._runner.forward(context)
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
         mark = clock.lap("model", mark)
-        place = {row: index for index, row in enumerate(sampled)}
-        selected = logits[: len(sampled)]
-        if len(plan.samples) != len(sampled):  # n completions start from one row
-            selected = selected[[place[row] for row, _ in plan.samples]]
-        rows_to_sample = [row for one in due for row in one.rows()]
-        result = self._sampler.sample(selected, rows_to_sample) if due else None
-        offset = len(sampled)
-        for span, state in prompt_rows:
-            self._record_prompt(state, logits[offset : offset + len(span)])
-            offset += len(span)
+        samples = self._sample(logits, plan, place, due, previous) if due else None
+        prompts = self._score_prompts(logits[len(place) :], spans)
+        may_run_on = not hooks.functions and all(map(self._may_run_on, due))
+        flight = InFlight(plan, hooks, due, samples, prompts, may_run_on, Milestone(logits.device))
         clock.lap("sample", mark)
-        return due, result
+        return flight
 
     def forget(self, state: RequestState) -> None:
         """The request has ended."""
         for sequence in state.sequences.values():
             self._sampler.forget(sequence.row)
 
+    def _may_run_on(self, one: Due) -> bool:
+        state: RequestState = one.sequence.request.state
+        sequence = state.sequence_state(one.sequence)
+        if sequence.may_run_on is None:
+            sequence.may_run_on = state.hooks.draftable and not self._sampler.reads_tokens(sequence.row)
+        return sequence.may_run_on
+
     def _due(self, plan: StepPlan) -> list[Due]:
         due: list[Due] = []
         for index, (row, seq_id) in enumerate(plan.samples):
+            token = plan.token_ids[row]
             if due and due[-1].sequence.seq_id == seq_id:
-                due[-1].drafts.append(plan.token_ids[row])
+                due[-1].drafts.append(token)
             else:
-                due.append(Due(self._scheduler.sequence(seq_id), index, []))
+                due.append(Due(self._scheduler.sequence(seq_id), index, -1 - token if token < 0 else None, []))
         return due
 
     def _owner(self, seq_id: int) -> Owner:
@@ -124,8 +172,23 @@ class StepExecutor:
         request = sequence.request
         return Owner(request.request_id, sequence.index, request.state.hooks.row, sequence.num_prompt)
 
-    def _prompt_rows(self, plan: StepPlan) -> list[tuple[range, RequestState]]:
-        """Packed rows whose logits give log-probabilities of prompt tokens, per request that asked for them."""
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        plan: StepPlan,
+        place: dict[int, int],
+        due: list[Due],
+        previous: PendingSamples | None,
+    ) -> PendingSamples:
+        """Sample from `logits` [R, V], whose row of every packed row is its `place`."""
+        selected = logits[: len(place)]
+        if len(plan.samples) != len(place):  # n completions start from one row
+            index = to_device([place[row] for row, _ in plan.samples], torch.int64, logits.device)
+            selected = selected[index]
+        return self._sampler.launch(selected, [row for one in due for row in one.rows()], previous)
+
+    def _prompt_spans(self, plan: StepPlan) -> list[tuple[RequestState, int, range]]:
+        """(request, first prompt token, packed rows) whose logits give the log-probabilities somebody asked for."""
         spans, start = [], 0
         for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context):
             sequence = self._scheduler.sequence(seq_id)
@@ -134,12 +197,18 @@ class StepExecutor:
                 first = max(context, state.prompt_rows_done - 1)
                 last = min(context + new, sequence.num_prompt - 1)
                 if first < last:
-                    spans.append((range(start + first - context, start + last - context), state))
+                    spans.append((state, first + 1, range(start + first - context, start + last - context)))
             start += new
         return spans
 
-    def _record_prompt(self, state: RequestState, logits: torch.Tensor) -> None:
-        first = state.prompt_rows_done
-        ids = state.request.prompt_token_ids[first : first + len(logits)]
-        pending = self._sampler.prompt_logprobs(logits, ids, state.params.prompt_logprobs)
-        state.record_prompt_logprobs(pending.result())
+    def _score_prompts(
+        self, logits: torch.Tensor, spans: list[tuple[RequestState, int, range]]
+    ) -> list[tuple[RequestState, PendingLogprobs]]:
+        """The log-probabilities of prompt tokens from their spans' logits, which follow one another."""
+        found, offset = [], 0
+        for state, first, span in spans:
+            token_ids = state.request.prompt_token_ids[first : first + len(span)]
+            own = logits[offset : offset + len(span)]
+            found.append((state, self._sampler.prompt_logprobs(own, token_ids, state.params.prompt_logprobs)))
+            offset += len(span)
+        return found

@@ -9,9 +9,23 @@ COUNTERS = ("steps", "tokens", "output_tokens")
 
 
 class StepClock:
-    """Seconds per phase of a step and counts of steps and tokens, since it was made."""
+    """Seconds of the host per phase of a step, and counts of steps and tokens, since the last `reset`.
+
+    total       a call of `step`, or of the model on rows driven from outside
+    schedule    planning, and taking up what was sampled
+    draft       guessing tokens
+    build       packing the batch and sending it to the device
+    model       the forward; on CUDA: starting it, and waiting for the device later, sampling included
+    sample      sampling (on CUDA: starting it), and reading the results
+    detokenize  text, stop strings, criteria
+
+    A step that is scheduled while another one runs shortens `model`, and nothing else.
+    """
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._counts = dict.fromkeys(COUNTERS, 0)
 

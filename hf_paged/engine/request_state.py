@@ -50,13 +50,17 @@ NO_HOOKS = RowHooks()
 
 @dataclass(slots=True)
 class SequenceState:
-    """One completion: its sampling row, its growing text, and what was captured."""
+    """One completion: its sampling row, its growing text, and what was captured.
+
+    `may_run_on`: whether its next token can be computed before anybody has seen the last one; None: not asked yet.
+    """
 
     row: SampleRow
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer | None
     stop_matcher: StopStringMatcher | None
     captured: list[tuple] = field(default_factory=list)
+    may_run_on: bool | None = None
 
 
 class RequestState:

@@ -37,10 +37,6 @@ class PendingSamples:
         self._vocab_size = vocab_size
         self._result = result
 
-    def wait(self) -> None:
-        """Return when the device has sampled them."""
-        self._host.wait()
-
     def result(self) -> SampleResult:
         """The same as host values; waits for them."""
         host = self._host.tolist()

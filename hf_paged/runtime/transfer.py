@@ -18,24 +18,38 @@ def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> tor
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+class Milestone:
+    """A point in the work of a device: all that was given to it so far. On a CPU it is passed already."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, device: torch.device):
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Return when the device has passed it. Raises what went wrong there before."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class HostCopy:
-    """A tensor on its way to the host. Whoever reads it waits for the device to have got so far."""
+    """A tensor on its way to the host. Whoever reads it waits for the device to have got so far.
+
+    On CPU it is the tensor itself, which nobody may change any more.
+    """
 
     __slots__ = ("_arrived", "_host")
 
     def __init__(self, tensor: torch.Tensor):
-        self._host, self._arrived = tensor, None
+        self._host = tensor
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tensor.device))
-
-    def wait(self) -> None:
-        """Return when it has arrived. Raises what went wrong on the device before."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._arrived = Milestone(tensor.device)
 
     def tolist(self) -> list:
-        self.wait()
+        self._arrived.wait()
         return self._host.tolist()

@@ -1,0 +1,223 @@
+"""The engine's steps: launch one, collect the one before it.
+
+    sync      schedule | launch 1 | wait | commit 1 | schedule | launch 2 | wait | commit 2 | ...
+    overlap   launch 1 | schedule | launch 2 | wait for 1 | commit 1 | schedule | launch 3 | wait for 2 | commit 2 | ...
+
+With overlap the device always has a step to do while the host schedules and commits: `core.under_way` says how a step is
+planned on tokens that are still on the device. Steps run on one stream, so they run in the order of their plans.
+
+A step is collected at once, before anything else is planned, if somebody must see its outcome first: a request's own
+processors, hooks, penalties or torch's generator (`InFlight.may_run_on`), a forward hook on the model, guesses, or the
+search for the request that makes a step fail. So is the last one when there is nothing left to launch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from ..core.plan import StepPlan
+from ..core.request import Sequence
+from ..core.scheduler import Scheduler
+from ..runtime.batch import SequenceHooks
+from ..runtime.runner import PagedModel
+from ..runtime.sampler import SampleResult
+from .execute import InFlight, StepExecutor
+from .isolation import Isolation
+from .metrics import StepClock
+from .open_requests import OpenRequests
+from .request_state import RequestState
+from .speculation import Speculator
+
+HELD_WAIT = 0.001  # seconds
+
+
+class Stepper:
+    """Takes the requests of one engine forward.
+
+    Args:
+        overlap: let a step run while the next one is scheduled.
+
+    Attributes:
+        clock: where the time went.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        executor: StepExecutor,
+        scheduler: Scheduler,
+        requests: OpenRequests,
+        speculator: Speculator | None,
+        *,
+        overlap: bool,
+    ):
+        self._model = model
+        self._executor = executor
+        self._scheduler = scheduler
+        self._requests = requests
+        self._speculator = speculator
+        self._overlap = overlap and speculator is None  # guesses follow known tokens
+        self._isolation = Isolation()
+        self._in_flight: deque[InFlight] = deque()  # oldest first; at most one between steps
+        self.clock = StepClock()
+
+    def step(self) -> None:
+        """Launch the next step and collect the one before it, or whatever must be collected."""
+        try:
+            self._step()
+        except BaseException:  # an interrupt, wherever it came: leave a state that another step can take up
+            self.take_back()
+            raise
+
+    def _step(self) -> None:
+        mark = time.perf_counter()
+        self._requests.expire()
+        self.look_at_model()
+        plan = self._schedule()
+        mark = self.clock.lap("schedule", mark)
+        if plan is not None and self._may_guess():
+            plan = self._speculator.extend(plan, self._scheduler)
+            self.clock.lap("draft", mark)
+        ahead = plan is not None and self._launch(plan) and self._may_run_on()
+        self._collect(all_but=int(ahead))
+        if not self._scheduler.has_unfinished():
+            self.take_back()  # rows of completions that have ended: nobody asks for them
+
+    def look_at_model(self) -> None:
+        """Before blocks are looked up: what the model has become decides which of them may be shared.
+
+        A step still in flight was computed by what the model was before. The next token is to come from what it is now.
+        """
+        if self._model.weights_changed():
+            self.take_back()
+            self._scheduler.reset_prefix_cache()
+        self._scheduler.share_prefixes(not self._model.hooked)
+
+    def take_back(self) -> None:
+        """Forget what is in flight. Its sequences compute it again, if they have not ended."""
+        self._in_flight.clear()
+        self._scheduler.take_back()
+
+    # Launch
+
+    def _schedule(self) -> StepPlan | None:
+        plan = self._scheduler.schedule(only=self._isolation.suspects())
+        while plan is None and self._isolation.suspects() is not None:
+            self._isolation.cleared()  # the suspects are gone
+            plan = self._scheduler.schedule(only=self._isolation.suspects())
+        if plan is None and not self._in_flight and self._scheduler.has_unfinished():
+            assert self._scheduler.held, "requests are left but none can run"
+            time.sleep(HELD_WAIT)  # held rows have the blocks: let their owner get on
+        return plan
+
+    def _may_guess(self) -> bool:
+        """Not while a failing step is being bisected, nor while user code in the forward would see the guesses."""
+        return self._speculator is not None and self._isolation.suspects() is None and not self._model.hooked
+
+    def _launch(self, plan: StepPlan) -> bool:
+        """False if it failed."""
+        states = ((seq_id, self._scheduler.sequence(seq_id).request.state) for seq_id in plan.seq_ids)
+        hooks = SequenceHooks(
+            {seq_id: state.hooks.forward_hooks for seq_id, state in states if state.hooks.forward_hooks}
+        )
+        try:
+            previous = self._in_flight[0].samples if self._in_flight else None
+            flight = self._executor.launch(plan, hooks, previous, self.clock)
+        except Exception as error:
+            self._scheduler.rollback(plan)
+            if self._collect():  # else the step before it failed, too, and is the more likely cause
+                self._blame(plan, error)
+            return False
+        self._scheduler.launched(plan)
+        self._in_flight.append(flight)
+        return True
+
+    def _may_run_on(self) -> bool:
+        """Whether the step just launched may be collected after the next one is launched."""
+        if not self._overlap or self._model.hooked or self._isolation.suspects() is not None:
+            return False
+        return self._in_flight[-1].may_run_on
+
+    # Collect
+
+    def _collect(self, all_but: int = 0) -> bool:
+        """Read and commit the steps in flight but for the newest `all_but`. False if one had failed."""
+        while len(self._in_flight) > all_but:
+            flight = self._in_flight[0]
+            try:
+                result = flight.result(self.clock)
+            except Exception as error:
+                self.take_back()  # what was launched since went on from it
+                self._blame(flight.plan, error)
+                return False
+            self._isolation.succeeded()
+            for seq_id, error in flight.hooks.errors.items():
+                self._requests.fail(self._scheduler.sequence(seq_id), error)
+            self._commit(flight, result)
+        return True
+
+    def _blame(self, plan: StepPlan, error: Exception) -> None:
+        """The step of `plan` failed and was taken back: end the request that is to blame, or go on to find it."""
+        if self._speculator is not None and self._speculator.bar(plan):
+            return  # try again without guesses before anybody is blamed
+        culprit = self._isolation.failed(plan.seq_ids)
+        sequence = None if culprit is None else self._scheduler.unfinished(culprit)
+        if sequence is not None:
+            self._requests.fail(sequence, error)
+
+    def _commit(self, flight: InFlight, result: SampleResult | None) -> None:
+        mark = time.perf_counter()
+        tokens: dict[int, list[int]] = {}
+        failures: list[tuple[Sequence, Exception]] = []
+        due = [one for one in flight.due if one.sequence.finish_reason is None]  # others ended since it was launched
+        for one in due:
+            taken, error = one.taken(result)
+            if taken:
+                tokens[one.sequence.seq_id] = taken
+            if error is not None:
+                failures.append((one.sequence, error))
+            if self._speculator is not None:
+                self._speculator.learn(one.sequence, len(one.drafts), max(len(taken) - 1, 0))
+        self._in_flight.popleft()
+        committed = self._scheduler.commit(flight.plan, tokens)
+        self.clock.count(steps=1, tokens=flight.plan.num_tokens)
+        mark = self.clock.lap("schedule", mark)
+        entries = {one.sequence.seq_id: [result.logprobs[index] for index in one.samples] for one in due}
+        waiting = committed[::-1]
+        try:
+            while waiting:
+                sequence = waiting.pop()
+                self._advance(sequence, entries[sequence.seq_id])
+        except BaseException as error:  # an interrupt: nobody may go on with a token that was not recorded
+            for unrecorded in [sequence, *waiting, *(sequence for sequence, _ in failures)]:
+                self._requests.fail(unrecorded, error)
+            raise
+        for sequence, error in failures:
+            if sequence.finish_reason is None:
+                self._requests.fail(sequence, error)
+        self.clock.lap("detokenize", mark)
+
+    def _advance(self, sequence: Sequence, logprobs: list) -> None:
+        """One completion got tokens: text, stop strings, the user's criteria, one token after the other."""
+        state: RequestState = sequence.request.state
+        if state.finished:  # another completion of the request failed just now
+            return
+        self._requests.touch(state)
+        done, last = len(state.sequence_state(sequence).output.token_ids), sequence.num_output
+        for count, entry in zip(range(done + 1, last + 1), logprobs):
+            end = sequence.num_prompt + count
+            token = sequence.token_ids[end - 1]
+            self.clock.count(output_tokens=1)
+            try:
+                stop_string = state.record_token(sequence, token, entry)
+                if state.hooks.on_token is not None:
+                    state.hooks.on_token(token)
+                stopped = any([criterion(sequence.token_ids[:end]) for criterion in state.hooks.criteria])
+            except Exception as error:
+                return self._requests.fail(sequence, error)
+            if (stop_string is not None or stopped) and (sequence.finish_reason is None or count < last):
+                self._scheduler.cut(sequence.seq_id, count, "stop", stop_string)
+                break
+        if sequence.finish_reason is not None:
+            state.finish_sequence(sequence)
