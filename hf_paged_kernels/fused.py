@@ -89,6 +89,82 @@ def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
 
 
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    experts: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    max_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Row s of the result is x[s // k] @ weight[experts[s]].T + bias[experts[s]]; gated; times scale[s].
+
+    Args:
+        x: [R, K]; each row is used for k = S / R consecutive entries of `experts`.
+        weight: [E, N, K], contiguous along K or N, with an activation [E, 2 I, K]; bias: [E, N] or [E, 2 I].
+        experts: int [S], each below E.
+        activation: as in `linear`.
+        scale: [S]; None for none.
+        max_rows: the most entries of `experts` that are equal; None: S. If there are more, their results may be NaN.
+
+    Returns:
+        [S, N] or [S, I] in x's dtype, with a scale in that to which both promote.
+    """
+    if experts.dim() != 1 or x.dim() != 2 or len(experts) % max(len(x), 1):
+        raise ValueError(f"experts {list(experts.shape)} must be [S], S a multiple of the rows of x {list(x.shape)}")
+    if scale is not None and scale.shape != experts.shape:
+        raise ValueError(f"scale has shape {list(scale.shape)}, experts {list(experts.shape)}")
+    options = dict(activation=activation, scale=scale, max_rows=max_rows)
+    if supports_grouped_linear(x, weight, experts, bias, activation=activation, backend=backend):
+        return _kernels("moe", "triton", x.device)[0].grouped_linear(x, weight, experts, bias, **options)
+    return _kernels("moe", "reference", x.device)[0].grouped_linear(x, weight, experts, bias, **options)
+
+
+def supports_grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    experts: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> bool:
+    """Whether `grouped_linear` has a kernel for this call; if not, torch's grouped_mm is better."""
+    if ops.resolve_backend(backend, x.device) != "triton":
+        return False
+    return _kernels("moe", "triton", x.device)[0].supports(x, weight, experts, bias, activation)
+
+
+def moe_experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    router_weights: Tensor,
+    *,
+    activation: str,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over a token's experts e of w_e * down_e(activation(gate_e(x)) * up_e(x)).
+
+    Args:
+        x: [T, H].
+        gate_up: [E, 2 I, H]; down: [E, H, I].
+        experts, router_weights: [T, k]; the experts of a token differ.
+
+    Returns:
+        [T, H] in x's dtype. Summed in fp32, in one order.
+    """
+    pairs = experts.reshape(-1)
+    options = dict(max_rows=len(x), backend=backend)
+    hidden = grouped_linear(x, gate_up, pairs, activation=activation, **options)
+    weighted = grouped_linear(hidden, down, pairs, scale=router_weights.reshape(-1), **options)
+    return weighted.view(*experts.shape, -1).sum(1).to(x.dtype)
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,

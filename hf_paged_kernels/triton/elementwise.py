@@ -1,8 +1,8 @@
 """Norms, gated activations and rotary embedding. Signatures and formulas are those of `ref.elementwise`.
 
 Results are rounded where eager torch rounds. Rotary embedding has its very bits. A norm's sum over a row has another
-order than torch's: its scale may differ by some units in the last place of fp32, and so, by one unit, about one value of
-the row in ten thousand in bf16, in a thousand in fp16. The same holds for exponentials in activations.
+order than torch's: its scale may differ by some units in the last place of fp32, and so, by one unit, about one value
+of the row in ten thousand in bf16, in a thousand in fp16. The same holds for exponentials in activations.
 
 Rows are kept in registers whole. What does not fit, and fp8 where the GPU cannot convert to it, is left to torch.
 """
@@ -284,7 +284,7 @@ def _check_choice(name: str, value, known: tuple) -> None:
 
 
 def _whole_rows(size: int, quantize: str | None, device: torch.device) -> bool:
-    """Whether a program can hold a row of that size, and convert it to fp8 if asked to (since compute capability 8.9)."""
+    """Whether a program can hold such a row, and convert it to fp8 if asked to (since compute capability 8.9)."""
     if quantize is not None and arch(device) in ("sm_80", "sm_86", "sm_87"):
         return False
     return size <= _MAX_ROW

@@ -18,7 +18,7 @@ def rounded(x, DTYPE: tl.constexpr):
 def exp(x):
     """e ** x as exact as torch's. tl.exp rounds x * log2(e) first: an error that grows with |x|.
 
-    With n = round(x / ln 2), x = n ln 2 + rest; ln 2 is taken in two parts, the first so short that n times it is exact.
+    With n = round(x / ln 2), x = n ln 2 + rest; ln 2 is taken in two parts, n times the first of which is exact.
     """
     x = tl.minimum(tl.maximum(x, -150.0), 150.0)  # beyond, the result is 0 or infinite, but n would not be exact
     n = tl.floor(x * 1.4426950408889634 + 0.5)

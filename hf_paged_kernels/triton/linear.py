@@ -1,7 +1,7 @@
 """Linear layers of few rows: one kernel that streams the weight once, with the norm before it and what follows inside.
 
-The weight's tile is the wide side of the product, the rows of x are padded to the 16 that a matrix instruction takes. As
-few programs as there are SMs must keep the memory busy, so several tiles of the weight are always on their way to
+The weight's tile is the wide side of the product, the rows of x are padded to the 16 that a matrix instruction takes.
+As few programs as there are SMs must keep the memory busy, so several tiles of the weight are always on their way to
 shared memory. Sums run along K in one order, whatever the number of rows, and without atomics.
 
 The norm's scale is a factor of a whole row, so it is applied to the sums, not to x:
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ..norm import CASTS, Norm
 from .functions import ACTIVATIONS, activate, rounded
-from .launch import arch, launch, num_sms
+from .launch import arch, is_amd, launch, num_sms
 
 MAX_ROWS = 32  # beyond, cuBLAS: every tile of the weight meets every row of x, which by then comes to half its own size
 _COLUMNS = (64, 32, 16)  # of a tile: the most that leave a program for (nearly) every SM
 _BUSY = 0.9  # share of the SMs that is nearly all
 _TILE_BYTES = 16384  # of the weight in one stage; rows of at least 256 bytes, whole bursts of memory
+_AMD_TILE_BYTES = 8192  # there a tile on its way waits in registers
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def products(
     DTYPE: tl.constexpr = x_rows.dtype.element_ty
     k = tl.arange(0, BLOCK_K)
     x_at = x_rows[:, None] + k[None, :]
-    w_at = w_rows[:, None] + k[None, :] * w_k
+    w_at = w_rows[None, :] + k[:, None] * w_k
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     result_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
@@ -57,20 +58,20 @@ def products(
         if norm_weight is not None:  # first, so that it is on its way while the loop waits for its tiles
             by = offset + tl.load(norm_weight + start + k, mask=start + k < K, other=0.0).to(tl.float32)
         x_mask = x_inside[:, None]
-        w_mask = w_inside[:, None]
+        w_mask = w_inside[None, :]
         if not EVEN_K:
             x_mask = x_mask & (start + k < K)[None, :]
-            w_mask = w_mask & (start + k < K)[None, :]
+            w_mask = w_mask & (start + k < K)[:, None]
         x = tl.load(x_at, mask=x_mask, other=0.0)
         w = tl.load(w_at, mask=w_mask, other=0.0, eviction_policy="evict_first")
         if norm_weight is not None:
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
             x = (wide * by[None, :]).to(DTYPE)
-        result = tl.dot(x, tl.trans(w), result, input_precision="ieee")
+        result = tl.dot(x, w, result, input_precision="ieee")
         if GATED:
             w_up = tl.load(w_at + up, mask=w_mask, other=0.0, eviction_policy="evict_first")
-            result_up = tl.dot(x, tl.trans(w_up), result_up, input_precision="ieee")
+            result_up = tl.dot(x, w_up, result_up, input_precision="ieee")
         x_at += BLOCK_K
         w_at += BLOCK_K * w_k
     return result, result_up, squares
@@ -79,7 +80,8 @@ def products(
 @triton.jit
 def _linear_kernel(
     x, weight, bias, norm_weight, residual, out, M, N, K, x_stride, w_stride, up, residual_stride, eps, offset,
-    inverse_k, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    inverse_k, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     GATED: tl.constexpr = ACTIVATION is not None
@@ -150,7 +152,7 @@ def linear(
     out = torch.empty((*shape[:-1], N), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    columns, depth = _tile(N, K, activation is not None, x.device)
+    columns, depth = tile(N, K, x.dtype, activation is not None, x.device)
     launch(_linear_kernel, (triton.cdiv(N, columns),), x, weight, bias, None if norm is None else norm.weight, residual,
            out, len(x), N, K, x.stride(0), weight.stride(0), N * weight.stride(0),
            0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
@@ -160,16 +162,20 @@ def linear(
     return out
 
 
-def _tile(N: int, K: int, gated: bool, device: torch.device) -> tuple[int, int]:
-    """(columns, depth) of the weight's tile: as many columns as leave nearly every SM a program, and a stage's bytes."""
+def tile(N: int, K: int, dtype: torch.dtype, gated: bool, device: torch.device, *, times: int = 1) -> tuple[int, int]:
+    """(columns, depth) of the weight's tile: as many columns as leave nearly every SM a program, and a stage's bytes.
+
+    `times`: how many such weights the launch reads.
+    """
     halves = 2 if gated else 1
-    choices = [c for c in _COLUMNS if c * halves <= _COLUMNS[0]]
-    columns = next((c for c in choices if triton.cdiv(N, c) >= _BUSY * num_sms(device)), choices[-1])
-    depth = _TILE_BYTES // (2 * halves * columns)
+    choices = [columns for columns in _COLUMNS if columns * halves <= _COLUMNS[0]]
+    busy = _BUSY * num_sms(device)
+    columns = next((columns for columns in choices if times * triton.cdiv(N, columns) >= busy), choices[-1])
+    depth = (_AMD_TILE_BYTES if is_amd(device) else _TILE_BYTES) // (dtype.itemsize * halves * columns)
     return columns, max(32, min(depth, triton.next_power_of_2(K)))
 
 
 def stages(device: torch.device) -> int:
-    """Tiles in flight and in use: with x 100 KiB a program, two programs to an H100's SM; on AMD one is in registers."""
+    """Tiles in flight and in use: with x 100 KiB a program, two programs on an H100's SM; AMD has one in registers."""
     name = arch(device)
-    return 2 if name.startswith("gfx") else 4 if name.startswith("sm_8") else 5
+    return 2 if is_amd(device) else 4 if name.startswith("sm_8") else 5

@@ -46,3 +46,15 @@ def linear(rows: int, N: int, K: int, *, norm=False, activation=None, residual=F
 
 def mlp(rows: int, N: int, K: int, activation: str) -> None:
     linear(rows, N, K, norm=True, activation=activation)
+
+
+def experts(tokens: int, top_k: int, num_experts: int, H: int, size: int, dtype=BF16, transposed=False) -> None:
+    """A layer of experts; `transposed` is GPT-OSS's: weights along N, biases, no activation in the kernel."""
+    x, pairs = torch.empty(tokens, H, dtype=dtype), torch.empty(tokens, top_k, dtype=torch.int64)
+    gate_up, down = torch.empty(num_experts, 2 * size, H, dtype=dtype), torch.empty(num_experts, H, size, dtype=dtype)
+    if transposed:
+        weight, bias = gate_up.view(num_experts, H, 2 * size).mT, torch.empty(num_experts, 2 * size, dtype=dtype)
+        fused.grouped_linear(x, weight, pairs.view(-1), bias, max_rows=tokens, backend="triton")
+    else:
+        router = torch.empty(tokens, top_k, dtype=dtype)
+        fused.moe_experts(x, gate_up, down, pairs, router, activation="silu", backend="triton")

@@ -1,0 +1,110 @@
+"""The linear layers of mixture-of-experts layers for small batches: every expert that is asked for is read once.
+
+Nothing is sorted, and what is launched does not depend on the routing, so that a CUDA graph holds any routing. A
+program computes a few columns of one expert, for up to BLOCK_M of the rows that chose it: it finds them among all
+(token, expert) pairs itself, and ends at once if there are none. There is a program for every expert, or, where pairs
+are fewer, for every pair, which then works for its expert only if no pair before it does.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .functions import ACTIVATIONS, activate, rounded
+from .launch import launch
+from .linear import products, stages, tile
+
+# Beyond, torch's grouped_mm: experts have rows enough to keep it busy, and here every program looks at all pairs.
+MAX_PAIRS = 512
+MAX_ROWS = 32  # of an expert on average
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _grouped_linear_kernel(
+    x, weight, experts, bias, scale, out, num_pairs, per_row, N, K, x_stride, w_expert, w_n, w_k, up, bias_expert,
+    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    GATED: tl.constexpr = ACTIVATION is not None
+    pair = tl.arange(0, PAIRS)
+    of_pair = tl.load(experts + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    if BY_EXPERT:
+        expert = tl.program_id(0)
+        mine = of_pair == expert
+    else:
+        expert = tl.load(experts + tl.program_id(0)).to(tl.int32)
+        mine = of_pair == expert
+        if tl.min(tl.where(mine, pair, PAIRS), axis=0) != tl.program_id(0):
+            return
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_rows = tl.sum(mine.to(tl.int32), axis=0)
+    if num_rows <= tl.program_id(2) * BLOCK_M:
+        return
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    chosen = mine[None, :] & (rank[None, :] == m[:, None])
+    row = tl.sum(tl.where(chosen, pair[None, :], 0), axis=1).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_rows = weight + expert.to(tl.int64) * w_expert + n * w_n
+    y, y_up, _ = products(x + row // per_row * x_stride, m < num_rows, w_rows, n < N, up, None, 0.0, K, w_k,
+                          GATED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    if bias is not None:
+        at = bias + expert.to(tl.int64) * bias_expert + n
+        y += tl.load(at, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            y_up += tl.load(at + N, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        y = rounded(activate(rounded(y, DTYPE), ACTIVATION), DTYPE) * rounded(y_up, DTYPE)
+    if scale is not None:
+        y = rounded(y, DTYPE) * tl.load(scale + row, mask=m < num_rows, other=0.0).to(tl.float32)[:, None]
+    if num_rows > tl.num_programs(2) * BLOCK_M:  # more than `max_rows` promised: not a number rather than left out
+        y += float("nan")
+    inside = (m < num_rows)[:, None] & (n < N)[None, :]
+    tl.store(out + row[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+def supports(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+    """Whether `grouped_linear` takes this call and is meant for it."""
+    return (
+        x.dtype == weight.dtype in _FLOATS
+        and x.device == weight.device == experts.device
+        and weight.dim() == 3
+        and x.shape[1] == weight.shape[2]
+        and 1 in weight.stride()[1:]
+        and (activation is None or activation in ACTIVATIONS and weight.shape[1] % 2 == 0)
+        and 0 < len(experts) <= min(MAX_PAIRS, MAX_ROWS * len(weight))
+        and (bias is None or bias.dtype == x.dtype and bias.shape == weight.shape[:2] and bias.stride(1) == 1)
+    )
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    experts: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    max_rows: int | None = None,
+) -> Tensor:
+    """See `fused.grouped_linear`; only for what `supports` says. fp32 is computed as fp32."""
+    num_pairs, (num_experts, N, K) = len(experts), weight.shape
+    N = N // 2 if activation is not None else N
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    dtype = x.dtype if scale is None else torch.promote_types(x.dtype, scale.dtype)
+    out = torch.empty(num_pairs, N, dtype=dtype, device=x.device)
+    places = min(num_pairs, num_experts)
+    columns, depth = tile(N, K, x.dtype, activation is not None, x.device, times=places)
+    block = 16 if num_pairs <= 8 * num_experts else 32
+    grid = (places, triton.cdiv(N, columns), triton.cdiv(max_rows or num_pairs, block))
+    launch(_grouped_linear_kernel, grid, x, weight, experts.contiguous(), bias,
+           None if scale is None else scale.contiguous(), out, num_pairs, num_pairs // len(x), N, K, x.stride(0),
+           *weight.stride(), N * weight.stride(1), 0 if bias is None else bias.stride(0), ACTIVATION=activation,
+           EVEN_K=K % depth == 0, BY_EXPERT=num_experts <= num_pairs, PAIRS=max(16, triton.next_power_of_2(num_pairs)),
+           BLOCK_M=block, BLOCK_N=columns, BLOCK_K=depth, num_warps=4, num_stages=stages(x.device))  # fmt: skip
+    return out
