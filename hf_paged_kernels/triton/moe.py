@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .functions import ACTIVATIONS, activate, rounded
-from .launch import launch
+from .launch import is_amd, launch
 from .linear import products, stages, tile
 
 # Beyond, torch's grouped_mm: experts have rows enough to keep it busy, and here every program looks at all pairs.
@@ -100,7 +100,7 @@ def grouped_linear(
     out = torch.empty(num_pairs, N, dtype=dtype, device=x.device)
     places = min(num_pairs, num_experts)
     columns, depth = tile(N, K, x.dtype, activation is not None, x.device, times=places)
-    block = 16 if num_pairs <= 8 * num_experts else 32
+    block = 16 if num_pairs <= 8 * num_experts or is_amd(x.device) else 32
     grid = (places, triton.cdiv(N, columns), triton.cdiv(max_rows or num_pairs, block))
     launch(_grouped_linear_kernel, grid, x, weight, experts.contiguous(), bias,
            None if scale is None else scale.contiguous(), out, num_pairs, num_pairs // len(x), N, K, x.stride(0),
