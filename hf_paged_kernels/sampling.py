@@ -18,6 +18,7 @@ Backends: "triton" (no sort; CUDA and ROCm, or CPU tensors in Triton's interpret
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def argmax(logits: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     _check_logits(logits)
     if not len(logits):
         return _nothing(logits)
-    return _module(backend, logits).argmax(logits)
+    return _module("sampling", backend, logits).argmax(logits)
 
 
 def sample(
@@ -114,7 +115,7 @@ def sample(
         _check_columns(logits, torch.int64, seeds=seeds, positions=positions)
     if not len(logits):
         return _nothing(logits)
-    return _module(backend, logits).sample(logits, temperature, top_k, top_p, min_p, uniforms, seeds, positions)
+    return _module("sampling", backend, logits).sample(logits, temperature, top_k, top_p, min_p, uniforms, seeds, positions)
 
 
 def penalize(
@@ -151,7 +152,7 @@ def penalize(
         raise ValueError(f"drafts must be int64 [{len(logits)}, E], not {drafts.dtype} {list(drafts.shape)}")
     if not len(logits):
         return logits.to(torch.float32, copy=True)
-    return _module(backend, logits).penalize(logits, states, rules, bias, drafts)
+    return _module("penalties", backend, logits).penalize(logits, states, rules, bias, drafts)
 
 
 def record(
@@ -176,7 +177,7 @@ def record(
         if column.dtype != torch.int64 or column.shape != slots.shape or column.dim() != 1:
             raise ValueError(f"{name} must be int64 [{len(slots)}], not {column.dtype} {list(column.shape)}")
     if len(slots):
-        _module(backend, states).record(states, slots, tokens, marks, sampled)
+        _module("penalties", backend, states).record(states, slots, tokens, marks, sampled)
 
 
 def forbid(
@@ -201,15 +202,13 @@ def forbid(
         if column.dtype != torch.int64 or column.shape != rows.shape or column.dim() != 1:
             raise ValueError(f"{name} must be int64 [{len(rows)}], not {column.dtype} {list(column.shape)}")
     if len(rows):
-        _module(backend, scores).forbid(scores, rows, tokens, previous, triggers, sampled)
+        _module("penalties", backend, scores).forbid(scores, rows, tokens, previous, triggers, sampled)
 
 
-def _module(backend: str, tensor: Tensor):
-    if ops.resolve_backend(backend, tensor.device) == "triton":
-        from .triton import sampling as module
-    else:
-        from .ref import sampling as module
-    return module
+def _module(name: str, backend: str, tensor: Tensor):
+    """The module that implements a backend, imported on first use."""
+    package = "triton" if ops.resolve_backend(backend, tensor.device) == "triton" else "ref"
+    return import_module(f".{package}.{name}", __package__)
 
 
 def _nothing(logits: Tensor) -> tuple[Tensor, Tensor]:
