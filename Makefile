@@ -2,8 +2,10 @@
 #   make demo       real model: chat, then the same requests through stock transformers and through hf_paged
 #   make test       the tests (minutes)            make test-all   the slow ones too
 #   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
+#   make gpu        a machine with a GPU: is everything right there, then how fast (9 minutes); results in benchmarks/results/gpu
 #   make clean      remove what was made here, .venv included
 # PYTHON picks the interpreter for a new .venv; TORCH what is installed where torch is missing; ARGS goes to the command.
+# `make gpu` makes no .venv: it runs in PYTHON with the torch, triton and transformers that are there, and installs nothing.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -18,7 +20,7 @@ MIN    := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup demo test test-all bench models clean
+.PHONY: help setup demo test test-all bench models gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +42,11 @@ bench: $(STAMP)
 
 models: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' tests/families/coverage.py --write $(ARGS)
+
+gpu:
+	@'$(PYTHON)' -c 'import torch, triton, transformers; assert torch.cuda.is_available(), "torch finds no GPU"'
+	@'$(PYTHON)' '$(ROOT)/benchmarks/run.py' gpu.check
+	@'$(PYTHON)' '$(ROOT)/benchmarks/run.py' gpu $(ARGS)
 
 clean:
 	rm -rf '$(VENV)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \

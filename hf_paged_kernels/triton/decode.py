@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, load_query, lowest_seen
-from .launch import arch, launch, num_sms
+from .launch import arch, launch, num_sms, tuned
 from .merge import merge_states
 
 MAX_ROWS = 64  # of a program: beyond this the prefill kernel's larger tiles serve better
@@ -98,6 +98,7 @@ def decode(
     block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(max_q * call.group)))
     heads = call.num_kv_heads * triton.cdiv(max_q * call.group, block_m)
     tile, num_stages = tile_and_stages(call, arch(device))
+    tile, num_stages, num_warps, waves = tuned("decode", tile=tile, num_stages=num_stages, num_warps=4, waves=_WAVES)
     longest = call.metadata.max_seqlen_k
     if split_size is not None:
         split_tiles = triton.cdiv(split_size, tile)
@@ -105,7 +106,7 @@ def decode(
     else:
         split_tiles = 0
         keys = longest if call.kind == "all" else min(longest, call.span + max_q)
-        num_splits = choose_num_splits(num_seqs * heads, keys, num_sms(device))
+        num_splits = choose_num_splits(num_seqs * heads, keys, waves * num_sms(device))
     parts, part_lses, sinks = out, lse, call.sinks
     if num_splits > 1:
         parts = torch.empty(num_splits, *out.shape, dtype=torch.float32, device=device)
@@ -113,14 +114,14 @@ def decode(
         sinks = None
     launch(_decode_kernel, (num_seqs, heads, num_splits), *call.tensors(), sinks, call.slopes, parts, part_lses,
            *call.strides(), num_rows, call.span, split_tiles, *call.factors(), **call.constants(), BLOCK_M=block_m,
-           TILE=tile, num_warps=4, num_stages=num_stages)  # fmt: skip
+           TILE=tile, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
     if num_splits > 1:
         merge_states(parts, part_lses, out, sinks=call.sinks, lse=lse)
 
 
-def choose_num_splits(num_programs: int, num_keys: int, num_sms: int) -> int:
-    """Into how many runs the keys of each sequence are cut, so that `num_programs` times as many fill the device."""
-    wanted = triton.cdiv(_WAVES * num_sms, num_programs)
+def choose_num_splits(num_programs: int, num_keys: int, wanted_programs: int) -> int:
+    """Into how many runs the keys of each sequence are cut, so that `num_programs` times as many are those wanted."""
+    wanted = triton.cdiv(wanted_programs, num_programs)
     return max(1, min(wanted, triton.cdiv(num_keys, _MIN_SPLIT), _MAX_SPLITS))
 
 

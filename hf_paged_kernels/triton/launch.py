@@ -16,6 +16,7 @@ import torch
 MIN_TRITON = (3, 6)
 _recorder: Callable | None = None
 _target: str | None = None
+_tuning: dict[str, dict[str, int]] = {}
 
 
 def launch(kernel, grid: tuple, *args, **meta) -> None:
@@ -44,6 +45,32 @@ def recording(target: str, record: Callable[[object, tuple, tuple, dict], None])
         yield
     finally:
         _recorder = _target = None
+
+
+@contextmanager
+def tuning(kernel: str, **values: int):
+    """While inside, the launcher of `kernel` takes these tile sizes and compile options, by its own names for them."""
+    outside = _tuning.get(kernel)
+    _tuning[kernel] = values
+    try:
+        yield
+    finally:
+        del _tuning[kernel]
+        if outside is not None:
+            _tuning[kernel] = outside
+
+
+def tuned(kernel: str, **chosen: int) -> tuple[int, ...]:
+    """What a launcher chose, or what `tuning` gives instead, in the order of the keywords.
+
+    Raises ValueError if `tuning` has a name that the launcher does not.
+    """
+    values = _tuning.get(kernel)
+    if values is None:
+        return tuple(chosen.values())
+    if unknown := values.keys() - chosen.keys():
+        raise ValueError(f"{kernel} has no {sorted(unknown)[0]!r} to tune; there are {', '.join(chosen)}")
+    return tuple((chosen | values).values())
 
 
 def why_unavailable(device: torch.device | str) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..norm import CASTS, Norm
 from .functions import ACTIVATIONS, activate, rounded
-from .launch import arch, is_amd, launch, num_sms
+from .launch import arch, is_amd, launch, num_sms, tuned
 
 MAX_ROWS = 32  # beyond, cuBLAS: every tile of the weight meets every row of x, which by then comes to half its own size
 _COLUMNS = (64, 32, 16)  # of a tile: the most that leave a program for (nearly) every SM
@@ -153,12 +153,15 @@ def linear(
     if not out.numel():
         return out
     columns, depth = tile(N, K, x.dtype, activation is not None, x.device)
+    columns, depth, num_warps, num_stages = tuned(
+        "linear", columns=columns, depth=depth, num_warps=4, num_stages=stages(x.device)
+    )
     launch(_linear_kernel, (triton.cdiv(N, columns),), x, weight, bias, None if norm is None else norm.weight, residual,
            out, len(x), N, K, x.stride(0), weight.stride(0), N * weight.stride(0),
            0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
            0.0 if norm is None else norm.offset, 1.0 / K, ACTIVATION=activation, EVEN_K=K % depth == 0,
-           BLOCK_M=16 if len(x) <= 16 else 32, BLOCK_N=columns, BLOCK_K=depth, num_warps=4,
-           num_stages=stages(x.device))  # fmt: skip
+           BLOCK_M=16 if len(x) <= 16 else 32, BLOCK_N=columns, BLOCK_K=depth,
+           num_warps=num_warps, num_stages=num_stages)  # fmt: skip
     return out
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, load_query, lowest_seen
-from .launch import arch, launch
+from .launch import arch, launch, tuned
 
 # Largest padded head size -> (BLOCK_M, TILE, num_warps, num_stages). wgmma takes 64 rows of each four warps.
 _TILES = {
@@ -111,6 +111,9 @@ def prefill(call: AttentionCall, first_seq: int, out: Tensor, lse: Tensor | None
     """
     num_seqs = call.metadata.num_seqs
     block_m, tile, num_warps, num_stages = tile_shape(call, arch(out.device))
+    block_m, tile, num_warps, num_stages = tuned(
+        "prefill", block_m=block_m, tile=tile, num_warps=num_warps, num_stages=num_stages
+    )
     heads = min(call.group, block_m)
     num_tiles = (len(out) - first_seq) // (block_m // heads) + num_seqs - first_seq
     parts = call.num_kv_heads * triton.cdiv(call.group, heads)

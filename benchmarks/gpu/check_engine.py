@@ -1,0 +1,195 @@
+"""The engine against stock transformers on the device: tokens in float32, logits in bf16. Models are made here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+import hf_paged
+from hf_paged import EngineConfig, SamplingParams
+
+from .checking import Case, Setting
+from .models import random_model
+
+BASE = dict(
+    vocab_size=499, hidden_size=256, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
+    pad_token_id=None, tie_word_embeddings=False,
+)  # fmt: skip
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16)
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = dict(num_experts=8, num_local_experts=8, num_experts_per_tok=2, moe_intermediate_size=128)
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": dict(sliding_window=40),
+    "gemma2": dict(query_pre_attn_scalar=64, sliding_window=40, layer_types=MIXED),
+    "gemma3_text": dict(query_pre_attn_scalar=64, sliding_window=40, layer_types=MIXED),
+    "gpt_oss": dict(
+        EXPERTS, sliding_window=40, layer_types=MIXED, rope_parameters=dict(rope_type="default", rope_theta=1e4)
+    ),
+    "qwen3_moe": EXPERTS,
+    "deepseek_v3": dict(
+        q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=8,
+        n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=128, first_k_dense_replace=1,
+        num_key_value_heads=4,
+    ),
+    "bloom": dict(n_layer=3, n_head=4),
+    "gpt2": dict(n_embd=256, n_layer=3, n_head=4, n_positions=1024),
+    "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
+}  # fmt: skip
+IN_SMALL = ("llama", "qwen3", "gemma3_text", "gpt_oss")
+PROMPTS, NEW = (5, 230, 64, 1, 117), 48
+SMALL_PROMPTS, SMALL_NEW = (5, 37, 1), 6
+
+
+def tokens_of_families(setting: Setting) -> Iterator[Case]:
+    """Every family's greedy tokens are stock's: all prompts at once, in chunks that cut prompts."""
+    for family in IN_SMALL if setting.small else FAMILIES:
+        model = tiny(family, setting)
+        expected = stock_tokens(model, setting)
+        with engine_on(model, setting, max_batch_tokens=32 if setting.small else 96) as engine:
+            yield differing(f"{family}, chunks", engine_tokens(engine, setting), expected)
+            yield differing(f"{family}, cached prefixes", engine_tokens(engine, setting), expected)
+
+
+def sampling_repeats(setting: Setting) -> Iterator[Case]:
+    """A seeded request draws the same tokens alone and among others; other seeds draw others."""
+    model = tiny("llama", setting)
+    ids, count = prompts(setting), SMALL_NEW if setting.small else NEW
+    options = (dict(), dict(top_k=20), dict(top_p=0.8), dict(min_p=0.05), dict(repetition_penalty=1.3, top_p=0.9))
+    params = [
+        SamplingParams(temperature=0.9, seed=i, max_tokens=count, **options[i % len(options)]) for i in range(len(ids))
+    ]
+    with engine_on(model, setting) as engine:
+        together = tokens_of(engine.generate(ids, params))
+        alone = [tokens_of(engine.generate([row], [own]))[0] for row, own in zip(ids, params)]
+        yield differing("alone and together", alone, together)
+        same_prompt = [SamplingParams(temperature=1.5, seed=seed, max_tokens=count) for seed in (1, 2, 1)]
+        first, second, again = tokens_of(engine.generate([ids[0]] * 3, same_prompt))
+        yield differing("equal seeds", [again], [first])
+        yield Case("other seeds draw the same", float(first == second), 0.0)
+
+
+def logits_in_bf16(setting: Setting) -> Iterator[Case]:
+    """The engine's bf16 logits are as close to the float32 model's as stock's own bf16 logits.
+
+    The error is the root mean square of ours by that of stock's. Prompts and then forced single tokens, so that logits
+    come from prefill and from decode steps.
+    """
+    sizes = {} if setting.small else dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=12,
+                                          num_attention_heads=16, num_key_value_heads=4, head_dim=128)  # fmt: skip
+    for family in ("llama",) if setting.small else ("llama", "qwen3", "gemma3_text"):
+        own = sizes | (dict(layer_types=MIXED * 4) if sizes and "layer_types" in FAMILIES[family] else {})
+        model = tiny(family, setting, dtype=torch.bfloat16, **own)
+        sequences = [ids + forced_tail(setting, i) for i, ids in enumerate(prompts(setting))]
+        lengths = [len(ids) for ids in prompts(setting)]
+        stock = forward_logits(model, sequences, lengths)
+        with engine_on(model, setting) as engine:
+            ours = forced_logits(engine, sequences, lengths)
+        exact = forward_logits(model.float(), sequences, lengths)
+        errors = [(logits - exact).pow(2).mean().sqrt() for logits in (ours, stock)]
+        yield Case(f"{family}, error by stock's", float(errors[0] / errors[1]), 1.25)
+
+
+AREAS = {
+    "engine-families": tokens_of_families,
+    "engine-sampling": sampling_repeats,
+    "engine-logits": logits_in_bf16,
+}
+
+
+def tiny(family: str, setting: Setting, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[family]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    sizes = BASE | (SMALL if setting.small else {}) | FAMILIES[family] | changes
+    if setting.small and "layer_types" in sizes:
+        sizes |= dict(layer_types=sizes["layer_types"][:2], sliding_window=11)
+    config = config_class(**{key: value for key, value in sizes.items() if key in known})
+    return random_model(config, setting.device, dtype)
+
+
+def prompts(setting: Setting) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = SMALL_PROMPTS if setting.small else PROMPTS
+    return [torch.randint(3, BASE["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
+
+
+def forced_tail(setting: Setting, index: int) -> list[int]:
+    generator = torch.Generator().manual_seed(100 + index)
+    count = 4 if setting.small else 24
+    return torch.randint(3, BASE["vocab_size"], (count,), generator=generator).tolist()
+
+
+@contextmanager
+def engine_on(model: torch.nn.Module, setting: Setting, **options) -> Iterator[hf_paged.Engine]:
+    """An engine that must use the backend under test everywhere, with a small cache."""
+    config = EngineConfig(attention_backend=setting.backend, kv_cache_memory="256MiB", **options)
+    with hf_paged.Engine(model, config=config) as engine:
+        yield engine
+
+
+def stock_tokens(model: torch.nn.Module, setting: Setting) -> list[list[int]]:
+    """Stock's greedy tokens, one prompt at a time, before the model is patched."""
+    count = SMALL_NEW if setting.small else NEW
+    rows = [torch.tensor([ids], device=setting.device) for ids in prompts(setting)]
+    options = dict(max_new_tokens=count, do_sample=False)
+    made = [model.generate(row, attention_mask=torch.ones_like(row), **options)[0] for row in rows]
+    return [tokens[row.shape[1] :].tolist() for row, tokens in zip(rows, made, strict=True)]
+
+
+def engine_tokens(engine: hf_paged.Engine, setting: Setting) -> list[list[int]]:
+    count = SMALL_NEW if setting.small else NEW
+    return tokens_of(engine.generate(prompts(setting), SamplingParams(temperature=0.0, max_tokens=count)))
+
+
+def tokens_of(outputs: list[hf_paged.RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def differing(name: str, got: list[list[int]], expected: list[list[int]]) -> Case:
+    """The error is the number of requests whose tokens differ; the name tells where the first one does."""
+    wrong = [i for i, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]]
+    if wrong:
+        pairs = list(zip(got[wrong[0]], expected[wrong[0]]))
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        name = f"{name}: request {wrong[0]} differs from new token {place} on"
+    return Case(name, float(len(wrong)), 0.0)
+
+
+def forward_logits(model: torch.nn.Module, sequences: list[list[int]], lengths: list[int]) -> torch.Tensor:
+    """Logits [R, V] at the last prompt token and every forced token but the last, of one forward a sequence."""
+    rows = []
+    with torch.no_grad():
+        for sequence, length in zip(sequences, lengths, strict=True):
+            ids = torch.tensor([sequence], device=model.device)
+            rows.append(model(ids, use_cache=False).logits[0, length - 1 : -1].float())
+    return torch.cat(rows)
+
+
+def forced_logits(engine: hf_paged.Engine, sequences: list[list[int]], lengths: list[int]) -> torch.Tensor:
+    """The same logits from the engine: a processor per request notes them and allows the next forced token only."""
+    seen: list[list[torch.Tensor]] = [[] for _ in sequences]
+
+    def processor(sequence: list[int], notes: list[torch.Tensor]):
+        def force(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            notes.append(logits.float().clone())
+            only = torch.full_like(logits, float("-inf"))
+            only[sequence[len(token_ids)]] = 0.0
+            return only
+
+        return force
+
+    for sequence, length, notes in zip(sequences, lengths, seen, strict=True):
+        params = SamplingParams(temperature=0.0, max_tokens=len(sequence) - length)
+        engine.add(sequence[:length], params, logits_processors=[processor(sequence, notes)])
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+    return torch.cat([torch.stack(notes) for notes in seen])
