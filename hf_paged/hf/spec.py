@@ -51,7 +51,7 @@ class _Probe:
         self.positions, self.position_ids = positions, positions[None]
         self.seen: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # by layer and call
         self.states = states
-        self.projections: dict = {}
+        self.shared: dict = {}
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):
         self.seen[layer_idx, self.calls[layer_idx]] = (query.shape[1], key.shape[1], query.shape[2], value.shape[2])

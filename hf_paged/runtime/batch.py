@@ -41,7 +41,7 @@ class StepContext:
         rows: [R] packed rows whose logits whoever planned the step wants.
         metadata: one AttentionMetadata per block group.
         states: the layers that keep a state run through it.
-        projections: results of merged projections waiting for the sibling module that asks next.
+        shared: what one module of a forward computed for those that follow: merged projections, rotary tables.
         calls: how often each layer has attended in this forward.
         owner: sequence id -> whose it is (`packed.Owner`).
         logit_rows: [R] packed rows whose logits the running forward computes; None: all.
@@ -50,7 +50,7 @@ class StepContext:
     """
 
     __slots__ = (
-        *("plan", "input_ids", "positions", "position_ids", "rows", "metadata", "states", "projections", "owner"),
+        *("plan", "input_ids", "positions", "position_ids", "rows", "metadata", "states", "shared", "owner"),
         *("logit_rows", "packed", "hooks", "calls", "_layers", "_backend"),
     )
 
@@ -66,7 +66,7 @@ class StepContext:
         self.plan = plan
         self._layers = cache.layers
         self._backend = backend
-        self.projections: dict = {}
+        self.shared: dict = {}
         self.owner = owner
         self.logit_rows: torch.Tensor | None = None
         self.packed = None

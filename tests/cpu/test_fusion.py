@@ -44,11 +44,11 @@ def fused(model) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "label",
     ["llama", "llama-mha-bias", "llama-tied-llama3-rope", "mistral-window", "qwen2-window", "qwen3", "gemma", "gemma2",
-     "phi3", "phi3-window", "mixtral-window", "qwen3_moe", "smollm3"],
+     "phi3", "phi3-window", "mixtral-window", "qwen3_moe", "smollm3", "gpt_oss"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_layers_have_the_bits_of_their_parts(monkeypatch, label, dtype):
-    """Attention with and without biases, windows, softcap, norms of heads, rotary embedding; experts; four norms."""
+    """Attention with and without biases, windows, softcap, sinks, norms of heads, rotary embedding; experts."""
     model = tiny_model(label, dtype=dtype)
     whole = outputs(model)
     assert fused(model) == (model.config.num_hidden_layers,) * 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hf_paged_kernels import fused
@@ -40,7 +41,8 @@ class _Attention(Bypass):
         direct: the projections, while one product with their joint weight may stand for them.
         parts: what is bypassed in any case.
         heads: (query heads, key/value heads, size of a query or key head, of a value head).
-        rotates: whether there is a rotary embedding.
+        rotary: "whole" or "half": whether the tables that the module is given hold every frequency twice, as our kernels
+            want them, or once; None: no rotary embedding.
         options: of attention.
         sinks: the name of the parameter that attention gets as sinks.
         drops_softcap: whether the model's implementation of attention was one that ignores a softcap.
@@ -56,7 +58,7 @@ class _Attention(Bypass):
     direct: Parts
     parts: Parts
     heads: tuple[int, int, int, int]
-    rotates: bool
+    rotary: str | None
     options: dict
     sinks: str | None
     drops_softcap: bool
@@ -80,9 +82,21 @@ class _Attention(Bypass):
             options["sinks"] = module._parameters[self.sinks]
         if NORMS[0] in children:
             options["q_norm"], options["k_norm"] = (norm_of(children[name]) for name in NORMS)
-        cos, sin = (table[0] for table in embeddings) if self.rotates else (None, None)
+        cos, sin = self._tables(context, embeddings)
         output = context.attend_rotary(module.layer_idx, query, key, value, cos, sin, **options)
         return project(children[OUTPUT], output.flatten(1)[None], residual, self.backend)
+
+    def _tables(self, context, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """cos, sin [T, R] of those that the module was given [1, T, R or R / 2]."""
+        if self.rotary is None:
+            return None, None
+        cos, sin = embeddings
+        if self.rotary == "whole":
+            return cos[0], sin[0]
+        kept = context.shared.get("tables")  # the same for all layers
+        if kept is None or kept[0] is not cos:
+            kept = context.shared["tables"] = (cos, *(torch.cat((table[0],) * 2, dim=-1) for table in (cos, sin)))
+        return kept[1:]
 
     def _heads(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of x [1, T, H]."""
@@ -137,16 +151,21 @@ def fuse_attention(module: nn.Module, call: Call, positions: Tensor, fusions: Fu
     reason = _why_not(module, attended)
     if reason is not None:
         return reason
-    cos = call.arguments["position_embeddings"][0]
-    rotary = cos.dtype == attended.query.dtype and cos.shape[-1] % 2 == 0 and cos.shape[-1] <= attended.query.shape[-1]
-    for rotates in (True, False) if rotary else (False,):
-        state = _describe(module, call, attended, rotates, fusions.backend)
+    for rotary in _ways_to_rotate(call.arguments["position_embeddings"][0], attended.query):
+        state = _describe(module, call, attended, rotary, fusions.backend)
         difference = trial.difference(state.run)
         if difference is None:
             fusions.swap(module, FusedAttention, state, "attention")
             return None
         reason = reason or f"its {difference} is computed otherwise"
     return reason
+
+
+def _ways_to_rotate(cos: Tensor, query: Tensor) -> list[str | None]:
+    width, head_dim = cos.shape[-1], query.shape[-1]
+    whole = ["whole"] if width % 2 == 0 and width <= head_dim else []
+    half = ["half"] if 2 * width <= head_dim else []
+    return [*whole, *half, None] if cos.dtype == query.dtype else [None]
 
 
 def _attention_output(result) -> Tensor | None:
@@ -174,7 +193,7 @@ def _why_not(module: nn.Module, attended: Attended) -> str | None:
     return None
 
 
-def _describe(module: nn.Module, call: Call, attended: Attended, rotates: bool, backend: str) -> _Attention:
+def _describe(module: nn.Module, call: Call, attended: Attended, rotary: str | None, backend: str) -> _Attention:
     (_, Hq, D), (_, Hkv, Dv) = attended.query.shape, attended.value.shape
     names, sinks = _projections(module), attended.options["sinks"]
     return _Attention(
@@ -186,7 +205,7 @@ def _describe(module: nn.Module, call: Call, attended: Attended, rotates: bool, 
         direct=Parts(module, *names),
         parts=Parts(module, *NORMS, *idle_children(module)),
         heads=(Hq, Hkv, D, Dv),
-        rotates=rotates,
+        rotary=rotary,
         options={name: attended.options[name] for name in ("scale", "softcap")},
         sinks=next((name for name, own in module._parameters.items() if own is not None and own is sinks), None),
         drops_softcap=_drops_softcap(module),

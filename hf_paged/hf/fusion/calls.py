@@ -92,7 +92,7 @@ class LayerProbe:
     def __init__(self, positions: Tensor, dtype: torch.dtype, backend: str, states: StateProbe | None = None):
         self.positions, self.position_ids = positions, positions[None]
         self.dtype, self.backend, self.states = dtype, backend, states
-        self.projections: dict = {}
+        self.shared: dict = {}
         self.attended: list[Attended] = []
 
     def attend(self, layer_idx, query, key, value, *, scale, softcap=None, sinks=None, alibi_slopes=None):

@@ -21,6 +21,7 @@ from .calls import Call, calls_of, spread_positions
 from .mlp import FusedMLP
 from .norm import FusedNorm, norm_of
 from .proof import random_rows
+from .rotary import note_of
 from .trial import Trial
 
 ATTENTION = "self_attn"
@@ -70,6 +71,7 @@ class _Layer(Bypass):
             y = mlp._hf_paged.run(x, norm_of(before_mlp), residual)
         else:
             y = mlp(before_mlp(x))
+            y = y[0] if isinstance(y, tuple) else y  # beside it, what a router of experts chose
             y = y if residual is None else residual + y
         return y if after_mlp is None else x + after_mlp(y)
 
@@ -102,6 +104,15 @@ def fuse_layers(model: nn.Module, fusions: Fusions, limit: int) -> None:
                 reason = "it is called in a way of its own" if call is None else fuse(module, call, positions, fusions)
                 if reason is not None:
                     fusions.alone[type(module).__name__] = reason
+    _forget_rotary(model, fusions)
+
+
+def _forget_rotary(model: nn.Module, fusions: Fusions) -> None:
+    """No rotary function is slow that nobody calls: where all attention modules of a modeling file are fused."""
+    attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    files = {type(module).__module__ for module in attentions if isinstance(module, FusedAttention)}
+    for file in files - {type(module).__module__ for module in attentions if not isinstance(module, FusedAttention)}:
+        fusions.notes.pop(note_of(file), None)
 
 
 def _form(module: nn.Module) -> tuple[tuple[str | None, ...], str] | None:
@@ -130,31 +141,34 @@ def _fuse_layer(module: nn.Module, call: Call, positions: Tensor, fusions: Fusio
     state = _Layer(module, fusions.backend, call, names, mlp, parts, Parts(module, mlp))
     weight = children[norms[0]].weight
     x = random_rows(weight.shape[0], weight)[None]
-    with _without_experts(children, mlp):
-        trial = Trial(module, call, x, lambda result: result, positions, fusions.backend)
-        if trial.own is None:
-            return "it does more than attend once and return hidden states"
-        difference = trial.difference(state.run)
-    if difference is not None:
-        return f"its {difference} is computed otherwise"
-    fusions.swap(module, FusedLayer, state, "layer")
-    return None
+    for stand_in in [children[mlp]] if isinstance(children[mlp], FusedMLP) else [_StandIn(), _StandInPair()]:
+        with _replaced(children, mlp, stand_in):
+            trial = Trial(module, call, x, lambda result: result, positions, fusions.backend)
+            difference = "work" if trial.own is None else trial.difference(state.run)
+        if difference is None:
+            fusions.swap(module, FusedLayer, state, "layer")
+            return None
+    return f"its {difference} is computed otherwise"
 
 
 class _StandIn(nn.Module):
-    """Anything that takes and returns hidden states."""
+    """For an MLP that is not fused: it is called as it is, so in a proof something cheaper can take its place."""
 
     def forward(self, hidden_states):
         return hidden_states.flip(-1) * 0.5
 
 
+class _StandInPair(_StandIn):
+    """The same for experts that return what their router chose, too."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states), None
+
+
 @contextmanager
-def _without_experts(children: dict, name: str):
-    """An MLP that is not fused is called as it is, so something cheaper can take its place in a proof."""
-    mlp = children[name]
-    if not isinstance(mlp, FusedMLP):
-        children[name] = _StandIn()
+def _replaced(children: dict, name: str, module: nn.Module):
+    own, children[name] = children[name], module
     try:
         yield
     finally:
-        children[name] = mlp
+        children[name] = own

@@ -70,7 +70,7 @@ class MergedLinear(Swapped):
         if context is None:
             return super().forward(input)
         merged, index = self._hf_paged
-        kept = context.projections
+        kept = context.shared
         same = kept.get("input") is input and kept.get("merged") is merged
         if not same or kept["version"] != version_of(input):  # a hook may have changed the input in place
             kept["input"], kept["merged"], kept["version"] = input, merged, version_of(input)

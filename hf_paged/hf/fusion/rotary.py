@@ -34,7 +34,12 @@ def fuse_rotary(model: nn.Module, fusions: Fusions) -> None:
             fusions.unwrap.append(partial(_unwrap, file))
             fusions.counts["rotary"] += 1
         else:
-            fusions.notes[f"{name}.apply_rotary_pos_emb"] = "not the rotate-half form"
+            fusions.notes[note_of(name)] = "not the rotate-half form"
+
+
+def note_of(file: str) -> str:
+    """The key in `Fusions.notes` for the rotary function of a modeling file."""
+    return f"{file}.apply_rotary_pos_emb"
 
 
 def _agrees(function) -> bool:
