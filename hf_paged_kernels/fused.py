@@ -81,6 +81,12 @@ def linear(
     return y if residual is None else y.add_(residual)
 
 
+def adds_in_linear(x: Tensor, *, backend: str = "auto") -> bool:
+    """Whether `linear` of as many rows as x adds a residual on its way; if not, `add_rms_norm` does with the next norm."""
+    run, name = _kernels("linear", backend, x.device)
+    return name != "triton" or run.is_few_rows(x)
+
+
 def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [H, M, K] @ weight [H, K, N] + bias [N] -> [H, M, N]."""
     run, name = _kernels("linear", "auto", x.device)

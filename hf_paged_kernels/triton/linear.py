@@ -108,15 +108,20 @@ def _linear_kernel(
     tl.store(out + m[:, None] * N + n[None, :], y.to(DTYPE), mask=inside)
 
 
+def is_few_rows(x: Tensor) -> bool:
+    """Whether x [..., K] is of the rows and types that the kernel is for."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.numel() <= MAX_ROWS * x.shape[-1]
+
+
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, activation: str | None) -> bool:
     """Whether `linear` takes this call and is meant for it: few rows, of a type that matrix instructions take."""
     if not (
-        x.dtype == weight.dtype in (torch.bfloat16, torch.float16)
+        is_few_rows(x)
+        and x.dtype == weight.dtype
         and x.device == weight.device
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
         and weight.stride(1) == 1
-        and x.numel() <= MAX_ROWS * x.shape[-1]
     ):
         return False
     if activation is not None and (activation not in ACTIVATIONS or len(weight) % 2):

@@ -99,16 +99,18 @@ class LayerProbe:
         options = dict(layer_idx=layer_idx, scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes)
         self.attended.append(Attended(query, key, value, options))
         rows = random_rows(query.shape[1] * value.shape[2], query).to(self.dtype).to(query.dtype)
+        rows = rows[torch.arange(len(query), device=rows.device) % len(rows)]
         return rows.view(-1, query.shape[1], value.shape[2])
 
     def attend_rotary(self, layer_idx, query, key, value, cos, sin, *, q_norm=None, k_norm=None, **options):
-        """The kernels that a step runs, on a cache of one block."""
+        """The kernels that a step runs, on a cache of its own."""
         slots = torch.arange(len(key), device=key.device)
-        sizes = (1, *key.shape[1:], value.shape[2], BLOCK_SIZE)
+        num_blocks = -(-len(key) // BLOCK_SIZE)
+        sizes = (num_blocks, *key.shape[1:], value.shape[2], BLOCK_SIZE)
         k_cache, v_cache = ops.allocate_kv(*sizes, key.dtype, key.device, backend=self.backend)
         norms = dict(q_norm=q_norm, k_norm=k_norm)
         query = ops.rotary_store(query, key, value, k_cache, v_cache, slots, cos, sin, **norms, backend=self.backend)
-        key, value = ops.gather_kv(k_cache, v_cache, slots.new_zeros(1), len(slots))
+        key, value = ops.gather_kv(k_cache, v_cache, slots[:num_blocks], len(slots))
         return self.attend(layer_idx, query, key, value, **options)
 
 

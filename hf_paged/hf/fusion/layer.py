@@ -1,7 +1,8 @@
 """Decoder layers: norms and residual sums inside the kernels around them.
 
 A layer is two halves, x + after(attention(before(x))) and x + after(mlp(before(x))), mostly without a norm after.
-The norm before goes into the projection that follows it, the sum into the projection before it.
+The norm before goes into the projection that follows it, the sum into the projection before it, or both into one kernel
+between the halves where a projection takes nothing in.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from hf_paged_kernels import fused
+
 from ...runtime.batch import active_context
-from ..adapters import StateProbe
 from ..swap import Swapped, can_swap, evaluating
 from .attention import FusedAttention, fuse_attention, has_structure
 from .base import Bypass, Fusions, Parts, idle_children
@@ -61,16 +62,19 @@ class _Layer(Bypass):
         children = self.module._modules
         before, after, before_mlp, after_mlp = (children.get(name) for name in self.norms)
         attend = children[ATTENTION]._hf_paged.run
-        norm = norm_of(before)
-        if after is None:
-            x = attend(context, x, embeddings, norm, x)
+        summed = after is None and fused.adds_in_linear(x, backend=self.backend)
+        y = attend(context, x, embeddings, norm_of(before), x if summed else None)
+        norm = norm_of(before_mlp)
+        if summed:
+            x = y
         else:
-            x = x + after(attend(context, x, embeddings, norm))
+            y, x = fused.add_rms_norm(y if after is None else after(y), x, norm, backend=self.backend)
+            norm = None
         mlp, residual = children[self.mlp], x if after_mlp is None else None
         if isinstance(mlp, FusedMLP) and self.mlp_parts.untouched() and mlp._hf_paged.untouched():
-            y = mlp._hf_paged.run(x, norm_of(before_mlp), residual)
+            y = mlp._hf_paged.run(y, norm, residual)
         else:
-            y = mlp(before_mlp(x))
+            y = mlp(y if norm is None else before_mlp(y))
             y = y[0] if isinstance(y, tuple) else y  # beside it, what a router of experts chose
             y = y if residual is None else residual + y
         return y if after_mlp is None else x + after_mlp(y)
