@@ -162,6 +162,8 @@ def rotary_store(
     *,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """What lies between the projections and attention: norms of heads, rotary embedding, the write to the cache.
@@ -180,11 +182,13 @@ def rotary_store(
         cos, sin: [T, R] of the query's dtype, R even, as transformers makes them: both halves of R hold the
             frequencies. Both None: nothing is rotated.
         q_norm, k_norm: RMS norm of every query and key head, with weight [Dk] of the query's dtype.
+        k_scale, v_scale: of a quantized cache, changed in place.
 
     Returns:
         The queries for `attention_`, [T, Hq, Dk] contiguous.
     """
     checks.check_cache(k_cache, v_cache)
+    checks.check_scales(k_scale, v_scale, k_cache)
     checks.check_new_kv(key, value, k_cache, v_cache)
     checks.check_index("slot_mapping", slot_mapping, torch.int64, 1)
     num_tokens, _, dim = checks.shape3("query", query)
@@ -200,7 +204,8 @@ def rotary_store(
     checks.check_norm("q_norm", q_norm, query)
     checks.check_norm("k_norm", k_norm, query)
     run = _module("rotary_store", backend, query.device).rotary_store
-    return run(query, key, value, k_cache, v_cache, slot_mapping, cos, sin, q_norm=q_norm, k_norm=k_norm)
+    return run(query, key, value, k_cache, v_cache, slot_mapping, cos, sin, q_norm=q_norm, k_norm=k_norm,
+               k_scale=k_scale, v_scale=v_scale)  # fmt: skip
 
 
 def copy_blocks(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from hf_paged_kernels import ops
 
 from ..base.config import EngineConfig
@@ -11,7 +9,7 @@ from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
 from ..runtime.inputs import make_inputs
 from ..runtime.kv_cache import KVCache
-from ..runtime.layout import blocks_for_budget, group_layers, slots_for_budget
+from ..runtime.layout import blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
 from ..runtime.memory import default_fraction, free_memory
 from ..runtime.runner import ModelRunner, PagedModel
 from .draft_model import DraftModel
@@ -24,13 +22,16 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
     """Raise unless an engine of `config` can run `model`.
 
     Raises:
-        KernelUnavailable: the attention backend asked for cannot run on the model's device.
+        KernelUnavailable: the attention backend asked for cannot run on the model's device, or not with the type asked
+            for of the cache.
         UnsupportedOption: speculation, for a model whose sequences cannot take tokens back.
     """
     try:
-        ops.resolve_backend(config.attention_backend, model.device)
+        kernels = ops.resolve_backend(config.attention_backend, model.device)
     except ValueError as error:
         raise KernelUnavailable(f"attention_backend: {error}") from error
+    if reason := ops.why_unsupported(kernels, model.device, kv_dtype=kv_dtype_of(config.kv_dtype, model.dtype)):
+        raise KernelUnavailable(f"kv_dtype={config.kv_dtype!r} with attention_backend {kernels!r}: {reason}")
     if config.speculation is not None and model.states:
         raise UnsupportedOption(
             f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
@@ -50,7 +51,7 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     cuda = model.device.type == "cuda"
     block_size = config.block_size or (64 if cuda else 16)
     max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
-    dtype = getattr(torch, config.kv_dtype) if config.kv_dtype else model.dtype
+    dtype = kv_dtype_of(config.kv_dtype, model.dtype)
     groups = group_layers(model.layers)
     fraction = config.memory_fraction or default_fraction(model.device)
     budget = config.kv_cache_memory or int(free_memory(model.device) * fraction)
@@ -60,7 +61,7 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         groups,
         budget=budget - slots * slot_bytes,
         block_size=block_size,
-        itemsize=dtype.itemsize,
+        dtype=dtype,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
     )

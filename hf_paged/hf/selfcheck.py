@@ -137,7 +137,7 @@ def _small(errors: torch.Tensor, narrow: bool) -> bool:
 
 def _memory(adapter) -> int:
     """Bytes for two short sequences."""
-    a_token = sum(layer.bytes_per_token(adapter.dtype.itemsize) for layer in adapter.layers)
+    a_token = sum(layer.bytes_per_token(adapter.dtype) for layer in adapter.layers)
     return 1024 * max(1, a_token) + 8 * sum(spec.num_bytes for spec in adapter.states)
 
 

@@ -20,6 +20,7 @@ from ..base.errors import RequestFailed, VerificationFailed
 from ..base.sampling_params import SamplingParams
 from ..engine.engine import BatchEngine
 from ..engine.request_state import RowHooks
+from ..runtime.layout import kv_dtype_of
 from ..runtime.packed import current_batch
 from .model import TransformersModel
 from .spec import decoder_layers, text_config
@@ -82,7 +83,7 @@ class Verification:
 
         Raises VerificationFailed, naming the first layer that differs by more than its type's tolerance.
         """
-        kv_dtype = getattr(torch, config.kv_dtype) if config.kv_dtype else adapter.dtype
+        kv_dtype = kv_dtype_of(config.kv_dtype, adapter.dtype)
         allowed = max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in (adapter.dtype, kv_dtype))
         actual = self._run_paged(adapter, config)
         worst = 0.0

@@ -103,6 +103,7 @@ class StepContext:
             sin,
             q_norm=q_norm,
             k_norm=k_norm,
+            **layer.scales,
             backend=self._backend,
         )
         return self._attend(layer, query, None, None, scale=scale, softcap=softcap, sinks=sinks)
@@ -118,6 +119,7 @@ class StepContext:
             window=layer.spec.window,
             chunk=layer.spec.chunk,
             backend=self._backend,
+            **layer.scales,
             **options,
         )
 

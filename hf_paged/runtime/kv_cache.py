@@ -11,15 +11,20 @@ from .states import StateCache, StateSpec
 
 
 class LayerCache:
-    """One layer's pages, and which block group's table points into them."""
+    """One layer's pages, and which block group's table points into them.
 
-    __slots__ = ("spec", "group", "k_cache", "v_cache")
+    Attributes:
+        scales: k_scale and v_scale, as the functions of `ops` take them; None unless the cache is quantized.
+    """
+
+    __slots__ = ("spec", "group", "k_cache", "v_cache", "scales")
 
     def __init__(self, spec: LayerSpec, group: int):
         self.spec = spec
         self.group = group
         self.k_cache: torch.Tensor | None = None
         self.v_cache: torch.Tensor | None = None
+        self.scales: dict[str, torch.Tensor | None] = dict(k_scale=None, v_scale=None)
 
 
 class KVCache:
@@ -59,7 +64,7 @@ class KVCache:
         }
 
     def bytes_per_block(self, group: int) -> int:
-        return self.groups[group].bytes_per_block(self.block_size, self.dtype.itemsize)
+        return self.groups[group].bytes_per_block(self.block_size, self.dtype)
 
     @property
     def bytes_allocated(self) -> int:
@@ -78,10 +83,13 @@ class KVCache:
         spec = layer.spec
         sizes = (new, spec.num_kv_heads, spec.head_dim, spec.value_dim, self.block_size)
         k_cache, v_cache = ops.allocate_kv(*sizes, self.dtype, self.device, backend=self.backend)
-        if old:
-            k_cache[:old].copy_(layer.k_cache)
-            v_cache[:old].copy_(layer.v_cache)
+        k_scale, v_scale = ops.allocate_scales(v_cache)
+        new_tensors = (k_cache, v_cache, k_scale, v_scale)
+        for tensor, before in zip(new_tensors, (layer.k_cache, layer.v_cache, *layer.scales.values())):
+            if old and tensor is not None:
+                tensor[:old].copy_(before)
         layer.k_cache, layer.v_cache = k_cache, v_cache
+        layer.scales = dict(k_scale=k_scale, v_scale=v_scale)
 
     def copy_blocks(self, copies: list[torch.Tensor | None]) -> None:
         """Copy whole blocks, `copies[group]` being int64 [n, 2] of (source, destination), or None."""
@@ -90,24 +98,25 @@ class KVCache:
                 continue
             for spec in self.groups[index].layers:
                 layer = self.layers[spec.layer_idx, spec.call]
-                ops.copy_blocks(layer.k_cache, layer.v_cache, pairs, backend=self.backend)
+                ops.copy_blocks(layer.k_cache, layer.v_cache, pairs, **layer.scales, backend=self.backend)
 
     def read(
         self, spec: LayerSpec, block_tables: list[list[int]], length: int, most: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [n, Hkv, Dk] and values [n, Hkv, Dv] of a sequence's last n = min(length, most) tokens, as copies.
 
-        Zeros where the layer gave back what no later query sees.
+        In the cache's dtype, or float32 if it is quantized. Zeros where the layer gave back what no later query sees.
         """
         layer = self.layers[spec.layer_idx, spec.call]
         if not length:
+            dtype = torch.float32 if layer.scales["k_scale"] is not None else self.dtype
             return tuple(
-                torch.empty(0, spec.num_kv_heads, size, dtype=self.dtype, device=self.device)
+                torch.empty(0, spec.num_kv_heads, size, dtype=dtype, device=self.device)
                 for size in (spec.head_dim, spec.value_dim)
             )
         table = torch.tensor(block_tables[layer.group], dtype=torch.int64, device=self.device)
         first = max(0, length - most)
-        key, value = ops.gather_kv(layer.k_cache, layer.v_cache, table.clamp(min=0), length)
+        key, value = ops.gather_kv(layer.k_cache, layer.v_cache, table.clamp(min=0), length, **layer.scales)
         gone = (table < 0).repeat_interleave(self.block_size)[:length, None, None]
         return key.masked_fill(gone, 0)[first:], value.masked_fill(gone, 0)[first:]
 
@@ -119,11 +128,12 @@ class KVCache:
         table = torch.tensor(block_tables[layer.group], dtype=torch.int64, device=self.device)
         positions = torch.arange(length - len(key), length, device=self.device)
         slots = table[positions // self.block_size] * self.block_size + positions % self.block_size
-        ops.store_kv(key, value, layer.k_cache, layer.v_cache, slots, backend=self.backend)
+        ops.store_kv(key, value, layer.k_cache, layer.v_cache, slots, **layer.scales, backend=self.backend)
 
     def close(self) -> None:
         for layer in self.layers.values():
             layer.k_cache = layer.v_cache = None
+            layer.scales = dict(k_scale=None, v_scale=None)
         self.num_blocks = [0] * len(self.groups)
         self.states.close()
         if self.device.type == "cuda":

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+QUANTIZED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # EngineConfig.kv_dtype -> what the cache holds
+_SCALE_BYTES = 8  # of a quantized key and value of one head: a float32 each
+
+
+def kv_dtype_of(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a cache, from EngineConfig.kv_dtype."""
+    if name is None:
+        return model_dtype
+    return QUANTIZED.get(name) or getattr(torch, name)
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -29,8 +41,9 @@ class LayerSpec:
     chunk: int | None = None
     call: int = 0
 
-    def bytes_per_token(self, itemsize: int) -> int:
-        return self.num_kv_heads * (self.head_dim + self.value_dim) * itemsize
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        scales = _SCALE_BYTES if dtype in QUANTIZED.values() else 0
+        return self.num_kv_heads * ((self.head_dim + self.value_dim) * dtype.itemsize + scales)
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,8 @@ class BlockGroup:
     chunk: int | None
     layers: tuple[LayerSpec, ...]
 
-    def bytes_per_block(self, block_size: int, itemsize: int) -> int:
-        return block_size * sum(layer.bytes_per_token(itemsize) for layer in self.layers)
+    def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
+        return block_size * sum(layer.bytes_per_token(dtype) for layer in self.layers)
 
 
 def group_layers(layers: list[LayerSpec]) -> list[BlockGroup]:
@@ -64,14 +77,20 @@ def slots_for_budget(slot_bytes: int, budget: int, max_num_seqs: int) -> int:
 
 
 def blocks_for_budget(
-    groups: list[BlockGroup], *, budget: int, block_size: int, itemsize: int, max_batch_tokens: int, max_num_seqs: int
+    groups: list[BlockGroup],
+    *,
+    budget: int,
+    block_size: int,
+    dtype: torch.dtype,
+    max_batch_tokens: int,
+    max_num_seqs: int,
 ) -> list[int]:
     """Most blocks of each group so that together they stay within `budget` bytes.
 
     A group with a window or chunk never needs more than that and one step's tokens for every running sequence, so it
     is capped there and full groups take the rest. At least one block each, whatever the budget.
     """
-    sizes = [group.bytes_per_block(block_size, itemsize) for group in groups]
+    sizes = [group.bytes_per_block(block_size, dtype) for group in groups]
     spans = [group.window or group.chunk for group in groups]
     caps = [
         None

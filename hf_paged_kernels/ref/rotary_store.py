@@ -15,7 +15,7 @@ def one_after_another(rms_norm: Callable, rotary: Callable, store_kv: Callable) 
 
     def rotary_store(
         query, key, value, k_cache, v_cache, slot_mapping, cos, sin, *, q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
+        k_norm: Norm | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `ops.rotary_store`."""
         if q_norm is not None:
@@ -24,7 +24,7 @@ def one_after_another(rms_norm: Callable, rotary: Callable, store_kv: Callable) 
             key = rms_norm(key, k_norm.weight, k_norm.eps, offset=k_norm.offset, cast=k_norm.cast)
         if cos is not None:
             query, key = rotary(query, key, cos, sin)
-        store_kv(key, value, k_cache, v_cache, slot_mapping)
+        store_kv(key, value, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return query.contiguous()
 
     return rotary_store

@@ -9,16 +9,30 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no fraction bi
 
 
 @triton.jit
-def quantize(x, dtype: tl.constexpr):
-    """Rows [H, D] of floats -> ([H, D] of `dtype`, fp32 scales [H]); the formula is that of `ref.quantize`.
-
-    A row with a NaN or an infinity gets the scale inf, so that it stays one when it is read.
-    """
-    LIMIT: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+def largest(x):
+    """The largest magnitude of each row of x [H, D], fp32 [H]; inf for a row with a NaN."""
     x = x.to(tl.float32)
-    peak = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
-    scale = tl.maximum(peak, 1e-30) / LIMIT
-    y = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    return tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
+
+
+@triton.jit
+def scale_for(peak, dtype: tl.constexpr):
+    """The scale of a row whose largest magnitude is `peak`; the formula is that of `ref.quantize`."""
+    LIMIT: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    return tl.maximum(peak, 1e-30) / LIMIT
+
+
+@triton.jit
+def scaled(x, scale, dtype: tl.constexpr):
+    """x [H, D] / scale [H] in `dtype`. What is no number stays none when it is read: its row's scale is inf."""
+    y = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scale[:, None], x.shape))
     if dtype == tl.int8:
         y = tl.where(y == y, (y + ROUND) - ROUND, 0.0)
-    return y.to(dtype), scale
+    return y.to(dtype)
+
+
+@triton.jit
+def quantize(x, dtype: tl.constexpr):
+    """Rows x [H, D] of floats -> ([H, D] of `dtype`, fp32 scales [H])."""
+    scale = scale_for(largest(x), dtype)
+    return scaled(x, scale, dtype), scale

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..norm import Norm
 from .launch import launch
+from .quantize import largest, quantize, scale_for, scaled
 
 _HEADS = 8  # heads of a token that share a program and its cosines: 2 KiB in flight each keep memory busy
 _ELEMENTS_PER_WARP = 512  # 16 elements a thread: from each half of a head 16 bytes of bf16, one load
@@ -17,7 +18,7 @@ _CASTS = {"weight_after": 2, "weight_before": 3}  # Q_CAST, K_CAST: 0 is no norm
 
 def rotary_store(
     query, key, value, k_cache, v_cache, slot_mapping, cos, sin, *, q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
+    k_norm: Norm | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `ops.rotary_store`. A program takes up to 8 query, key or value heads of one token."""
     num_tokens, q_heads, dim = query.shape
@@ -36,9 +37,10 @@ def rotary_store(
     rest = dim - rotated
     launch(
         _rotary_store_kernel, (num_tokens * parts,),
-        query, key, value, out, k_cache, v_cache, slot_mapping, cos, sin, q_weight, k_weight,
+        query, key, value, out, k_cache, v_cache, k_scale, v_scale, slot_mapping, cos, sin, q_weight, k_weight,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *k_cache.stride(), *v_cache.stride()[:3],
-        cos.stride(0), sin.stride(0), block_size, q_eps, q_offset, k_eps, k_offset,
+        *((0, 0) if k_scale is None else k_scale.stride()[:2]), cos.stride(0), sin.stride(0), block_size,
+        q_eps, q_offset, k_eps, k_offset,
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=dim, DV=v_dim, R=rotated,
         HALF=triton.next_power_of_2(rotated // 2), REST=triton.next_power_of_2(rest) if rest else 0,
         WIDTH_V=triton.next_power_of_2(v_dim), HEADS=heads, ROTARY=rotary, Q_CAST=q_cast, K_CAST=k_cast,
@@ -58,9 +60,9 @@ def _options(norm: Norm | None, not_read: Tensor) -> tuple[Tensor, float, float,
 
 @triton.jit
 def _rotary_store_kernel(
-    query, key, value, query_out, k_cache, v_cache, slot_mapping, cos, sin, q_weight, k_weight,
-    query_t, query_h, key_t, key_h, value_t, value_h, kc_n, kc_h, kc_d, kc_s, vc_n, vc_h, vc_s, cos_t, sin_t,
-    block_size, q_eps, q_offset, k_eps, k_offset,
+    query, key, value, query_out, k_cache, v_cache, k_scale, v_scale, slot_mapping, cos, sin, q_weight, k_weight,
+    query_t, query_h, key_t, key_h, value_t, value_h, kc_n, kc_h, kc_d, kc_s, vc_n, vc_h, vc_s, scale_n, scale_h,
+    cos_t, sin_t, block_size, q_eps, q_offset, k_eps, k_offset,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, WIDTH_V: tl.constexpr, HEADS: tl.constexpr, ROTARY: tl.constexpr,
     Q_CAST: tl.constexpr, K_CAST: tl.constexpr,
@@ -84,13 +86,21 @@ def _rotary_store_kernel(
                 here = h < KV_HEADS
                 low, high, rest = _head(key + t * key_t + h * key_h, here, k_weight, k_eps, k_offset, cos + t * cos_t,
                                         sin + t * sin_t, D, R, HALF, REST, ROTARY, K_CAST)  # fmt: skip
+                if k_scale is not None:
+                    low, high, rest, scale = _quantized_head(low, high, rest, k_cache.dtype.element_ty, D, R, HALF,
+                                                             REST)  # fmt: skip
+                    tl.store(k_scale + block * scale_n + h * scale_h + offset, scale[:, None], mask=here)
                 out = k_cache + block * kc_n + h * kc_h + offset * kc_s
                 _store_head(out, kc_d, here, low, high, rest, D, R, HALF, REST)
             else:
                 h = (part - Q_PARTS - KV_PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
+                here = h < KV_HEADS
                 d = tl.arange(0, WIDTH_V)[None, :]
-                inside = (h < KV_HEADS) & (d < DV)
-                x = tl.load(value + t * value_t + h * value_h + d, mask=inside)
+                inside = here & (d < DV)
+                x = tl.load(value + t * value_t + h * value_h + d, mask=inside, other=0.0)
+                if v_scale is not None:
+                    x, scale = quantize(x, v_cache.dtype.element_ty)
+                    tl.store(v_scale + block * scale_n + h * scale_h + offset, scale[:, None], mask=here)
                 tl.store(v_cache + block * vc_n + h * vc_h + offset * vc_s + d, x, mask=inside)
 
 
@@ -128,6 +138,22 @@ def _head(
         high = _rounded(_rounded(high * cos_high, dtype) + _rounded(low * sin_high, dtype), dtype)
         low = _rounded(rotated, dtype)
     return low, high, rest
+
+
+@triton.jit
+def _quantized_head(
+    low, high, rest, dtype: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
+):
+    """The parts of heads in `dtype`, and the scale [HEADS] of each head."""
+    inside = tl.arange(0, HALF)[None, :] < R // 2
+    low, high = tl.where(inside, low, 0.0), tl.where(inside, high, 0.0)
+    peak = tl.maximum(largest(low), largest(high))
+    if REST:
+        rest = tl.where(R + tl.arange(0, REST)[None, :] < D, rest, 0.0)
+        peak = tl.maximum(peak, largest(rest))
+    scale = scale_for(peak, dtype)
+    low, high, rest = scaled(low, scale, dtype), scaled(high, scale, dtype), scaled(rest, scale, dtype)
+    return low, high, rest, scale
 
 
 @triton.jit

@@ -124,6 +124,30 @@ def test_any_layout_and_dtype_of_the_cache(device, layout):
     assert_equal(call, call.run("triton", layout), call.run("reference", layout), exact=True)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("sizes", [dict(), dict(dims=(48, 24), rotated=24), dict(norm=Norm(None, 1e-6))], ids=str)
+def test_quantized_caches(device, sizes, cache_dtype):
+    call = Call(device, cache_dtype=cache_dtype, **sizes)
+    results = []
+    for backend in ("triton", "reference"):
+        caches = ops.allocate_kv(**call.cache, backend="triton")
+        scales = dict(zip(("k_scale", "v_scale"), ops.allocate_scales(caches[1])))
+        ops.rotary_store(call.query, call.key, call.value, *caches, call.slots, call.cos, call.sin, **call.norms,
+                         **scales, backend=backend)  # fmt: skip
+        blocks = call.slots[call.slots >= 0]
+        block, offset = blocks // 16, blocks % 16
+        key, value = caches[0].mT[block, :, offset].float(), caches[1][block, :, offset].float()
+        results.append((key, value, scales["k_scale"][block, :, offset], scales["v_scale"][block, :, offset]))
+    (key, value, *scales), expected = results
+    for scale, want in zip(scales, expected[2:]):  # a norm may round differently by a step of bf16
+        torch.testing.assert_close(scale, want, rtol=2**-6 if call.norms else 1e-6, atol=0)
+    for x, want, scale, want_scale in zip((key, value), expected, scales, expected[2:]):
+        x, want = x * scale[..., None], want * want_scale[..., None]
+        torch.testing.assert_close(x, want, rtol=2**-3 if call.norms else 1e-6, atol=want.abs().max().item() * 1e-2)
+    if not call.norms:
+        assert all(torch.equal(x, want) for x, want in zip((key, value), expected))
+
+
 def test_no_tokens_are_no_work(device):
     call = Call(device, tokens=4)
     call.query, call.key, call.value = call.query[:0], call.key[:0], call.value[:0]
