@@ -25,7 +25,7 @@ def norms(setting: Setting) -> Iterator[Case]:
     """RMS norms of rows and of heads in a merged projection, with and without a residual, and layer norms."""
     rows, widths = (3, (48, 96)) if setting.small else (1031, WIDTHS)
     for dtype in (BF16, FP32) if setting.small else (BF16, FP16, FP32):
-        for width in widths:
+        for width in widths if dtype == BF16 else widths[1:2]:
             x, residual = (_randn(setting, rows, width, dtype=dtype, seed=i) for i in (1, 2))
             weight, bias = (_randn(setting, width, dtype=dtype, seed=i) for i in (3, 4))
             for cast, offset in RESIDUALS.items():
@@ -59,7 +59,7 @@ def norms_to_fp8(setting: Setting) -> Iterator[Case]:
 def activations(setting: Setting) -> Iterator[Case]:
     rows, widths = (3, (48,)) if setting.small else (1031, (3072, 14336, 2880))
     for dtype in (BF16, FP32) if setting.small else (BF16, FP16, FP32):
-        for width in widths:
+        for width in widths if dtype == BF16 else widths[:1]:
             for name in ("silu", "gelu", "gelu_tanh"):
                 x = _randn(setting, rows, 2 * width, dtype=dtype, seed=1)
                 yield _both(f"{name} and mul, {width}, {dtype}", setting, dtype, fused.act_and_mul, x, name)
@@ -92,7 +92,7 @@ def linear(setting: Setting) -> Iterator[Case]:
         f"{shape.name} {name}": sizes for shape in (LLAMA_8B, QWEN3_06B) for name, sizes in shape.linears().items()
     }  # fmt: skip
     for dtype in (BF16,) if setting.small else (BF16, FP16, FP32):
-        for name, (rows, columns) in shapes.items():
+        for name, (rows, columns) in shapes.items() if dtype == BF16 else list(shapes.items())[-4:]:
             weight = _randn(setting, rows, columns, dtype=dtype, seed=1) * columns**-0.5
             bias = _randn(setting, rows, dtype=dtype, seed=2)
             norm = Norm(_randn(setting, columns, dtype=dtype, seed=3), EPS)
@@ -106,12 +106,29 @@ def linear(setting: Setting) -> Iterator[Case]:
                     yield _both(case, setting, dtype, fused.linear, x, weight, **options)
 
 
+def experts(setting: Setting) -> Iterator[Case]:
+    """Mixtures of experts of few and of many tokens, with every expert or a few of them in use."""
+    shapes = {"small": (4, 2, 32, 48)} if setting.small else {
+        "Qwen3-30B": (128, 8, 2048, 768), "GPT-OSS-20B": (32, 4, 2880, 2880), "Mixtral": (8, 2, 4096, 14336),
+    }  # experts, of them per token, width, width of an expert  # fmt: skip
+    for name, (count, chosen, width, inner) in shapes.items():
+        gate_up = _randn(setting, count, 2 * inner, width, dtype=BF16, seed=1) * width**-0.5
+        down = _randn(setting, count, width, inner, dtype=BF16, seed=2) * inner**-0.5
+        for tokens in (1, 3) if setting.small else (1, 7, 64, 500):
+            x = _randn(setting, tokens, width, dtype=BF16, seed=3)
+            scores = _randn(setting, tokens, count, dtype=FP32, seed=4)
+            weights, ids = scores.softmax(-1).topk(chosen, dim=-1)
+            yield _both(f"{name}, {tokens} tokens", setting, BF16, fused.moe_experts, x, gate_up, down, ids, weights,
+                        activation="silu")  # fmt: skip
+
+
 AREAS = {
     "norms": norms,
     "norms-fp8": norms_to_fp8,
     "activations": activations,
     "rotary": rotary,
     "linear": linear,
+    "experts": experts,
 }
 
 
@@ -129,7 +146,7 @@ def _both(name: str, setting: Setting, dtype: torch.dtype, call, *arguments, **o
 def _wide(*values) -> list:
     """Tensors, and those of norms, in float32."""
     return [
-        value.float() if isinstance(value, Tensor)
+        value.float() if isinstance(value, Tensor) and value.is_floating_point()
         else value._replace(weight=value.weight.float()) if isinstance(value, Norm) else value
         for value in values
     ]  # fmt: skip

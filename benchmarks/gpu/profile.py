@@ -10,6 +10,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from .timing import synchronize
+
 
 @dataclass(frozen=True)
 class StepProfile:
@@ -24,6 +26,7 @@ class StepProfile:
 def profile_steps(run: Callable[[], object], steps: int, num_layers: int, device: torch.device) -> StepProfile:
     """Profile `run`, which makes `steps` steps and leaves the device idle. On a CPU operators stand for kernels."""
     cuda = device.type == "cuda"
+    synchronize(device)  # a step that runs already belongs to nobody's count
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         run()
     kind = DeviceType.CUDA if cuda else DeviceType.CPU

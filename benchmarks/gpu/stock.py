@@ -23,6 +23,7 @@ class StockRun:
     requests: int
     steps_run: int
     extrapolated: bool
+    attention: str  # transformers' name of the attention it ran
 
     @property
     def rate(self) -> float:
@@ -30,7 +31,8 @@ class StockRun:
         return self.output_tokens / self.seconds
 
     def detail(self) -> dict:
-        return {"requests": self.requests, "steps_run": self.steps_run, "extrapolated": self.extrapolated}
+        return {"requests": self.requests, "steps_run": self.steps_run, "extrapolated": self.extrapolated,
+                "attention": self.attention}  # fmt: skip
 
 
 def run_generate(model: torch.nn.Module, groups: Sequence[Sequence[Request]], max_steps: int) -> StockRun:
@@ -51,7 +53,8 @@ def run_generate(model: torch.nn.Module, groups: Sequence[Sequence[Request]], ma
         steps += max_steps
         extrapolated = True
     requests = [request for group in groups for request in group]
-    return StockRun(sum(r.max_new_tokens for r in requests), seconds, len(requests), steps, extrapolated)
+    made = sum(request.max_new_tokens for request in requests)
+    return StockRun(made, seconds, len(requests), steps, extrapolated, model.config._attn_implementation)
 
 
 def time_to_first_token(model: torch.nn.Module, group: Sequence[Request]) -> float:
@@ -104,7 +107,8 @@ def run_continuous(
         start = time.perf_counter()
         made = _finish(manager, requests, end)
         seconds = time.perf_counter() - start
-    return StockRun(made, seconds, len(requests), made, False)
+        attention = model.config._attn_implementation  # it takes FlashAttention where that is installed
+    return StockRun(made, seconds, len(requests), made, False, attention)
 
 
 def _finish(manager, requests: Sequence[Request], end: float) -> int:

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,11 +89,12 @@ def test_the_workload_is_nano_vllm_s():
 
 def test_stock_s_time_for_steps_that_were_not_run_is_that_of_more_mean_steps(monkeypatch):
     monkeypatch.setattr(stock, "_generate", lambda model, group, count: 1.0 + 0.5 * count)
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
     requests = workload.uniform(50, count=2, prompt=5, output=100).requests
-    run = stock.run_generate(None, [requests], max_steps=10)
+    run = stock.run_generate(model, [requests], max_steps=10)
     assert run.extrapolated and run.steps_run == 10
     assert run.seconds == pytest.approx(51.0) and run.rate == pytest.approx(200 / 51)
-    whole = stock.run_generate(None, [requests], max_steps=100)
+    whole = stock.run_generate(model, [requests], max_steps=100)
     assert not whole.extrapolated and whole.seconds == pytest.approx(51.0)
 
 
