@@ -170,8 +170,7 @@ class Stepper:
         mark = time.perf_counter()
         tokens: dict[int, list[int]] = {}
         failures: list[tuple[Sequence, Exception]] = []
-        due = [one for one in flight.due if one.sequence.finish_reason is None]  # others ended since it was launched
-        for one in due:
+        for one in flight.due:
             taken, error = one.taken(result)
             if taken:
                 tokens[one.sequence.seq_id] = taken
@@ -183,7 +182,7 @@ class Stepper:
         committed = self._scheduler.commit(flight.plan, tokens)
         self.clock.count(steps=1, tokens=flight.plan.num_tokens)
         mark = self.clock.lap("schedule", mark)
-        entries = {one.sequence.seq_id: [result.logprobs[index] for index in one.samples] for one in due}
+        entries = {one.sequence.seq_id: [result.logprobs[index] for index in one.samples] for one in flight.due}
         waiting = committed[::-1]
         try:
             while waiting:

@@ -38,9 +38,10 @@ def tokenizer():
     return tiny_tokenizer(320)
 
 
-@pytest.fixture
-def engine(model, tokenizer):
-    with Engine(model, tokenizer, EngineConfig(block_size=16, max_batch_tokens=64, max_num_seqs=8)) as engine:
+@pytest.fixture(params=[False, True], ids=["one-at-a-time", "overlap"])
+def engine(model, tokenizer, request):
+    config = EngineConfig(block_size=16, max_batch_tokens=64, max_num_seqs=8, overlap=request.param)
+    with Engine(model, tokenizer, config) as engine:
         yield engine
         assert not engine.has_unfinished()
         assert engine.stats()["kv_bytes_in_use"] == 0

@@ -55,15 +55,16 @@ def alone(name: str, prompt: tuple, params: SamplingParams) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window", "mamba2", "jamba", "lfm2"])
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(request_strategy, min_size=2, max_size=9),
     policy=st.sampled_from(["fcfs", "priority"]),
     budget=st.sampled_from([16, 40, 256]),
     seats=st.sampled_from([3, 5, 16]),
     memory_tokens=st.sampled_from([240, 400, 4000]),
+    overlap=st.booleans(),
 )
-def test_random_traffic(name, requests, policy, budget, seats, memory_tokens):
+def test_random_traffic(name, requests, policy, budget, seats, memory_tokens, overlap):
     layers = 3
     config = EngineConfig(
         block_size=16,
@@ -71,6 +72,7 @@ def test_random_traffic(name, requests, policy, budget, seats, memory_tokens):
         max_num_seqs=seats,
         policy=policy,
         kv_cache_memory=memory_tokens * layers * 2 * 2 * 12 * 4,
+        overlap=overlap,
     )
     results, aborts, step = {}, {}, 0
     jobs = {}
