@@ -12,8 +12,8 @@ class Recorder:
     """Stands in for an engine's StepExecutor.
 
     Args:
-        fails_at_once, fails_late: called with a plan's tokens so far by seq_id before its step is launched (unknown ones
-            are missing), and with the same when its result is asked for; true makes the step fail.
+        fails_at_once, fails_late: called with the tokens so far of a plan's sequences by id, unknown ones missing,
+            before its step is launched; true makes it fail then, or when its result is asked for.
 
     Attributes:
         events: ("launch" or "read", number of the step), in order.

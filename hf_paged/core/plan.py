@@ -17,8 +17,8 @@ class StepPlan:
     may read blocks that another sequence of the same plan fills. A layer that keeps a state reads the states of all
     sequences before it writes any of them.
 
-    A plan may be made before anybody knows what the plan before it sampled. It refers to such tokens by their place among
-    that plan's samples.
+    A plan may be made before anybody knows what the plan before it sampled. It refers to such tokens by their place
+    among that plan's samples.
 
     The block tables are the scheduler's own lists: read only, valid until the next plan is made.
 
@@ -28,7 +28,7 @@ class StepPlan:
         num_new: query tokens of each sequence, its draft tokens included.
         num_drafts: draft tokens of each sequence, the last ones of its new tokens.
         num_context: tokens of each sequence already in the cache.
-        token_ids: the new tokens, packed; sum(num_new) of them. One below 0, say -1 - i, stands for the token that entry i
+        token_ids: the new tokens, packed; sum(num_new) of them. One below 0, -1 - i, stands for the token that entry i
             of the previous plan's `samples` gets.
         block_tables: [group][sequence] -> blocks covering num_context + num_new tokens; -1 where a sliding group
             gave the block back (no query of this step sees it).

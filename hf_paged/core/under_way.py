@@ -1,10 +1,10 @@
 """Plans under way: made, launched, and neither committed nor rolled back yet.
 
 The next plan can be made before anybody knows what this one sampled: from `launched` on its sequences have a token more
-whose value is unknown. Lengths are known ahead, so nobody is planned beyond them. Who turns out to have ended in another
-way computes one row for nothing, and writes it into blocks that are free by then. That harms nobody, as steps run in the
-order of their plans: whoever gets these blocks writes them later, and reads of them only what it wrote itself or what a
-key promises, and no block gets a key for an unknown token.
+whose value is unknown. Lengths are known ahead, so nobody is planned beyond them. Who turns out to have ended in
+another way computes one row for nothing, and writes it into blocks that are free by then. That harms nobody, as steps
+run in the order of their plans: whoever gets these blocks writes them later, and reads of them only what it wrote or
+what a key promises, and no block gets a key for an unknown token.
 """
 
 from __future__ import annotations

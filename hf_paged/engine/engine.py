@@ -1,8 +1,8 @@
 """The engine: `add` requests, `step` them all forward together, read their outputs.
 
-One step is: schedule a plan, run the model on it once, sample every row that is due, commit, tell the callers; `stepper`
-says in which order. A request that cannot go on (a user's callable raised, logits are not numbers, the forward fails
-because of it) ends with its own error; the others never notice.
+One step is: schedule a plan, run the model on it once, sample every row that is due, commit, tell the callers;
+`stepper` says in which order. A request that cannot go on (a user's callable raised, logits are not numbers, the forward
+fails because of it) ends with its own error; the others never notice.
 """
 
 from __future__ import annotations
@@ -352,8 +352,9 @@ class BatchEngine:
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
         cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `draft_tokens` were guessed,
         `accepted_tokens` of them were right and `acceptance_rate` is their share (None if nothing was guessed). Times are
-        in seconds; `time_model` is the forward, `time_draft` what guessing took, the rest is the engine's own
-        (`time_build` packs the batch, and grows the cache when it must).
+        the host's, in seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and
+        waiting for the device), `time_draft` what guessing took, the rest is the engine's own (`time_build` packs the
+        batch, and grows the cache when it must).
         """
         with self._lock:
             scheduler = self._scheduler.stats()

@@ -17,7 +17,7 @@ from ..core.scheduler import Scheduler
 from ..runtime.batch import SequenceHooks
 from ..runtime.packed import Owner
 from ..runtime.pending import PendingLogprobs, PendingSamples
-from ..runtime.runner import ModelRunner
+from ..runtime.runner import ModelRunner, on_device
 from ..runtime.sampler import Sampler, SampleResult, SampleRow
 from ..runtime.transfer import Milestone, to_device
 from .metrics import StepClock
@@ -126,6 +126,10 @@ class StepExecutor:
         Args:
             previous: what the step before sampled, if that is still in flight.
         """
+        with on_device(self._runner.cache.device):
+            return self._launch(plan, hooks, previous, clock)
+
+    def _launch(self, plan, hooks, previous, clock) -> InFlight:
         mark = time.perf_counter()
         due = self._due(plan)
         rows = list(dict.fromkeys(row for row, _ in plan.samples))

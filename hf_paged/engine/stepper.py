@@ -1,10 +1,10 @@
 """The engine's steps: launch one, collect the one before it.
 
     sync      schedule | launch 1 | wait | commit 1 | schedule | launch 2 | wait | commit 2 | ...
-    overlap   launch 1 | schedule | launch 2 | wait for 1 | commit 1 | schedule | launch 3 | wait for 2 | commit 2 | ...
+    overlap   launch 1 | schedule | launch 2 | wait for 1 | commit 1 | schedule | launch 3 | wait for 2 | ...
 
-With overlap the device always has a step to do while the host schedules and commits: `core.under_way` says how a step is
-planned on tokens that are still on the device. Steps run on one stream, so they run in the order of their plans.
+With overlap the device always has a step to do while the host schedules and commits; `core.under_way` says how a step
+is planned on tokens that are still on the device. Steps run in the order of their plans.
 
 A step is collected at once, before anything else is planned, if somebody must see its outcome first: a request's own
 processors, hooks, penalties or torch's generator (`InFlight.may_run_on`), a forward hook on the model, guesses, or the

@@ -57,11 +57,38 @@ class PagedModel(Protocol):
         ...
 
 
+def on_device(device: torch.device):
+    """A context in which `device` is the current one, where kernels are launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class StreamOrder:
+    """Keeps the steps of one cache in order on the device: what one writes, the next reads, and nobody waits in between.
+
+    Callers may be on different streams: a step then begins, on the device, when the stream of the step before it has got
+    as far as it was given.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._last: torch.cuda.Stream | None = None
+
+    def follow(self, sampled: torch.Tensor | None) -> None:
+        """A step begins on the current stream; `sampled` is what it takes from the one before."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and stream != self._last:
+            stream.wait_stream(self._last)
+            if sampled is not None:
+                sampled.record_stream(stream)  # its memory is not given away before this step has read it
+        self._last = stream
+
+
 @contextmanager
 def as_in_a_step(device: torch.device):
     """On `device`, without autograd, inference mode or autocast, whatever the caller has on."""
-    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # kernels run on the current one
-    with current, torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with on_device(device), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -73,6 +100,7 @@ class ModelRunner:
         self.cache = cache
         self.backend = backend
         self._inputs = inputs
+        self._order = StreamOrder(cache.device)
 
     def prepare(
         self,
@@ -92,6 +120,7 @@ class ModelRunner:
             sampled: int64, on the device: what token ids below 0 in the plan stand for, -1 - i for entry i.
         """
         with as_in_a_step(self.cache.device):  # what is made here outlives the call, whatever mode the caller is in
+            self._order.follow(sampled)
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
             inputs = self._inputs.prepare(plan, rows, sampled)

@@ -1,8 +1,8 @@
-"""Random traffic with overlapping steps: every output is, bit for bit, what the request gives alone, one step at a time.
+"""Random traffic with overlapping steps: every output is, bit for bit, what the request gives alone.
 
-Requests stop in all the ways there are, foreseen or not; some are aborted, some fail (a processor of theirs, a criterion,
-every step they are in, at once or when its results are read), some make their steps wait, weights are looked at anew, rows
-driven from outside come between, and blocks are short.
+Requests stop in all the ways there are, foreseen or not; some are aborted, some fail (a processor of theirs, a
+criterion, every step they are in, at once or when its results are read), some make their steps wait, weights are
+written, rows driven from outside come between, and blocks are short.
 """
 
 from __future__ import annotations

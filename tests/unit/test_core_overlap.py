@@ -1,4 +1,4 @@
-"""Plans made while the step before them runs: tokens nobody knows yet, rows computed for nothing, failures found late."""
+"""Plans made while the step before them runs: tokens nobody knows yet, rows for nothing, failures found late."""
 
 import zlib
 
