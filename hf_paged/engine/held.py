@@ -19,6 +19,7 @@ from ..core.request import Sequence
 from ..runtime.batch import StepContext
 from ..runtime.layout import LayerSpec
 from ..runtime.packed import Owner
+from ..runtime.transfer import to_device
 
 _numbers = itertools.count()
 UNKNOWN = -1  # stands for a token that came as keys and values or as an embedding
@@ -200,8 +201,8 @@ class HeldRows:
         return Owner(f"{self._name}/{label}", 0, label, self._sequences[row].num_prompt)
 
     def _last_logits(self, context: StepContext, spans: list[Span]) -> torch.Tensor:
-        last = torch.tensor([span.offset + span.count - 1 for span in spans], device=context.input_ids.device)
-        return self._engine.model.forward(context, last)
+        last = [span.offset + span.count - 1 for span in spans]
+        return self._engine.model.forward(context, to_device(last, torch.int64, context.input_ids.device))
 
     def load(self, lengths: list[int], source: Callable[[LayerSpec, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Fill empty rows with keys and values computed elsewhere.

@@ -60,6 +60,7 @@ class Stepper:
         self._overlap = overlap and speculator is None  # guesses follow known tokens
         self._isolation = Isolation()
         self._in_flight: deque[InFlight] = deque()  # oldest first; at most one between steps
+        self._model_moves = False  # it has changed since a step was last collected
         self.clock = StepClock()
 
     def step(self) -> None:
@@ -90,6 +91,7 @@ class Stepper:
         A step still in flight was computed by what the model was before. The next token is to come from what it is now.
         """
         if self._model.weights_changed():
+            self._model_moves = True
             self.take_back()
             self._scheduler.reset_prefix_cache()
         self._scheduler.share_prefixes(not self._model.hooked)
@@ -134,8 +136,11 @@ class Stepper:
         return True
 
     def _may_run_on(self) -> bool:
-        """Whether the step just launched may be collected after the next one is launched."""
-        if not self._overlap or self._model.hooked or self._isolation.suspects() is not None:
+        """Whether the step just launched may be collected after the next one is launched.
+
+        Not while the model changes: if it does so in every forward, every step would be taken back.
+        """
+        if not self._overlap or self._model.hooked or self._model_moves or self._isolation.suspects() is not None:
             return False
         return self._in_flight[-1].may_run_on
 
@@ -152,6 +157,7 @@ class Stepper:
                 self._blame(flight.plan, error)
                 return False
             self._isolation.succeeded()
+            self._model_moves = False
             for seq_id, error in flight.hooks.errors.items():
                 self._requests.fail(self._scheduler.sequence(seq_id), error)
             self._commit(flight, result)

@@ -239,6 +239,28 @@ def test_weights_changed_between_steps_reach_the_next_token(tokenizer):
         assert state.output.metrics.num_preemptions == 0
 
 
+class _Counting(torch.nn.Embedding):
+    """Embeddings that write a buffer in every forward."""
+
+    def forward(self, ids):
+        self.calls.add_(1)
+        return super().forward(ids)
+
+
+def test_a_model_that_changes_in_every_forward_still_gets_on():
+    changing = tiny_model("qwen3", vocab_size=320)
+    changing.model.embed_tokens.__class__ = _Counting
+    changing.model.embed_tokens.register_buffer("calls", torch.zeros(1))
+    jobs = prompts(2)
+    with make_engine(changing) as engine:
+        states = [engine.submit(job, GREEDY) for job in jobs]
+        for _ in range(20):
+            engine.step()
+        assert not engine.has_unfinished()
+    tokens = [state.output.outputs[0].token_ids for state in states]
+    assert tokens == [output.outputs[0].token_ids for output in one_at_a_time(jobs, GREEDY)]
+
+
 def test_a_hook_put_on_the_model_between_steps_sees_every_later_token(model, engine):
     state = engine.submit(prompts(1)[0], GREEDY)
     for _ in range(4):
