@@ -75,7 +75,7 @@ class Comparison:
         adapter = hf_paged.hf.patch.patch_of(self.model).adapter
         hf_paged.unpatch(self.model)
         layers = adapter.layers
-        memory = 112 * sum(layer.bytes_per_token(4) for layer in layers)  # of about 112 tokens of full attention
+        memory = 112 * sum(layer.bytes_per_token(torch.float32) for layer in layers)  # of about 112 tokens of full attention
         states = 4 * sum(spec.num_bytes for spec in adapter.states)
         scarce = layers and states <= memory and all(layer.window is None and layer.chunk is None for layer in layers)
         if states:  # half of the memory is theirs
