@@ -10,6 +10,7 @@ import torch
 
 import hf_paged
 from hf_paged import EngineConfig, SamplingParams
+from hf_paged_kernels import ops
 
 from .checking import Case, Setting
 from .models import random_model
@@ -42,6 +43,7 @@ FAMILIES: dict[str, dict] = {
     "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
 }  # fmt: skip
 IN_SMALL = ("llama", "qwen3", "gemma3_text", "gpt_oss")
+KV_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PROMPTS, NEW = (5, 230, 64, 1, 117), 48
 SMALL_PROMPTS, SMALL_NEW = (5, 37, 1), 6
 
@@ -85,8 +87,7 @@ def logits_in_bf16(setting: Setting) -> Iterator[Case]:
     for family in ("llama",) if setting.small else ("llama", "qwen3", "gemma3_text"):
         own = sizes | (dict(layer_types=MIXED * 4) if sizes and "layer_types" in FAMILIES[family] else {})
         model = tiny(family, setting, dtype=torch.bfloat16, **own)
-        sequences = [ids + forced_tail(setting, i) for i, ids in enumerate(prompts(setting))]
-        lengths = [len(ids) for ids in prompts(setting)]
+        sequences, lengths = forced_sequences(setting)
         stock = forward_logits(model, sequences, lengths)
         with engine_on(model, setting) as engine:
             ours = forced_logits(engine, sequences, lengths)
@@ -95,10 +96,34 @@ def logits_in_bf16(setting: Setting) -> Iterator[Case]:
         yield Case(f"{family}, error by stock's", float(errors[0] / errors[1]), 1.25)
 
 
+def quantized_caches(setting: Setting) -> Iterator[Case]:
+    """With keys and values of 8 bits the engine's logits are those of the reference kernels with such a cache.
+
+    Where a value lies between two codes, float32 in another order may choose the other one: so the error is the root
+    mean square over all logits, by their own.
+    """
+    for family in ("llama",) if setting.small else ("llama", "gemma3_text", "gpt_oss"):
+        model = tiny(family, setting)
+        sequences, lengths = forced_sequences(setting)
+        exact = forward_logits(model, sequences, lengths)
+        for kv_dtype in ("fp8", "int8"):
+            if reason := ops.why_unsupported(setting.backend, setting.device, kv_dtype=KV_DTYPES[kv_dtype]):
+                print(f"     not checked: kv_dtype {kv_dtype}: {reason}")
+                continue
+            with engine_on(model, setting, kv_dtype=kv_dtype) as engine:
+                ours = forced_logits(engine, sequences, lengths)
+            with engine_on(model, dataclasses.replace(setting, backend="reference"), kv_dtype=kv_dtype) as engine:
+                reference = forced_logits(engine, sequences, lengths)
+            for name, other, bound in (("the reference", reference, 2e-3), ("no rounding", exact, 0.2)):
+                error = (ours - other).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+                yield Case(f"{family}, {kv_dtype}, to {name}", float(error), bound)
+
+
 AREAS = {
     "engine-families": tokens_of_families,
     "engine-sampling": sampling_repeats,
     "engine-logits": logits_in_bf16,
+    "engine-quantized": quantized_caches,
 }
 
 
@@ -120,10 +145,12 @@ def prompts(setting: Setting) -> list[list[int]]:
     return [torch.randint(3, BASE["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
 
 
-def forced_tail(setting: Setting, index: int) -> list[int]:
-    generator = torch.Generator().manual_seed(100 + index)
-    count = 4 if setting.small else 24
-    return torch.randint(3, BASE["vocab_size"], (count,), generator=generator).tolist()
+def forced_sequences(setting: Setting) -> tuple[list[list[int]], list[int]]:
+    """The prompts with random tokens after them, and how long the prompts are."""
+    generator, count = torch.Generator().manual_seed(100), 4 if setting.small else 24
+    starts = prompts(setting)
+    tails = torch.randint(3, BASE["vocab_size"], (len(starts), count), generator=generator).tolist()
+    return [start + tail for start, tail in zip(starts, tails, strict=True)], [len(start) for start in starts]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from hf_paged_kernels import AttentionMetadata, ops
 
 from . import peers
 from .batches import metadata, randn
+from .checking import BOUNDS, compare
 from .models import ModelShape
 from .report import Clock, Target
 from .session import Session
@@ -51,6 +52,7 @@ def _decode_case(session: Session, shape: ModelShape, count: int, length: int, k
     candidates, sets = decode_candidates(
         session, shape, count, length, kv_dtype, others=kv_dtype == session.dtype and count * length <= PEER_TOKENS
     )
+    must_agree(candidates, session.dtype)
     timings = measure(candidates, sets, session.device, rounds=session.rounds)
     aimed = kv_dtype == torch.bfloat16 and count * length >= DECODE_TARGET_FROM
     num_bytes = kv_bytes(shape, count * length, kv_dtype)
@@ -134,6 +136,7 @@ def _prefill_case(session: Session, shape: ModelShape, length: int) -> None:
     candidates, sets = prefill_candidates(session, shape, length)
     queries, keys, values = candidates.pop("inputs")
     candidates |= peers.prefill(queries, keys, values, flex=flex)
+    must_agree(candidates, session.dtype)
     timings = measure(candidates, sets, session.device, rounds=session.rounds)
     flops = 2 * length * length * shape.num_heads * shape.head_dim  # the half that causality leaves of 4 n^2 H D
     common = dict(model=shape.name, dtype=session.dtype_name)
@@ -146,6 +149,15 @@ def _prefill_case(session: Session, shape: ModelShape, length: int) -> None:
         session.report.add("prefill attention", str(length), "hf_paged", f"share of {peers.FA3}", "",
                            ratios(timings[peers.FA3], timings["hf_paged"]), target=PREFILL_TARGET, baseline=peers.FA3,
                            **common)  # fmt: skip
+
+
+def must_agree(candidates: dict[str, Callable[[int], torch.Tensor]], dtype: torch.dtype) -> None:
+    """Raise AssertionError where a peer's result is another than ours: what is measured must be the same work."""
+    results = {name: run(0) for name, run in candidates.items()}
+    ours = results.pop("hf_paged")
+    for name, result in results.items():
+        case = compare(name, ours, result, dtype, 2 * BOUNDS[dtype])  # two roundings: both are in this dtype
+        assert case.used <= 1, f"hf_paged and {name} differ by {case.error:.2g}"
 
 
 def ratios(slow: Timing, fast: Timing) -> list[float]:

@@ -12,7 +12,7 @@ from hf_paged_kernels.norm import Norm
 
 from . import peers
 from .batches import randn
-from .kernels_attention import BLOCK_SIZE, filled_cache, ratios
+from .kernels_attention import BLOCK_SIZE, filled_cache, must_agree, ratios
 from .models import ModelShape
 from .report import Clock
 from .session import Session
@@ -123,6 +123,7 @@ def linear(session: Session, clock: Clock) -> None:
 
 def _linear_case(session: Session, shape: ModelShape, name: str, rows: int, columns: int, count: int) -> None:
     candidates, sets = linear_candidates(session, name, rows, columns, count)
+    must_agree({key: candidates[key] for key in ("hf_paged", peers.CUBLAS)}, session.dtype)
     timings = measure(candidates, sets, session.device, rounds=session.rounds)
     common = dict(model=shape.name, dtype=session.dtype_name)
     num_bytes = rows * columns * session.dtype.itemsize

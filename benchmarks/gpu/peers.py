@@ -1,7 +1,7 @@
 """Other people's kernels for the same work, where they are installed. Nothing here is required.
 
-Each function returns {name: run(i)} on contiguous copies of what it is given, or on the pages themselves where the peer
-reads pages. A peer that is not installed, or that does not take the case, is absent.
+Each function returns {name: run(i)}, whose results have our shapes, on contiguous copies of what it is given, or on
+pages where the peer reads pages. A peer that is not installed, or that does not take the case, is absent.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ def decode(
         # FlashAttention-3 reads [N, block, Hkv, D]. The order in memory is its own: a copy of the same bytes.
         k_own, v_own = (pages.transpose(1, 2).contiguous() for pages in (k_pages, v_pages))
         lengths = torch.full((len(queries[0]),), length, dtype=torch.int32, device=queries[0].device)
-        runs[FA3] = lambda i: module.flash_attn_with_kvcache(
-            queries[i][:, None], k_own, v_own, cache_seqlens=lengths, page_table=tables[i], causal=True
-        )
+        runs[FA3] = lambda i: _first(
+            module.flash_attn_with_kvcache(
+                queries[i][:, None], k_own, v_own, cache_seqlens=lengths, page_table=tables[i], causal=True
+            )
+        )[:, 0]
     if k_pages.dtype == dtype:
         keys, values = zip(*(_contiguous(k_pages, v_pages, table, length) for table in tables), strict=True)
         runs[SDPA] = lambda i: F.scaled_dot_product_attention(
             queries[i][:, :, None], keys[i], values[i], enable_gqa=True
-        )
+        )[:, :, 0]
     return runs
 
 
@@ -68,14 +70,16 @@ def prefill(
     """One whole prompt, causal. Per input set: query [n, Hq, D], key and value [n, Hkv, D]."""
     q, k, v = ([tensor.transpose(0, 1)[None].contiguous() for tensor in part] for part in (queries, keys, values))
     runs: dict[str, Run] = {
-        SDPA: lambda i: F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, enable_gqa=True)
+        SDPA: lambda i: _rows(F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, enable_gqa=True))
     }
     module = flash_attention_3()
     if module is not None:
-        runs[FA3] = lambda i: module.flash_attn_func(queries[i][None], keys[i][None], values[i][None], causal=True)
+        runs[FA3] = lambda i: _first(
+            module.flash_attn_func(queries[i][None], keys[i][None], values[i][None], causal=True)
+        )[0]
     if flex and q[0].device.type == "cuda":
         attend, mask = _flex(q[0].shape[2], q[0].device)
-        runs[FLEX] = lambda i: attend(q[i], k[i], v[i], block_mask=mask, enable_gqa=True)
+        runs[FLEX] = lambda i: _rows(attend(q[i], k[i], v[i], block_mask=mask, enable_gqa=True))
     return runs
 
 
@@ -87,6 +91,16 @@ def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], gemlite: bool = 
         layers = [helper.from_weights(weight) for weight in weights]
         runs[GEMLITE] = lambda i: layers[i](inputs[i])
     return runs
+
+
+def _rows(out: Tensor) -> Tensor:
+    """[1, H, n, D] -> [n, H, D]"""
+    return out[0].transpose(0, 1)
+
+
+def _first(result: Tensor | tuple) -> Tensor:
+    """Some versions of FlashAttention-3 return the logarithms of the sums as well."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _contiguous(k_pages: Tensor, v_pages: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:

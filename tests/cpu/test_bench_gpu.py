@@ -148,3 +148,14 @@ def test_it_runs_from_a_checkout_that_is_not_installed(tmp_path):
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all 1 areas passed\n")
+
+
+def test_a_peer_that_does_other_work_is_found(tmp_path, monkeypatch, capsys):
+    exact = kernels.kernels_attention.peers.decode
+
+    def wrong(*arguments):
+        return {name: lambda i: run(i) * 1.2 for name, run in exact(*arguments).items()}  # noqa: B023
+
+    monkeypatch.setattr(kernels.kernels_attention.peers, "decode", wrong)
+    assert kernels.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 1
+    assert "AssertionError: hf_paged and torch SDPA differ by" in capsys.readouterr().out
