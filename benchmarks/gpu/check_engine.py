@@ -58,6 +58,16 @@ def tokens_of_families(setting: Setting) -> Iterator[Case]:
             yield differing(f"{family}, cached prefixes", engine_tokens(engine, setting), expected)
 
 
+def tokens_of_modes(setting: Setting) -> Iterator[Case]:
+    """Overlapping steps do not change a token."""
+    for family in ("llama",) if setting.small else ("llama", "gemma3_text", "gpt_oss"):
+        model = tiny(family, setting)
+        expected = stock_tokens(model, setting)
+        for overlap in (False, True):
+            with engine_on(model, setting, overlap=overlap) as engine:
+                yield differing(f"{family}, overlap={overlap}", engine_tokens(engine, setting), expected)
+
+
 def sampling_repeats(setting: Setting) -> Iterator[Case]:
     """A seeded request draws the same tokens alone and among others; other seeds draw others."""
     model = tiny("llama", setting)
@@ -66,7 +76,7 @@ def sampling_repeats(setting: Setting) -> Iterator[Case]:
     params = [
         SamplingParams(temperature=0.9, seed=i, max_tokens=count, **options[i % len(options)]) for i in range(len(ids))
     ]
-    with engine_on(model, setting) as engine:
+    with engine_on(model, setting, overlap=False) as engine:
         together = tokens_of(engine.generate(ids, params))
         alone = [tokens_of(engine.generate([row], [own]))[0] for row, own in zip(ids, params)]
         yield differing("alone and together", alone, together)
@@ -74,6 +84,8 @@ def sampling_repeats(setting: Setting) -> Iterator[Case]:
         first, second, again = tokens_of(engine.generate([ids[0]] * 3, same_prompt))
         yield differing("equal seeds", [again], [first])
         yield Case("other seeds draw the same", float(first == second), 0.0)
+    with engine_on(model, setting, overlap=True) as engine:
+        yield differing("overlapping steps", tokens_of(engine.generate(ids, params)), together)
 
 
 def logits_in_bf16(setting: Setting) -> Iterator[Case]:
@@ -121,6 +133,7 @@ def quantized_caches(setting: Setting) -> Iterator[Case]:
 
 AREAS = {
     "engine-families": tokens_of_families,
+    "engine-modes": tokens_of_modes,
     "engine-sampling": sampling_repeats,
     "engine-logits": logits_in_bf16,
     "engine-quantized": quantized_caches,

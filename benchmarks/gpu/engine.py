@@ -57,7 +57,7 @@ class Sizes:
 SIZES = Sizes()
 TINY_SIZES = Sizes(batches=(1, 3), prompt=20, steps=4, first_token=(3, 24), requests=5, lengths=(3, 12),
                    one_requests=2, one_steps=6, batch=3, batch_steps=6)  # fmt: skip
-AFTER_CONTINUOUS = 40  # seconds that the engine's second run takes
+MIN_CONTINUOUS, AFTER_CONTINUOUS = 20, 40  # seconds it needs at least, and that the engine's second run takes
 CONTINUOUS_REQUESTS = {"Llama-3.1-8B": 96}  # of 256: stock would take minutes for all of them
 
 
@@ -105,7 +105,6 @@ class ModelBench:
                 self._part(f"decode steps of {batch}", lambda: self._decode(engine, batch))  # noqa: B023
             self._part("first tokens", lambda: self._first_tokens(engine))
             self._part("the workload", lambda: self._paged(engine, self.work))
-            self._part("the workload, sampled", lambda: self._sampled(engine))
         self._part(ONE, self._stock_one)
         self._part(BATCH, self._stock_batch)
         self._part(CONTINUOUS, self._stock_continuous)
@@ -114,6 +113,7 @@ class ModelBench:
             self._part("warm-up", lambda: self._warm_up(engine))
             for work in {self.work.fingerprint(): self.work, self.part.fingerprint(): self.part}.values():
                 self._part("the workload again", lambda: self._paged(engine, work))  # noqa: B023
+            self._part("the workload, sampled", lambda: self._sampled(engine))
         self._compare()
 
     def _part(self, name: str, work: Callable[[], object]) -> None:
@@ -237,7 +237,9 @@ class ModelBench:
         self._add_stock(self.work, BATCH, stock.run_generate(self.model, [chosen], self.sizes.batch_steps))
 
     def _stock_continuous(self) -> None:
-        limit = max(5.0, self.clock.left - AFTER_CONTINUOUS)
+        limit = self.clock.left - AFTER_CONTINUOUS
+        if limit < MIN_CONTINUOUS:
+            return self.report.skip(f"{self.shape.name}: {CONTINUOUS}", "out of time")
         run = stock.run_continuous(self.model, self.part.requests, self._warm_up_requests(), limit)
         self._add_stock(self.part, CONTINUOUS, run)
 

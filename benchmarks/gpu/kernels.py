@@ -39,10 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
 def run(session: Session) -> None:
     """All parts, within the session's time."""
     measure_copy_bandwidth(session)
-    total = session.clock.left
+    shares = 1.0
     for name, (part, share) in PARTS.items():
         print(f"{name}:", flush=True)
-        part(session, session.clock.part(share * total))
+        part(session, session.clock.part(session.clock.left * share / shares))
+        shares -= share
 
 
 def measure_copy_bandwidth(session: Session) -> None:
