@@ -6,6 +6,7 @@ cannot run. `why_unavailable` says where fusing modules into these functions gai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
@@ -151,23 +152,35 @@ def moe_experts(
     experts: Tensor,
     router_weights: Tensor,
     *,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    after: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Sum over a token's experts e of w_e * down_e(activation(gate_e(x)) * up_e(x)).
+    """Sum over a token's experts e of w_e * after(down_e(activation(gate_e(x)) * up_e(x))).
 
     Args:
         x: [T, H].
-        gate_up: [E, 2 I, H]; down: [E, H, I].
+        gate_up: [E, 2 I, H]; down: [E, H, I]; each contiguous along one of its last two dimensions.
         experts, router_weights: [T, k]; the experts of a token differ.
+        activation: as in `linear`, or a function from all that gate_up gives, [S, N], to what down takes, [S, I].
+        gate_up_bias: [E, 2 I]; down_bias: [E, H].
+        after: a function of rows [S, H]; None for none.
 
     Returns:
         [T, H] in x's dtype. Summed in fp32, in one order.
     """
-    pairs = experts.reshape(-1)
+    pairs, scale = experts.reshape(-1), router_weights.reshape(-1)
     options = dict(max_rows=len(x), backend=backend)
-    hidden = grouped_linear(x, gate_up, pairs, activation=activation, **options)
-    weighted = grouped_linear(hidden, down, pairs, scale=router_weights.reshape(-1), **options)
+    if isinstance(activation, str):
+        hidden = grouped_linear(x, gate_up, pairs, gate_up_bias, activation=activation, **options)
+    else:
+        hidden = activation(grouped_linear(x, gate_up, pairs, gate_up_bias, **options))
+    if after is None:
+        weighted = grouped_linear(hidden, down, pairs, down_bias, scale=scale, **options)
+    else:
+        weighted = after(grouped_linear(hidden, down, pairs, down_bias, **options)) * scale[:, None]
     return weighted.view(*experts.shape, -1).sum(1).to(x.dtype)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -20,11 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import active_context
 from .adapters import LatentAttention
+from .switch import Switch
 
 NAME = "hf_paged"
-_original: dict[int, str] = {}  # id(config) -> the implementation it had, while a step runs
-_users: Counter = Counter()  # id(config) -> steps that run on it now
-_guard = threading.Lock()
+# `with paged_attention(configs):` they name our function as their attention implementation.
+paged_attention = Switch("_attn_implementation_internal", NAME)
 
 
 def paged_attention_forward(
@@ -63,7 +62,7 @@ def _check_layer(module) -> None:
 
 def implementation(config) -> str | None:
     """The attention implementation that stock would use with `config`, inside a step or outside."""
-    return _original.get(id(config), config._attn_implementation_internal)
+    return paged_attention.original(config)
 
 
 def drops_softcap(implementation: str | None) -> bool:
@@ -75,7 +74,7 @@ def _paged_mask(*args, config=None, **kwargs):
     if active_context() is not None:
         # The step's own lengths say who sees whom. MPT converts its mask before it hands it on, so it is given one.
         return torch.zeros((), dtype=torch.bool) if getattr(config, "model_type", None) == "mpt" else None
-    function = ALL_MASK_ATTENTION_FUNCTIONS[_stock_implementation(_original.get(id(config), "sdpa"))]
+    function = ALL_MASK_ATTENTION_FUNCTIONS[_stock_implementation(implementation(config) or "sdpa")]
     observer = _active_observer()
     if observer is None:
         return function(*args, config=config, **kwargs)
@@ -85,13 +84,13 @@ def _paged_mask(*args, config=None, **kwargs):
 
 
 def _fallback(module):
-    name = _stock_implementation(_original.get(id(module.config), module.config._attn_implementation))
-    if name in ALL_ATTENTION_FUNCTIONS and name != NAME:
+    name = _stock_implementation(implementation(module.config))
+    if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _stock_implementation(name: str) -> str:
+def _stock_implementation(name: str | None) -> str | None:
     """Under an observer, one whose masks are tensors over all positions."""
     return name if _active_observer() is None or name == "sdpa" else "eager"
 
@@ -118,29 +117,6 @@ def observing(observer):
         yield observer
     finally:
         _observer.active = None
-
-
-@contextmanager
-def paged_attention(configs: list):
-    """While inside, every config in `configs` names our function as its attention implementation.
-
-    Models may share a config object and step in several threads: the last one out restores it.
-    """
-    with _guard:
-        for config in configs:
-            if not _users[id(config)]:
-                _original[id(config)] = config._attn_implementation_internal
-                config._attn_implementation_internal = NAME
-            _users[id(config)] += 1
-    try:
-        yield
-    finally:
-        with _guard:
-            for config in configs:
-                _users[id(config)] -= 1
-                if not _users[id(config)]:
-                    config._attn_implementation_internal = _original.pop(id(config))
-                    del _users[id(config)]
 
 
 def attention_configs(model: torch.nn.Module) -> list:

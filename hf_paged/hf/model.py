@@ -12,6 +12,7 @@ from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention
 from .fusion import Fusions
+from .fusion.experts import paged_experts
 from .peft import obstacles
 from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers, text_config
@@ -64,6 +65,7 @@ class TransformersModel:
         with (
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
+            paged_experts(self.fusions.expert_configs),
             activate(context),
             sequence_hooks(self.module, context),
         ):

@@ -96,7 +96,8 @@ def grouped_linear(
     N = N // 2 if activation is not None else N
     if x.stride(1) != 1:
         x = x.contiguous()
-    dtype = x.dtype if scale is None else torch.promote_types(x.dtype, scale.dtype)
+    narrow = scale is None or scale.dtype == x.dtype
+    dtype = x.dtype if narrow else torch.promote_types(x.dtype, scale.dtype)
     out = torch.empty(num_pairs, N, dtype=dtype, device=x.device)
     places = min(num_pairs, num_experts)
     columns, depth = tile(N, K, x.dtype, activation is not None, x.device, times=places)

@@ -8,6 +8,7 @@ Outside a step, or when someone hooked a part that the fused form would bypass, 
 - merged.py: q/k/v, gate/up: one weight holds all of them, the model's own parameters are views of it. The first
   projection called on an input computes all; its siblings, called on the same tensor, take their share.
 - norm.py, mlp.py, rotary.py: one kernel instead of five to twelve operations.
+- experts.py: the experts of small batches, through transformers' own interface.
 - attention.py, layer.py: whole attention modules and decoder layers, in which those kernels take in each other's work:
   on Triton seven kernels are left of a layer that decodes.
 """
@@ -20,6 +21,7 @@ from torch import nn
 from hf_paged_kernels import fused, ops
 
 from .base import Fusions
+from .experts import fuse_experts
 from .layer import fuse_layers
 from .linear import fuse_linear
 from .merged import merge_projections
@@ -59,3 +61,4 @@ def _fuse_all(model: nn.Module, fusions: Fusions, unavailable: str | None) -> No
         fuse_linear(module, fusions)
         fuse_norm(module, fusions)
     fuse_rotary(model, fusions)
+    fuse_experts(model, fusions)

@@ -59,6 +59,7 @@ class Fusions:
         backend: whose kernels the fused forms call, resolved: "cpu", "triton" or "reference".
         counts: kind -> fused modules.
         notes: slower paths and their reasons.
+        expert_configs: configurations whose experts implementation is ours inside a step.
         alone: class name -> why attention modules or layers of that class run their own code, part by part.
     """
 
@@ -68,6 +69,7 @@ class Fusions:
     unwrap: list[Callable[[], None]] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     notes: dict[str, str] = field(default_factory=dict)
+    expert_configs: list = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)
 
     def swap(self, module: nn.Module, mixin: type, state, kind: str) -> None:
@@ -96,7 +98,7 @@ class Fusions:
             merged.separate()
         for unwrap in self.unwrap:
             unwrap()
-        self.swapped, self.merged, self.unwrap = [], [], []
+        self.swapped, self.merged, self.unwrap, self.expert_configs = [], [], [], []
 
 
 class Bypass:
