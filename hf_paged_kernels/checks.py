@@ -92,6 +92,11 @@ def check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError(f"k_cache and v_cache have dtypes {k_cache.dtype}, {v_cache.dtype}: one of {known}")
 
 
+def values_lie_in_keys(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether v_cache is a view of the first Dv dimensions in k_cache (see `ops.allocate_kv`)."""
+    return k_cache.data_ptr() == v_cache.data_ptr()
+
+
 def check_cache_sizes(block_size: int, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:

@@ -259,12 +259,16 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
+    values_in_keys: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """An uninitialised cache of one layer: k_cache [N, Hkv, Dk, block_size], v_cache [N, Hkv, block_size, Dv].
 
     `backend` decides how keys lie in memory; those of any other can use the cache too, but not the C++ kernels one made
     for Triton. A quantized cache needs scales, too: `allocate_scales`.
+
+    With `values_in_keys`, for one KV head on Triton, v_cache is a view of the first Dv dimensions in k_cache: for latent
+    attention (MLA), whose value is the first part of its key. `store_kv` then takes key[..., :Dv] as the value.
     """
     sizes = dict(num_blocks=num_blocks, num_kv_heads=num_kv_heads, k_head_dim=k_head_dim, v_head_dim=v_head_dim)
     checks.check_cache_sizes(block_size, **sizes)
@@ -275,8 +279,12 @@ def allocate_kv(
         k_cache = torch.empty(num_blocks, num_kv_heads, block_size, k_head_dim, dtype=dtype, device=device).mT
     else:
         k_cache = torch.empty(num_blocks, num_kv_heads, k_head_dim, block_size, dtype=dtype, device=device)
-    v_cache = torch.empty(num_blocks, num_kv_heads, block_size, v_head_dim, dtype=dtype, device=device)
-    return k_cache, v_cache
+    if not values_in_keys:
+        return k_cache, torch.empty(num_blocks, num_kv_heads, block_size, v_head_dim, dtype=dtype, device=device)
+    if name != "triton" or num_kv_heads != 1 or v_head_dim >= k_head_dim or dtype in checks.QUANTIZED_DTYPES:
+        raise ValueError(f"values_in_keys is for one KV head on Triton with v_head_dim below k_head_dim and a dtype of "
+                         f"{checks.FLOAT_DTYPES}")  # fmt: skip
+    return k_cache, k_cache.mT[..., :v_head_dim]
 
 
 def allocate_scales(v_cache: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
 from ..runtime.inputs import make_inputs
 from ..runtime.kv_cache import KVCache
-from ..runtime.layout import blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
+from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
 from ..runtime.memory import default_fraction, free_memory
 from ..runtime.runner import ModelRunner, PagedModel
 from .draft_model import DraftModel
@@ -24,7 +24,7 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
     Raises:
         KernelUnavailable: the attention backend asked for cannot run on the model's device, or not with the type asked
             for of the cache.
-        UnsupportedOption: speculation, for a model whose sequences cannot take tokens back.
+        UnsupportedOption: speculation, for a model whose sequences cannot take tokens back; a quantized cache of latents.
     """
     try:
         kernels = ops.resolve_backend(config.attention_backend, model.device)
@@ -32,6 +32,11 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
         raise KernelUnavailable(f"attention_backend: {error}") from error
     if reason := ops.why_unsupported(kernels, model.device, kv_dtype=kv_dtype_of(config.kv_dtype, model.dtype)):
         raise KernelUnavailable(f"kv_dtype={config.kv_dtype!r} with attention_backend {kernels!r}: {reason}")
+    if config.kv_dtype in QUANTIZED and kernels == "triton" and any(layer.value_in_key for layer in model.layers):
+        raise UnsupportedOption(
+            f"kv_dtype={config.kv_dtype!r}: this model's layers keep latents, which the Triton kernels do not quantize; "
+            "use kv_dtype=None"
+        )
     if config.speculation is not None and model.states:
         raise UnsupportedOption(
             f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
@@ -52,7 +57,8 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     block_size = config.block_size or (64 if cuda else 16)
     max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
     dtype = kv_dtype_of(config.kv_dtype, model.dtype)
-    groups = group_layers(model.layers)
+    kernels = ops.resolve_backend(config.attention_backend, model.device)
+    groups = group_layers(model.layers, values_in_keys=kernels == "triton")
     fraction = config.memory_fraction or default_fraction(model.device)
     budget = config.kv_cache_memory or int(free_memory(model.device) * fraction)
     slot_bytes = sum(spec.num_bytes for spec in model.states)

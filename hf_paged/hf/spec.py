@@ -10,7 +10,7 @@ from ..runtime.batch import activate
 from ..runtime.layout import LayerSpec
 from ..runtime.states import StateSpec
 from . import supported
-from .adapters import Adaptations, StateProbe
+from .adapters import LATENT, Adaptations, StateProbe
 from .attention import attention_configs, paged_attention
 from .peft import obstacles
 from .swap import evaluating
@@ -115,7 +115,13 @@ def probe_layers(
             "disagree; set it to None"
         )
     layers = [
-        LayerSpec(layer, *sizes, *(_rule(visibility, layer, call) or (adaptations.window(layer), None)), call)
+        LayerSpec(
+            layer,
+            *sizes,
+            *(_rule(visibility, layer, call) or (adaptations.window(layer), None)),
+            call=call,
+            value_in_key=adaptations.kinds.get(layer) == LATENT,
+        )
         for (layer, call), sizes in sorted(probe.seen.items())
     ]
     if any(layer.window or layer.chunk for layer in layers) and not all(spec.takes_chunks for spec in states.seen):

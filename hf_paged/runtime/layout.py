@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,7 @@ class LayerSpec:
         window: None, or the number of latest positions a query sees, its own included.
         chunk: None, or the length of the runs of positions of which a query sees its own only.
         call: which of the layer's attentions this is, in the order they run.
+        value_in_key: whether a token's value is the first part of its key (latents), so that one copy can do for both.
     """
 
     layer_idx: int
@@ -40,10 +41,12 @@ class LayerSpec:
     window: int | None = None
     chunk: int | None = None
     call: int = 0
+    value_in_key: bool = False
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
+        dims = self.head_dim + (0 if self.value_in_key else self.value_dim)
         scales = _SCALE_BYTES if dtype in QUANTIZED.values() else 0
-        return self.num_kv_heads * ((self.head_dim + self.value_dim) * dtype.itemsize + scales)
+        return self.num_kv_heads * (dims * dtype.itemsize + scales)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,15 @@ class BlockGroup:
         return block_size * sum(layer.bytes_per_token(dtype) for layer in self.layers)
 
 
-def group_layers(layers: list[LayerSpec]) -> list[BlockGroup]:
-    """Groups by window and chunk, in the order they first appear."""
+def group_layers(layers: list[LayerSpec], *, values_in_keys: bool) -> list[BlockGroup]:
+    """Groups by window and chunk, in the order they first appear.
+
+    Args:
+        values_in_keys: whether values that are part of their keys are kept as that; else they have memory of their own.
+    """
     kinds: dict[tuple, list[LayerSpec]] = {}
     for layer in layers:
+        layer = replace(layer, value_in_key=layer.value_in_key and values_in_keys)
         kinds.setdefault((layer.window, layer.chunk), []).append(layer)
     return [BlockGroup(*kind, tuple(members)) for kind, members in kinds.items()]
 

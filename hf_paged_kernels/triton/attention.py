@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import values_lie_in_keys
 from .attention_tile import AttentionCall
 from .decode import MAX_ROWS, decode
+from .mla import latent_attention
 from .store_kv import store_kv
 from .prefill import prefill
 
@@ -30,6 +32,9 @@ def attention_(
         query if query.stride(2) == 1 else query.contiguous(), k_cache, v_cache, k_scale, v_scale, metadata, sinks,
         alibi_slopes, scale, softcap, window or chunk or 0, "window" if window else "chunk" if chunk else "all",
     )  # fmt: skip
+    if values_lie_in_keys(k_cache, v_cache):
+        latent_attention(call, out, lse)
+        return out
     decodes, max_q = metadata.num_decodes, metadata.max_seqlen_q
     if max_q == 1 or (split_size is None and max_q * call.group <= MAX_ROWS):
         decode(call, metadata.num_seqs, max_q, out, lse, split_size)

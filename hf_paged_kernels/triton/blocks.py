@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import values_lie_in_keys
 from .launch import launch
 
 _CHUNK = 4096  # elements a program copies: 8 KiB of bf16, a few loads of 16 bytes in flight for each of 128 threads
@@ -37,6 +38,8 @@ def copy_blocks(
     if not len(pairs):
         return
     k_size, v_size = k_cache[0].numel(), v_cache[0].numel()
+    if values_lie_in_keys(k_cache, v_cache):
+        v_size = 0
     scale_size, scale_stride = (0, 0) if k_scale is None else (k_scale[0].numel(), k_scale.stride(0))
     grid = (len(pairs), triton.cdiv(max(k_size, v_size), _CHUNK))
     launch(_copy_blocks_kernel, grid, k_cache, v_cache, k_scale, v_scale, pairs.to(k_cache.device).contiguous(), k_size,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import values_lie_in_keys
 from .attention_tile import padded
 from .launch import interpreting, launch, num_sms
 from .quantize import quantize
@@ -51,6 +52,8 @@ def store_kv(
     _, _, block_size, dv = v_cache.shape
     if not num_tokens:
         return
+    if values_lie_in_keys(k_cache, v_cache):
+        dv = 0  # they are written with the keys
     dk_pad, dv_pad, num_rows = padded(dk), padded(dv), num_tokens * num_heads
     rows = max(1, _ELEMENTS // max(dk_pad, dv_pad))
     if num_rows < rows * num_sms(key.device) and not interpreting():

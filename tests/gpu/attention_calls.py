@@ -9,12 +9,14 @@ from hf_paged_kernels import ops
 
 def attention(
     decodes: int, prompts: int, heads: tuple[int, int] = (32, 8), dims: tuple[int, int] = (128, 128),
-    dtype: torch.dtype = torch.bfloat16, kv_dtype: torch.dtype | None = None, block_size: int = 64, **options,
+    dtype: torch.dtype = torch.bfloat16, kv_dtype: torch.dtype | None = None, block_size: int = 64,
+    values_in_keys: bool = False, **options,
 ) -> None:  # fmt: skip
     """A step of `decodes` sequences with one new token and `prompts` with 500, each of up to 8000 tokens."""
     q_heads, kv_heads = heads
     num_seqs, tokens = decodes + prompts, decodes + 500 * prompts
-    cache = ops.allocate_kv(64, kv_heads, *dims, block_size, kv_dtype or dtype, "cpu", backend="triton")
+    cache = ops.allocate_kv(64, kv_heads, *dims, block_size, kv_dtype or dtype, "cpu", values_in_keys=values_in_keys,
+                            backend="triton")  # fmt: skip
     k_scale, v_scale = ops.allocate_scales(cache[1])
     metadata = ops.AttentionMetadata(
         cu_seqlens_q=torch.empty(num_seqs + 1, dtype=torch.int32), seq_lens=torch.empty(num_seqs, dtype=torch.int32),

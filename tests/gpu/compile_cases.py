@@ -18,6 +18,7 @@ from hf_paged_kernels.norm import Norm
 
 WGMMA = {"sm_90": "HGMMA"}
 HMMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "mfma"}
+LATENT = (576, 512)  # of DeepSeek V2 and V3
 NO_FP8 = {"sm_80": "it cannot convert to e4m3, and torch does"}
 
 
@@ -103,4 +104,6 @@ CASES = [
     Case("attention D 64", lambda: attention_calls.attention(8, 4, dims=(64, 64)), WGMMA),
     Case("attention D 128", lambda: attention_calls.attention(8, 4), WGMMA),
     Case("attention D 256", lambda: attention_calls.attention(8, 4, (8, 1), (256, 256), window=1000, softcap=50.0), WGMMA),
+    Case("latents 16/1", lambda: attention_calls.attention(8, 4, (16, 1), LATENT, values_in_keys=True), WGMMA),
+    Case("latents 128/1", lambda: attention_calls.attention(8, 4, (128, 1), LATENT, values_in_keys=True), WGMMA),
 ]

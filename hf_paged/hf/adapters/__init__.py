@@ -23,7 +23,7 @@ from .base import Layer, PaddingFlaw, Place, PlacedAttention, StockForm
 from .mla import LATENT, LatentAttention, is_latent_attention, same_as_expanded, why_expanded
 from .state import Mixer, StateProbe, describe_mixer, mixer_class
 
-__all__ = ["Adaptations", "LatentAttention", "StateProbe", "StockForm", "adapt"]
+__all__ = ["LATENT", "Adaptations", "LatentAttention", "StateProbe", "StockForm", "adapt"]
 
 # "family.ClassName" of a module in transformers.models -> its mixin.
 _MIXINS: dict[str, type] = {

@@ -5,8 +5,9 @@ rows are W_uk and W_uv head by head: k[h] = [W_uk[h] c ; r], v[h] = W_uv[h] c. A
 
     q[h].k[h] = [W_uk[h]^T q_nope[h] ; q_rope[h]] . [c ; r]        sum_j w_j v_j[h] = W_uv[h] sum_j w_j c_j
 
-So the pages hold one KV head with key [c ; r] and value c, which every query head shares. Inside a step `expand_kv`
-returns those; the attention function then hands queries to `attend_latent`. The weight is read anew each time.
+So the pages hold one KV head with key [c ; r] and value c, which every query head shares (on Triton only the key, of
+which the value is a part; the C++ kernels want keys and values in different order). Inside a step `expand_kv` returns
+those; the attention function then hands queries to `attend_latent`. The weight is read anew each time.
 """
 
 from __future__ import annotations
