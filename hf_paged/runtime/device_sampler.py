@@ -31,6 +31,11 @@ class DeviceSampler:
         self._rows: list[SampleRow] = []  # of the latest step, and their options on the device
         self._options: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether the device keeps nothing of any sequence."""
+        return self._rules.idle
+
     def forget(self, row: SampleRow) -> None:
         self._rules.forget(row)
 

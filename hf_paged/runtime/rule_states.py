@@ -97,6 +97,11 @@ class RuleStates:
         self._tracked: dict[int, _Tracked] = {}  # by id of the row, until it is forgotten or gone
         self._ends: dict[int, weakref.finalize] = {}
 
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence has a slot, and no memory is held."""
+        return self._states.tensor is None and self._bias.tensor is None
+
     def forget(self, row: SampleRow) -> None:
         end = self._ends.get(id(row))
         if end is not None:
