@@ -91,8 +91,8 @@ def chosen_level(
 @triton.jit
 def _x(logits, candidates, few, at, number, by):
     """Logits after temperature: of the candidates, where they are few, else of the row."""
-    whole = tl.load(logits + at, mask=(at < number) & (not few), other=float("-inf")).to(tl.float32)
-    gathered = tl.load(candidates + at, mask=(at < number) & few, other=0).to(tl.float32, bitcast=True)
+    whole = tl.load(logits + at, mask=at < tl.where(few, 0, number), other=float("-inf")).to(tl.float32)
+    gathered = tl.load(candidates + at, mask=at < tl.where(few, number, 0), other=0).to(tl.float32, bitcast=True)
     gathered = tl.where(at < number, gathered, float("-inf"))
     return tl.where(few, gathered, tl.div_rn(whole, by))
 
@@ -246,7 +246,7 @@ def sample_kernel(
             uniform = tl.load(uniforms + row)
         target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
         before, tile = tl.full([], 0, tl.int64), 0
-        if (not limited) & (p >= 1.0) & (share <= 0.0) & (not few):
+        if ((k <= 0) | (k >= vocab_size)) & (p >= 1.0) & (share <= 0.0) & (number == vocab_size):
             before, tile = _begin(sums, row, num_splits, chunk, target, LEVELS, SPLITS)
         place = _locate(logits, candidates, few, number, by, peak, bits, cut, dropped, least, target, before, tile, TILE)
         if few:
