@@ -107,7 +107,7 @@ def test_beams_share_the_prompt_s_blocks(model):
         engine = hf_paged.engine_of(model)
         model.generate(ids, num_beams=5, max_new_tokens=3, do_sample=False)
         layers = hf_paged.hf.patch.patch_of(model).adapter.layers
-        tokens = engine.stats()["kv_bytes_peak"] / sum(layer.bytes_per_token(4) for layer in layers)
+        tokens = engine.stats()["kv_bytes_peak"] / sum(layer.bytes_per_token(torch.float32) for layer in layers)
         assert tokens <= 148 + 6 * 16  # and a block of its own for each beam, one more while copying
     finally:
         hf_paged.unpatch(model)
@@ -385,7 +385,7 @@ def test_return_sequences_share_the_prompt_s_blocks(model):
         out = model.generate(ids, num_return_sequences=6, max_new_tokens=3, do_sample=True)
         assert len(set(map(tuple, out.tolist()))) > 1
         layers = hf_paged.hf.patch.patch_of(model).adapter.layers
-        tokens = engine.stats()["kv_bytes_peak"] / sum(layer.bytes_per_token(4) for layer in layers)
+        tokens = engine.stats()["kv_bytes_peak"] / sum(layer.bytes_per_token(torch.float32) for layer in layers)
         assert tokens <= 148 + 7 * 16
     finally:
         hf_paged.unpatch(model)
