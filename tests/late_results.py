@@ -22,6 +22,7 @@ class Recorder:
     def __init__(self, engine, fails_at_once: Callable | None = None, fails_late: Callable | None = None):
         self.events: list[tuple[str, int]] = []
         self._executor = engine._stepper._executor
+        self.may_run_on = self._executor.may_run_on
         self._scheduler = engine._scheduler
         self._fails_at_once = fails_at_once or (lambda tokens: False)
         self._fails_late = fails_late or (lambda tokens: False)

@@ -85,7 +85,6 @@ class InFlight:
         due: who samples, in the order of the plan's samples.
         samples: what they get; None if nobody is due.
         prompts: log-probabilities of the next prompt tokens of requests that asked for them.
-        may_run_on: the next step can be launched before this one's result is read: nobody needs to see it in between.
         done: when the device has done all of it.
     """
 
@@ -94,7 +93,6 @@ class InFlight:
     due: list[Due]
     samples: PendingSamples | None
     prompts: list[tuple[RequestState, PendingLogprobs]]
-    may_run_on: bool
     done: Milestone
 
     def result(self, clock: StepClock) -> SampleResult | None:
@@ -144,8 +142,7 @@ class StepExecutor:
         mark = clock.lap("model", mark)
         samples = self._sample(logits, plan, place, due, previous) if due else None
         prompts = self._score_prompts(logits[len(place) :], spans)
-        may_run_on = not hooks.functions and all(map(self._may_run_on, due))
-        flight = InFlight(plan, hooks, due, samples, prompts, may_run_on, Milestone(logits.device))
+        flight = InFlight(plan, hooks, due, samples, prompts, Milestone(logits.device))
         clock.lap("sample", mark)
         return flight
 
@@ -153,6 +150,10 @@ class StepExecutor:
         """The request has ended."""
         for sequence in state.sequences.values():
             self._sampler.forget(sequence.row)
+
+    def may_run_on(self, flight: InFlight) -> bool:
+        """Whether the next step can be launched before this one's result is read: nobody needs to see it in between."""
+        return not flight.hooks.functions and all(map(self._may_run_on, flight.due))
 
     def _may_run_on(self, one: Due) -> bool:
         state: RequestState = one.sequence.request.state

@@ -7,7 +7,7 @@ With overlap the device always has a step to do while the host schedules and com
 is planned on tokens that are still on the device. Steps run in the order of their plans.
 
 A step is collected at once, before anything else is planned, if somebody must see its outcome first: a request's own
-processors, hooks, penalties or torch's generator (`InFlight.may_run_on`), a forward hook on the model, guesses, or the
+processors, hooks, penalties or torch's generator (`StepExecutor.may_run_on`), a forward hook on the model, guesses, or the
 search for the request that makes a step fail. So is the last one when there is nothing left to launch.
 """
 
@@ -142,7 +142,7 @@ class Stepper:
         """
         if not self._overlap or self._model.hooked or self._model_moves or self._isolation.suspects() is not None:
             return False
-        return self._in_flight[-1].may_run_on
+        return self._executor.may_run_on(self._in_flight[-1])
 
     # Collect
 
