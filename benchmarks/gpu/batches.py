@@ -13,12 +13,16 @@ from hf_paged_kernels import AttentionMetadata
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of an attention layer."""
+    """Sizes of an attention layer. Values smaller than keys are the first part of those, as in latent attention."""
 
     query: int
     key_value: int
     key_dim: int
     value_dim: int
+
+    @property
+    def latent(self) -> bool:
+        return self.value_dim < self.key_dim
 
 
 def metadata(

@@ -70,6 +70,22 @@ def attention_prefill(setting: Setting) -> Iterator[Case]:
     yield attention("Llama-8B, mixed, blocks of 16", LLAMA_8B, MIXED, BF16, setting, block_size=16)
 
 
+def attention_latent(setting: Setting) -> Iterator[Case]:
+    """Multi-head latent attention: one key a token for all heads, whose first part is the value, held once."""
+    if setting.small:
+        yield attention("small, decode", Heads(4, 1, 40, 32), ragged(3, 70), BF16, setting, block_size=16)
+        yield attention("small, mixed", Heads(4, 1, 40, 32), SMALL_MIXED, BF16, setting, block_size=16)
+        return
+    for name, heads in {"DeepSeek V3": Heads(128, 1, 576, 512), "DeepSeek V2 Lite": Heads(16, 1, 576, 512)}.items():
+        for batch, lengths in {
+            "1 x 32768": decode(1, 32768), "8 x 4096": decode(8, 4096), "64 of 1 to 4096": ragged(64, 4096),
+            "2048 of 2048": ([2048], [2048]), "mixed": MIXED,
+        }.items():  # fmt: skip
+            yield attention(f"{name}, {batch}", heads, lengths, BF16, setting)
+    for dtype in (FP16, FP32):
+        yield attention(f"DeepSeek V2 Lite, mixed, {dtype}", Heads(16, 1, 576, 512), MIXED, dtype, setting)
+
+
 def attention_options(setting: Setting) -> Iterator[Case]:
     """Everything a layer may ask for beyond plain causal attention, in decodes and in a mixed step."""
     slopes = torch.tensor([2 ** (-8 * (i + 1) / 32) for i in range(32)])
@@ -182,6 +198,7 @@ AREAS = {
     "attention-decode": attention_decode,
     "attention-prefill": attention_prefill,
     "attention-options": attention_options,
+    "attention-latent": attention_latent,
     "attention-quantized": attention_quantized,
     "attention-padding": padding,
 }
@@ -210,7 +227,8 @@ def attention(
 def _new_rows(heads: Heads, tokens: int, dtype: torch.dtype, setting: Setting) -> list[Tensor]:
     """Query, key and value of a step."""
     shapes = ((heads.query, heads.key_dim), (heads.key_value, heads.key_dim), (heads.key_value, heads.value_dim))
-    return [randn(tokens, *shape, dtype=dtype, device=setting.device, seed=2 + i) for i, shape in enumerate(shapes)]
+    rows = [randn(tokens, *shape, dtype=dtype, device=setting.device, seed=2 + i) for i, shape in enumerate(shapes)]
+    return [*rows[:2], rows[1][..., : heads.value_dim]] if heads.latent else rows
 
 
 def random_caches(
@@ -219,7 +237,7 @@ def random_caches(
     """A cache full of random keys and values: normal ones, over the whole range where they are integers."""
     caches = ops.allocate_kv(
         blocks, heads.key_value, heads.key_dim, heads.value_dim, block_size, dtype, setting.device,
-        backend=setting.backend,
+        values_in_keys=heads.latent and setting.backend == "triton", backend=setting.backend,
     )  # fmt: skip
     width = 40.0 if dtype == torch.int8 else 1.0
     for index, cache in enumerate(caches):

@@ -19,7 +19,8 @@ from .timing import measure
 COPY_BYTES, TINY_COPY_BYTES = 2**30, 2**16
 MINUTES = 4
 PARTS = {  # in this order; each with its share of the time
-    "decode attention": (kernels_attention.decode, 0.35),
+    "decode attention": (kernels_attention.decode, 0.32),
+    "latent attention": (kernels_attention.latent, 0.03),
     "prefill attention": (kernels_attention.prefill, 0.3),
     "linear": (kernels_layers.linear, 0.25),
     "elementwise": (kernels_layers.elementwise, 0.05),

@@ -9,7 +9,7 @@ import torch
 from hf_paged_kernels import AttentionMetadata, ops
 
 from . import peers
-from .batches import metadata, randn
+from .batches import Heads, metadata, randn
 from .checking import BOUNDS, compare
 from .models import ModelShape
 from .report import Clock, Target
@@ -19,6 +19,8 @@ from .timing import Timing, measure
 BLOCK_SIZE = 64
 DECODE = [(8, 4096), (1, 1024), (64, 1024), (1, 32768), (256, 1024), (8, 32768), (1, 4096), (64, 4096), (256, 4096),
           (8, 1024), (64, 32768), (256, 32768)]  # (sequences, context), the telling ones first  # fmt: skip
+LATENT_DECODE = [(8, 4096), (64, 4096), (1, 32768), (1, 1024)]
+DEEPSEEK_V3, TINY_LATENT = Heads(128, 1, 576, 512), Heads(4, 1, 40, 32)
 PREFILL = [4096, 1024, 32768, 8192, 2048, 16384]
 TINY_DECODE, TINY_PREFILL = [(1, 32), (2, 64)], [32]
 DECODE_TARGET, DECODE_TARGET_FROM = Target(0.85), 8 * 4096  # tokens in the cache
@@ -81,18 +83,7 @@ def decode_candidates(
     tables = [table.contiguous() for table in step.block_table.view(sets, count, -1)]
     kind = dict(dtype=session.dtype, device=device)
     queries = [randn(count, shape.num_heads, shape.head_dim, seed=i, **kind) for i in range(sets)]
-    steps = [
-        AttentionMetadata(
-            cu_seqlens_q=torch.arange(count + 1, dtype=torch.int32, device=device),
-            seq_lens=torch.full((count,), length, dtype=torch.int32, device=device),
-            block_table=table,
-            slot_mapping=torch.full((count,), -1, dtype=torch.int64, device=device),
-            max_seqlen_q=1,
-            max_seqlen_k=length,
-            num_decodes=count,
-        )
-        for table in tables
-    ]
+    steps = [_decode_step(table, length) for table in tables]
     scale = shape.head_dim**-0.5
 
     def ours(i: int):
@@ -102,6 +93,60 @@ def decode_candidates(
 
     runs = {"hf_paged": ours}
     return runs | (peers.decode(queries, caches[0].mT, caches[1], tables, length) if others else {}), sets
+
+
+def _decode_step(table: torch.Tensor, length: int) -> AttentionMetadata:
+    """A token each for the sequences of a table [B, blocks], whose keys and values are written already."""
+    count, device = len(table), table.device
+    return AttentionMetadata(
+        cu_seqlens_q=torch.arange(count + 1, dtype=torch.int32, device=device),
+        seq_lens=torch.full((count,), length, dtype=torch.int32, device=device),
+        block_table=table,
+        slot_mapping=torch.full((count,), -1, dtype=torch.int64, device=device),
+        max_seqlen_q=1,
+        max_seqlen_k=length,
+        num_decodes=count,
+    )
+
+
+def latent(session: Session, clock: Clock) -> None:
+    """Decodes of multi-head latent attention: one latent a token, read once, for all query heads."""
+    if ops.resolve_backend(session.backend, session.device) != "triton":
+        return session.report.skip("latent attention", "only the Triton kernels keep one copy of the latents")
+    for count, length in TINY_DECODE if session.tiny else LATENT_DECODE:
+        if clock.left < 0:
+            return session.report.skip(f"latent attention from {count} x {length} on", "out of time")
+        session.report.attempt(
+            f"latent attention {count} x {length}",
+            lambda: _latent_case(session, TINY_LATENT if session.tiny else DEEPSEEK_V3, count, length),  # noqa: B023
+        )
+
+
+def _latent_case(session: Session, heads: Heads, count: int, length: int) -> None:
+    num_bytes = count * length * heads.key_dim * session.dtype.itemsize
+    sets = session.sets(num_bytes)
+    step = metadata([1] * (count * sets), [length] * (count * sets), BLOCK_SIZE, session.device)
+    kind = dict(dtype=session.dtype, device=session.device)
+    caches = ops.allocate_kv(
+        sets * count * -(-length // BLOCK_SIZE), 1, heads.key_dim, heads.value_dim, BLOCK_SIZE, **kind,
+        values_in_keys=True, backend=session.backend,
+    )  # fmt: skip
+    caches[0].normal_()
+    steps = [_decode_step(table.contiguous(), length) for table in step.block_table.view(sets, count, -1)]
+    queries = [randn(count, heads.query, heads.key_dim, seed=i, **kind) for i in range(sets)]
+    scale = heads.key_dim**-0.5
+
+    def ours(i: int):
+        return ops.attention_(queries[i], None, None, *caches, steps[i], scale=scale, backend=session.backend)
+
+    timing = measure({"hf_paged": ours}, sets, session.device, rounds=session.rounds)["hf_paged"]
+    flops = 2 * count * length * heads.query * (heads.key_dim + heads.value_dim)
+    shares = [num_bytes / seconds / session.copy_bandwidth for seconds in timing.samples]
+    session.report.add(
+        "latent attention", f"{count} x {length}", "hf_paged", "share of copy bandwidth", "", shares,
+        model=f"{heads.query} heads, {heads.key_dim}", dtype=session.dtype_name, microseconds=timing.median * 1e6,
+        tflops=flops / timing.median / 1e12, graphed=timing.graphed,
+    )  # fmt: skip
 
 
 def filled_cache(session: Session, shape: ModelShape, blocks: int, kv_dtype: torch.dtype):
