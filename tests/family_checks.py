@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from tiny_models import CACHE
@@ -74,7 +75,7 @@ class Comparison:
         hf_paged.patch(self.model)
         adapter = hf_paged.hf.patch.patch_of(self.model).adapter
         hf_paged.unpatch(self.model)
-        layers = adapter.layers
+        layers = [replace(layer, value_in_key=False) for layer in adapter.layers]  # as on CPU
         memory = 112 * sum(layer.bytes_per_token(torch.float32) for layer in layers)  # of about 112 tokens of full attention
         states = 4 * sum(spec.num_bytes for spec in adapter.states)
         scarce = layers and states <= memory and all(layer.window is None and layer.chunk is None for layer in layers)

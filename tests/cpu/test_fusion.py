@@ -139,6 +139,18 @@ def test_a_replaced_part_runs(name):
     assert expected != before
 
 
+def test_a_norm_that_is_cast_runs_itself():
+    """As training recipes do that keep norms in fp32."""
+    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    expected = tokens(model)
+    for name in ("input_layernorm", "self_attn.q_norm"):
+        model.model.layers[1].get_submodule(name).float()
+    stock = copy.deepcopy(model)
+    with pytest.raises(RuntimeError):  # transformers' own attention does not take them in bf16
+        stock_tokens(stock)
+    assert "fused layer" in hf_paged.explain(model).off
+
+
 def test_recorders_of_transformers_leave_layers_fused():
     model = tiny_model("llama")
     ids = torch.tensor([PROMPTS[1]])

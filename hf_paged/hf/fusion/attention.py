@@ -23,7 +23,7 @@ from .base import Bypass, Fusions, Parts, idle_children, is_plain
 from .calls import Attended, Call
 from .linear import project
 from .merged import QKV, Merged, merged_of
-from .norm import FusedNorm, norm_of
+from .norm import FusedNorm, has_dtype, norm_of
 from .proof import random_rows
 from .trial import Trial
 
@@ -64,7 +64,10 @@ class _Attention(Bypass):
     drops_softcap: bool
 
     def untouched(self) -> bool:
-        return self.parts.untouched() and _drops_softcap(self.module) == self.drops_softcap
+        children = self.module._modules
+        if not self.parts.untouched() or _drops_softcap(self.module) != self.drops_softcap:
+            return False
+        return NORMS[0] not in children or all(has_dtype(children[name], self.call.dtype) for name in NORMS)
 
     def run(
         self,
@@ -153,6 +156,8 @@ def fuse_attention(module: nn.Module, call: Call, positions: Tensor, fusions: Fu
         return reason
     for rotary in _ways_to_rotate(call.arguments["position_embeddings"][0], attended.query):
         state = _describe(module, call, attended, rotary, fusions.backend)
+        if not state.untouched():
+            return "its parts are hooked"
         difference = trial.difference(state.run)
         if difference is None:
             fusions.swap(module, FusedAttention, state, "attention")

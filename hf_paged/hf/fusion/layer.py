@@ -20,7 +20,7 @@ from .attention import FusedAttention, fuse_attention, has_structure
 from .base import Bypass, Fusions, Parts, idle_children
 from .calls import Call, calls_of, spread_positions
 from .mlp import FusedMLP
-from .norm import FusedNorm, norm_of
+from .norm import FusedNorm, has_dtype, norm_of
 from .proof import random_rows
 from .rotary import note_of
 from .trial import Trial
@@ -56,7 +56,10 @@ class _Layer(Bypass):
     mlp_parts: Parts
 
     def untouched(self) -> bool:
-        return self.parts.untouched() and self.module._modules[ATTENTION]._hf_paged.untouched()
+        children = self.module._modules
+        if not self.parts.untouched() or not children[ATTENTION]._hf_paged.untouched():
+            return False
+        return all(name is None or has_dtype(children[name], self.call.dtype) for name in self.norms)
 
     def run(self, context, x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
         children = self.module._modules
@@ -143,6 +146,8 @@ def _fuse_layer(module: nn.Module, call: Call, positions: Tensor, fusions: Fusio
         return "its norms are not fused"
     parts = Parts(module, *norms, *idle_children(module), attention=ATTENTION)
     state = _Layer(module, fusions.backend, call, names, mlp, parts, Parts(module, mlp))
+    if not state.untouched():
+        return "its parts are hooked"
     weight = children[norms[0]].weight
     x = random_rows(weight.shape[0], weight)[None]
     for stand_in in [children[mlp]] if isinstance(children[mlp], FusedMLP) else [_StandIn(), _StandInPair()]:

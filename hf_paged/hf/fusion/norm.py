@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import Tensor, nn
 
 from hf_paged_kernels import fused
@@ -38,6 +39,11 @@ def norm_of(module: nn.Module) -> Norm:
     """What a fused norm does, as an argument of the kernels that apply it on the way; its weight as it is now."""
     options = module._hf_paged
     return Norm(module.weight, options["eps"], options["offset"], options["cast"])
+
+
+def has_dtype(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the weight of a norm still is of that type: some training recipes keep norms in fp32."""
+    return getattr(module._parameters.get("weight"), "dtype", None) is dtype
 
 
 def fuse_norm(module: nn.Module, fusions: Fusions) -> None:

@@ -24,12 +24,13 @@ _users: Counter = Counter()
 
 def fuse_rotary(model: nn.Module, fusions: Fusions) -> None:
     names = {type(module).__module__ for module in model.modules()}
+    device = next(model.parameters()).device
     for name in sorted(names):
         file = sys.modules.get(name)
         function = getattr(file, "apply_rotary_pos_emb", None)
         if function is None or not name.startswith("transformers.models."):
             continue
-        if hasattr(function, "_hf_paged_original") or _agrees(function):
+        if hasattr(function, "_hf_paged_original") or _agrees(function, device):
             _wrap(file)
             fusions.unwrap.append(partial(_unwrap, file))
             fusions.counts["rotary"] += 1
@@ -42,11 +43,11 @@ def note_of(file: str) -> str:
     return f"{file}.apply_rotary_pos_emb"
 
 
-def _agrees(function) -> bool:
+def _agrees(function, device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
-    like = torch.empty(0)
+    like = torch.empty(0, device=device)
     q, k = (random_rows(heads * 16, like).unflatten(1, (heads, 16))[None].transpose(1, 2) for heads in (4, 2))
-    angles = torch.randn(1, q.shape[2], 8, generator=generator)
+    angles = torch.randn(1, q.shape[2], 8, generator=generator).to(device)
     cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
     try:
         expected = function(q, k, cos, sin)
