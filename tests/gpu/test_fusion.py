@@ -45,6 +45,16 @@ def test_a_layer_is_as_near_to_the_truth_as_its_own_forward(label, num_rows, dev
         assert trial.difference(state.run) == "query"
 
 
+def test_parts_of_other_layers_are_fused_one_by_one(device):
+    """Layer norms, and a subclass of nn.Linear that computes the same."""
+    for label, parts in ("starcoder2", {"layer_norm": 3, "attention": 1}), ("falcon", {"layer_norm": 2, "linear": 5}):
+        model = tiny_model(label, dtype=torch.bfloat16, num_hidden_layers=1, layer_types=None).to(device)
+        with as_in_a_step(device):
+            fusions = fuse(model, "triton")
+            fuse_layers(model, fusions, 512)
+        assert parts.items() <= fusions.counts.items(), fusions.counts
+
+
 def test_tokens_are_stock_s(device):
     """In fp32, through the engine: chunks of a prompt beside decodes."""
     model = tiny_model("qwen3", num_hidden_layers=1, layer_types=None).to(device)
@@ -53,7 +63,8 @@ def test_tokens_are_stock_s(device):
         copy.deepcopy(model).generate(torch.tensor([prompt], device=device), max_new_tokens=4, do_sample=False)
         for prompt in prompts
     ]
-    with hf_paged.Engine(model, config=hf_paged.EngineConfig(attention_backend="triton", max_batch_tokens=16)) as engine:
+    config = hf_paged.EngineConfig(attention_backend="triton", max_batch_tokens=16)
+    with hf_paged.Engine(model, config=config) as engine:
         params = hf_paged.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         outputs = engine.generate(prompts, params)
     for prompt, output, ids in zip(prompts, outputs, expected):

@@ -41,8 +41,8 @@ class _Attention(Bypass):
         direct: the projections, while one product with their joint weight may stand for them.
         parts: what is bypassed in any case.
         heads: (query heads, key/value heads, size of a query or key head, of a value head).
-        rotary: "whole" or "half": whether the tables that the module is given hold every frequency twice, as our kernels
-            want them, or once; None: no rotary embedding.
+        rotary: "whole" or "half": whether the tables that the module is given hold every frequency twice, as our
+            kernels want them, or once; None: no rotary embedding.
         options: of attention.
         sinks: the name of the parameter that attention gets as sinks.
         drops_softcap: whether the model's implementation of attention was one that ignores a softcap.

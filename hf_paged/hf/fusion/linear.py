@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,7 +10,7 @@ from hf_paged_kernels import fused
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from .base import Fusions, is_plain
-from .proof import agree, random_rows
+from .proof import agree, in_fp32, random_rows
 
 
 class FusedLinear(Swapped):
@@ -58,7 +57,7 @@ def _only_linear(module: nn.Linear, backend: str) -> bool:
     if not type(module).__module__.startswith("transformers.models."):
         return False
     x = random_rows(module.in_features, module.weight)
-    expected = module(x)
-    return isinstance(expected, torch.Tensor) and agree(
-        fused.linear(x, module.weight, module.bias, backend=backend), expected, tolerance=1e-5
+    expected, actual = module(x), fused.linear(x, module.weight, module.bias, backend=backend)
+    return isinstance(expected, Tensor) and agree(
+        actual, expected, tolerance=1e-5, backend=backend, exact=in_fp32(module, x)
     )

@@ -5,12 +5,12 @@ What agreement is depends on what the fused form promises:
 - In fp32: the largest difference stays below a tolerance, relative to the row's largest value.
 - In bf16 and fp16 on kernels that round wherever the modules round (CPU, reference): the same bits.
 - In bf16 and fp16 on Triton, whose kernels keep in fp32 what a chain of modules rounds at every step: the result must
-  be about as near to the truth as the module's own. The truth is a copy of the module in fp32 on the same input. A
-  row's error is the root mean square of its difference as a share of the row's own, and the rows' errors are taken together
-  in the same way. A kernel that leaves out a rounding is nearer to the truth than the module, one that rounds in other
-  places is as near; a wrong formula (another epsilon, an offset, a swapped half) is farther by orders of magnitude on
-  some of the rows, whose magnitudes differ by a factor of a million. MARGIN is for the scatter of roundings: rows of 24
-  values were seen to come to 1.2 times the own error, and longer ones come nearer to 1.
+  be about as near to the truth as the module's own. The truth is a copy of the module in fp32 on the same input. The
+  error of a row is the root mean square of its difference as a share of the row's own, and the rows' errors are taken
+  together in the same way. A kernel that leaves out a rounding is nearer to the truth than the module, one that rounds
+  in other places is as near; a wrong formula (another epsilon, an offset, a swapped half) is farther by orders of
+  magnitude on some of the rows, whose sizes differ by a factor of a million. MARGIN is for the scatter of roundings:
+  rows of 24 values were seen to come to 1.2 times the own error, and longer ones come nearer to 1.
 """
 
 from __future__ import annotations
