@@ -12,7 +12,7 @@ import threading
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,6 +24,26 @@ from .switch import Switch
 NAME = "hf_paged"
 # `with paged_attention(configs):` they name our function as their attention implementation.
 paged_attention = Switch("_attn_implementation_internal", NAME)
+
+
+def _packed_sequences(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Stock's search for several sequences in one row, before it makes a mask. In a step there is no mask to make.
+
+    It asks the device whether it found any, and so waits for all that the device was given before.
+    """
+    if active_context() is not None:
+        return None
+    return _mask_switch.original(masking_utils)(position_ids)
+
+
+_mask_switch = Switch("find_packed_sequence_indices", _packed_sequences)
+
+
+@contextmanager
+def paged_masks():
+    """While inside, making no mask takes no look at the positions of a step."""
+    with _mask_switch([masking_utils] if hasattr(masking_utils, _mask_switch.attribute) else []):
+        yield
 
 
 def paged_attention_forward(

@@ -10,7 +10,7 @@ import torch
 from ..base.errors import InvalidArgument, UnsupportedModel, UnsupportedOption
 from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
-from .attention import attention_configs, paged_attention
+from .attention import attention_configs, paged_attention, paged_masks
 from .fusion import Fusions
 from .fusion.experts import paged_experts
 from .peft import obstacles
@@ -65,6 +65,7 @@ class TransformersModel:
         with (
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
+            paged_masks(),
             paged_experts(self.fusions.expert_configs),
             activate(context),
             sequence_hooks(self.module, context),
