@@ -11,7 +11,7 @@ from hf_paged_kernels import AttentionMetadata, ops
 from hf_paged_kernels.ref import attention as reference
 
 from .batches import Heads, metadata, num_blocks, randn
-from .checking import Case, Setting, compare, equal
+from .checking import Case, Setting, compare, equal, guarded
 
 LLAMA_8B, QWEN3_06B = Heads(32, 8, 128, 128), Heads(16, 8, 128, 128)
 GEMMA3_4B, GEMMA2_9B = Heads(8, 4, 256, 256), Heads(16, 8, 256, 256)
@@ -204,6 +204,7 @@ AREAS = {
 }
 
 
+@guarded
 def attention(
     name: str, heads: Heads, lengths: Lengths, dtype: torch.dtype, setting: Setting, *, block_size: int = 64, **options
 ) -> Case:

@@ -12,7 +12,7 @@ import hf_paged
 from hf_paged import EngineConfig, SamplingParams
 from hf_paged_kernels import ops
 
-from .checking import Case, Setting
+from .checking import Case, Setting, guarded
 from .models import random_model
 
 BASE = dict(
@@ -51,11 +51,17 @@ SMALL_PROMPTS, SMALL_NEW = (5, 37, 1), 6
 def tokens_of_families(setting: Setting) -> Iterator[Case]:
     """Every family's greedy tokens are stock's: all prompts at once, in chunks that cut prompts."""
     for family in IN_SMALL if setting.small else FAMILIES:
-        model = tiny(family, setting)
-        expected = stock_tokens(model, setting)
-        with engine_on(model, setting, max_batch_tokens=32 if setting.small else 96) as engine:
-            yield differing(f"{family}, chunks", engine_tokens(engine, setting), expected)
-            yield differing(f"{family}, cached prefixes", engine_tokens(engine, setting), expected)
+        yield family_case(family, setting)
+
+
+@guarded
+def family_case(family: str, setting: Setting) -> Case:
+    model = tiny(family, setting)
+    expected = stock_tokens(model, setting)
+    with engine_on(model, setting, max_batch_tokens=32 if setting.small else 96) as engine:
+        first = differing(f"{family}, chunks", engine_tokens(engine, setting), expected)
+        again = differing(f"{family}, cached prefixes", engine_tokens(engine, setting), expected)
+    return max(first, again, key=lambda case: case.used)
 
 
 def tokens_of_modes(setting: Setting) -> Iterator[Case]:

@@ -12,7 +12,7 @@ from hf_paged_kernels.norm import Norm
 
 from .batches import randn
 from .check_attention import BF16, FP16, FP32
-from .checking import BOUNDS, Case, Setting, compare
+from .checking import BOUNDS, Case, Setting, compare, guarded
 from .models import LLAMA_8B, QWEN3_06B
 
 EPS = 1e-6
@@ -133,6 +133,7 @@ AREAS = {
 }
 
 
+@guarded
 def _both(name: str, setting: Setting, dtype: torch.dtype, call, *arguments, **options) -> Case:
     """`call` with the backend under test against the reference on the same numbers in float32."""
     got = call(*arguments, **options, backend=setting.backend)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -64,6 +65,26 @@ def equal(name: str, got: Tensor, expected: Tensor) -> Case:
     return Case(name, float((~same).sum()), 0.0)
 
 
+def guarded(check: Callable[..., Case]) -> Callable[..., Case]:
+    """`check(name, ...)` as a case that fails where it raises, so that the cases after it still run."""
+
+    @wraps(check)
+    def guarded_check(name: str, *arguments, **options) -> Case:
+        try:
+            return check(name, *arguments, **options)
+        except Exception as error:
+            return Case(f"{name}: {summary(error)}", math.nan, 0.0)
+
+    return guarded_check
+
+
+def summary(error: Exception) -> str:
+    """An exception in a line: its type, where it was raised, what it says first."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__} in {where.name} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+    return ": ".join([text, *str(error).strip().splitlines()[:1]])
+
+
 def run_area(name: str, cases: Iterable[Case]) -> bool:
     """Run the cases of an area, print its line, and the cases that failed. True if none did."""
     start, done, error = time.perf_counter(), [], ""
@@ -71,16 +92,13 @@ def run_area(name: str, cases: Iterable[Case]) -> bool:
         for case in cases:
             done.append(case)
     except Exception as raised:
-        where = traceback.extract_tb(raised.__traceback__)[-1]
-        reason = str(raised).strip().splitlines()
-        error = f"{type(raised).__name__} in {where.name} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno}): "
-        error += reason[0] if reason else ""
+        error = summary(raised)
     seconds = time.perf_counter() - start
     failed = [case for case in done if case.used > 1]
     passed = bool(done) and not failed and not error
     worst = max(done, key=lambda case: case.used, default=None)
-    summary = f"worst {worst.error:.2g} of {worst.bound:.2g} ({worst.name})" if worst else "no case ran"
-    print(f"{'PASS' if passed else 'FAIL'} {name:<24} {len(done):>3} cases {seconds:6.1f} s  {summary}", flush=True)
+    closest = f"worst {worst.error:.2g} of {worst.bound:.2g} ({worst.name})" if worst else "no case ran"
+    print(f"{'PASS' if passed else 'FAIL'} {name:<24} {len(done):>3} cases {seconds:6.1f} s  {closest}", flush=True)
     for case in failed:
         print(f"     {case.name}: {case.error:.3g}, bound {case.bound:.3g}")
     if error:

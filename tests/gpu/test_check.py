@@ -37,6 +37,21 @@ def test_a_wrong_kernel_fails_by_name(setting, monkeypatch, capsys):
     assert printed.startswith("FAIL activations") and "silu and mul, 48" in printed
 
 
+def test_a_case_that_raises_fails_and_the_others_still_run(setting, monkeypatch, capsys):
+    exact = check_layers.fused.act_and_mul
+
+    def broken(x, name, backend):
+        if name == "gelu" and backend == "triton":
+            raise RuntimeError("out of registers")
+        return exact(x, name, backend=backend)
+
+    monkeypatch.setattr(check_layers.fused, "act_and_mul", broken)
+    assert check.check({"activations": check.AREAS["activations"]}, setting) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("FAIL activations                6 cases")
+    assert printed.count("RuntimeError in broken") == 2 + 1  # both dtypes, one of them as the worst case, too
+
+
 def test_an_area_that_raises_or_is_empty_fails(capsys):
     def area():
         yield Case("first", 0.0, 1.0)
