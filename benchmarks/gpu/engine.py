@@ -138,6 +138,9 @@ class ModelBench:
     def _warm_up(self, engine: hf_paged.Engine) -> None:
         """Compile kernels and capture graphs outside the measured time: steps of every size from the largest down."""
         systems.run_paged(engine, self._warm_up_requests())
+        explanation = hf_paged.explain(self.model)
+        for name, reason in {**explanation.fallbacks, **explanation.off}.items():
+            print(f"  slower: {name}: {reason}", flush=True)
 
     def _warm_up_requests(self) -> Sequence[Request]:
         return workload.dwindling(self.shape.vocab_size, count=max(self.sizes.batches)).requests
