@@ -6,6 +6,7 @@
 4. Casts from float32 to bfloat16 cut off instead of rounding.
 5. Infinities and NaN that a GPU computes without a word come with numpy's warnings.
 6. tl.fma rounds its product.
+7. A comparison of scalars, spread over a block, becomes numbers, which 3.9.0 does not take as a mask.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _patch_lang_tensor = interpreter._patch_lang_tensor
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _create_fma = interpreter.InterpreterBuilder.create_fma
 _convert_float = interpreter._convert_float
+_create_splat = interpreter.InterpreterBuilder.create_splat
 _run_grid = interpreter.GridExecutor.__call__
 
 
@@ -55,6 +57,13 @@ def run_grid(self, *args, **kwargs):
         return _run_grid(self, *args, **kwargs)
 
 
+def create_splat(self, type, scalar):
+    block = _create_splat(self, type, scalar)
+    if scalar.data.dtype == bool:
+        return interpreter.TensorHandle(block.data.astype(bool), tl.int1)
+    return block
+
+
 def create_fma(self, x, y, z):
     if z.dtype.scalar != tl.float32:
         return _create_fma(self, x, y, z)
@@ -75,5 +84,6 @@ def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter.InterpreterBuilder.create_dot = create_dot
 interpreter.InterpreterBuilder.create_fma = create_fma
+interpreter.InterpreterBuilder.create_splat = create_splat
 interpreter._convert_float = convert_float
 interpreter.GridExecutor.__call__ = run_grid

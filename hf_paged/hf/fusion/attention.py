@@ -95,7 +95,7 @@ class _Attention(Bypass):
             return None, None
         cos, sin = embeddings
         if self.rotary == "whole":
-            return cos[0], sin[0]
+            return cos[0].contiguous(), sin[0].contiguous()
         kept = context.shared.get("tables")  # the same for all layers
         if kept is None or kept[0] is not cos:
             kept = context.shared["tables"] = (cos, *(torch.cat((table[0],) * 2, dim=-1) for table in (cos, sin)))
