@@ -6,8 +6,8 @@ host's (kept logits, torch's generator: transformers' own arithmetic).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from operator import is_
 
 import torch
 
@@ -28,7 +28,7 @@ class DeviceSampler:
     def __init__(self, backend: str):
         self._backend = backend
         self._rules = RuleStates(backend)
-        self._rows: list[SampleRow] = []  # of the latest step, and their options on the device
+        self._rows: list[weakref.ref[SampleRow]] = []  # of the latest step, whose options are on the device
         self._options: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -73,14 +73,14 @@ class DeviceSampler:
 
     def _options_of(self, rows: Sequence[SampleRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [3, R] and int64 [2, R]. They are sent again only when the rows change."""
-        if len(rows) != len(self._rows) or not all(map(is_, rows, self._rows)):
+        if len(rows) != len(self._rows) or not all(known() is row for known, row in zip(self._rows, rows)):
             params = [row.params for row in rows]
             # what the host draws counts as greedy here
             temperature = [0.0 if _drawn_by_host(row) else row.params.temperature for row in rows]
             reals = [temperature, [p.top_p for p in params], [p.min_p for p in params]]
             wholes = [[min(p.top_k, 2**62) for p in params], [_signed(row.seed) for row in rows]]
             self._options = to_device(reals, torch.float64, device), to_device(wholes, torch.int64, device)
-            self._rows = list(rows)
+            self._rows = list(map(weakref.ref, rows))
         return self._options
 
 

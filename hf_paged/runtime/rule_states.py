@@ -94,6 +94,7 @@ class RuleStates:
     def __init__(self, backend: str):
         self._backend = backend
         self._states, self._bias = _Planes(torch.int32), _Planes(torch.float32)
+        self._vocab_size = 0
         self._tracked: dict[int, _Tracked] = {}  # by id of the row, until it is forgotten or gone
         self._ends: dict[int, weakref.finalize] = {}
 
@@ -121,10 +122,14 @@ class RuleStates:
         ruled = [i for i, row in enumerate(rows) if not row.hosted and has_rules(row)]
         if not ruled:
             return logits_RV
+        if logits_RV.shape[1] != self._vocab_size:  # the head was resized: begin anew
+            for end in list(self._ends.values()):
+                end()
+            self._vocab_size = logits_RV.shape[1]
         device, sampled = logits_RV.device, None if previous is None else previous.tokens
         marks, tracked = _Marks(), {}
         for i in ruled:
-            one = self._track(rows[i].base or rows[i], logits_RV.shape[1], device, marks, previous)
+            one = self._track(rows[i].base or rows[i], device, marks, previous)
             if one.error is None:
                 tracked[i] = one
             errors[i] = one.error
@@ -139,7 +144,7 @@ class RuleStates:
         return scores
 
     def _penalized(self, logits_RV: torch.Tensor, rows: Sequence[SampleRow], tracked: dict[int, _Tracked]):
-        device, vocab_size = logits_RV.device, logits_RV.shape[1]
+        device = logits_RV.device
         nothing = _Tracked()
         of_row = [tracked.get(i, nothing) for i in range(len(rows))]
         params = [row.params for row in rows]
@@ -160,7 +165,7 @@ class RuleStates:
         )
         states = self._states.tensor
         if states is None:
-            states = torch.empty(0, vocab_size, dtype=torch.int32, device=device)
+            states = torch.empty(0, self._vocab_size, dtype=torch.int32, device=device)
         guesses = [rows[i].guesses if i in tracked and rows[i].has_history_rules else () for i in range(len(rows))]
         drafts, most = None, max(map(len, guesses))
         if most:
@@ -170,11 +175,11 @@ class RuleStates:
             logits_RV, states, rules, bias=self._bias.tensor, drafts=drafts, backend=self._backend
         )
 
-    def _track(self, row: SampleRow, vocab_size: int, device, marks: _Marks, previous) -> _Tracked:
+    def _track(self, row: SampleRow, device: torch.device, marks: _Marks, previous) -> _Tracked:
         """What is known of a sequence, with `marks` for what is new."""
         one = self._tracked.get(id(row))
         if one is None:
-            one = self._begin(row, vocab_size, device, marks)
+            one = self._begin(row, device, marks)
         if one.slot >= 0 and row.has_history_rules:
             if not _follows(one, row, previous):
                 self._states.tensor[one.slot].zero_()
@@ -183,7 +188,8 @@ class RuleStates:
             self._mark_tokens(one, row, marks, previous)
         return one
 
-    def _begin(self, row: SampleRow, vocab_size: int, device: torch.device, marks: _Marks) -> _Tracked:
+    def _begin(self, row: SampleRow, device: torch.device, marks: _Marks) -> _Tracked:
+        vocab_size = self._vocab_size
         one = _Tracked(error=_wrong_rule(row, vocab_size))
         if one.error is None and _needs_slot(row):
             one.slot = self._states.take(vocab_size, device)

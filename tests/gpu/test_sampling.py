@@ -420,6 +420,15 @@ def test_memory_of_ended_sequences_is_used_again_and_given_back(device):
         sampler.forget(old)
     assert planes.tensor.shape == before
     del rows, row, old
-    sampler.sample(logits, [make_row()])
     gc.collect()
     assert planes.tensor is None
+
+
+def test_a_head_that_was_resized(device):
+    """Sequences go on with what the host knows of them."""
+    sampler = Sampler(device, "triton")
+    row = make_row([1, 2, 3, 4], 2, temperature=0.0, repetition_penalty=5.0, logit_bias={4: 2.0})
+    for vocab_size in (40, 64, 40):
+        logits = normal(1, vocab_size, seed=vocab_size)
+        row.token_ids += [5, 6]
+        assert sampler.sample(logits.to(device), [row]).tokens == Sampler().sample(logits, [row]).tokens
