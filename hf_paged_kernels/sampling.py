@@ -8,10 +8,9 @@ A draw is an inverse CDF over integers. With x = logits / temperature, s = `weig
     token = the first i with w[0] + ... + w[i] > floor(u * sum(w))
 
 Integer sums do not depend on their order, so a row's token depends on its own logits and its own uniform alone, not on
-the batch or on how the work was divided. exp is rounded to fp32. Where two implementations of it round differently (the
-kernels' own is the same on every GPU; that of torch on CPU is not it), a weight differs in its 24th bit, and with it the
-token if u falls between the two sums: about one draw in a hundred thousand over a flat vocabulary of 128k, far fewer
-over a peaked one.
+the batch or on how the work was divided. exp is rounded to fp32. The kernels' own exp is the same on every GPU; torch's on
+CPU and the reference's round one value in fifty differently, which changes the 24th bit of a weight, and the token if u
+falls between the two sums: three draws in a hundred thousand at most, over 128k tokens with logits of any spread.
 
 Backends: "triton" (no sort; CUDA and ROCm, or CPU tensors in Triton's interpreter) and "reference" (plain torch).
 """

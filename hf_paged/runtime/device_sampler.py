@@ -16,6 +16,7 @@ from hf_paged_kernels import sampling
 from .host_sampler import choose, processed_logits
 from .pending import PendingSamples
 from .rule_states import RuleStates
+from .runner import on_device
 from .sample_row import SampleResult, SampleRow
 from .transfer import to_device
 
@@ -30,6 +31,7 @@ class DeviceSampler:
         self._rules = RuleStates(backend)
         self._rows: list[weakref.ref[SampleRow]] = []  # of the latest step, whose options are on the device
         self._options: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def idle(self) -> bool:
@@ -39,11 +41,23 @@ class DeviceSampler:
     def forget(self, row: SampleRow) -> None:
         self._rules.forget(row)
 
-    @torch.inference_mode(False)
     def sample(
         self, logits_RV: torch.Tensor, rows: Sequence[SampleRow], result: SampleResult, previous: PendingSamples | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens int64 [R], maxima fp32 [R]), both on the device; what else is known already goes into `result`."""
+        # What is kept of sequences outlives the call, so none of it may be an inference tensor.
+        with on_device(logits_RV.device), torch.inference_mode(False), torch.no_grad():
+            self._follow(logits_RV.device)
+            return self._sample(logits_RV, rows, result, previous)
+
+    def _follow(self, device: torch.device) -> None:
+        """On another stream than before: memory that is kept may be given away only when this one has read it."""
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if stream != self._stream:
+            self._stream, self._rows = stream, []
+            self._rules.record_stream(stream)
+
+    def _sample(self, logits_RV, rows, result, previous) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits_RV if logits_RV.dtype in _KERNEL_DTYPES else logits_RV.float()
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         hosted = [i for i, row in enumerate(rows) if row.hosted]

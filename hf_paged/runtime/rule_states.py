@@ -103,6 +103,12 @@ class RuleStates:
         """Whether no sequence has a slot, and no memory is held."""
         return self._states.tensor is None and self._bias.tensor is None
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """From now on the planes are used on this stream."""
+        for planes in (self._states, self._bias):
+            if planes.tensor is not None:
+                planes.tensor.record_stream(stream)
+
     def forget(self, row: SampleRow) -> None:
         end = self._ends.get(id(row))
         if end is not None:
