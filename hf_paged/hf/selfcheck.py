@@ -124,7 +124,7 @@ def _forward(runner: ModelRunner, plan: StepPlan) -> tuple[torch.Tensor, list[st
     step = runner.prepare(plan, rows=range(plan.num_tokens))
     if plan.num_tokens > 1 or ops.resolve_backend(runner.backend, runner.cache.device) != "triton":
         return runner.forward(step), None
-    with counting(list(decoder_layers(runner.model.module).values()), runner.cache.device) as layers:
+    with counting(list(decoder_layers(runner.model.module).values())) as layers:
         logits = runner.forward(step)
     return logits, max(layers, key=len, default=None)
 

@@ -6,14 +6,16 @@ each launch, as it would have been, to a function that compiles it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
 MIN_TRITON = (3, 6)
+_observers = threading.local()
 _recorder: Callable | None = None
 _target: str | None = None
 _tuning: dict[str, dict[str, int]] = {}
@@ -26,10 +28,25 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
         args: its arguments in order.
         meta: its constexpr arguments and compile options (num_warps, num_stages) by name.
     """
-    if _recorder is None:
+    observer = getattr(_observers, "active", None)
+    if _recorder is not None:
+        _recorder(kernel, grid, args, meta)
+    elif observer is None:
         kernel[grid](*args, **meta)
     else:
-        _recorder(kernel, grid, args, meta)
+        with observer(kernel):
+            kernel[grid](*args, **meta)
+
+
+@contextmanager
+def observing(observer: Callable[[object], AbstractContextManager]):
+    """While inside, this thread's launches run in the context `observer(kernel)`."""
+    outside = getattr(_observers, "active", None)
+    _observers.active = observer
+    try:
+        yield
+    finally:
+        _observers.active = outside
 
 
 @contextmanager

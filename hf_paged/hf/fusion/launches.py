@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,7 +12,7 @@ _NO_KERNEL = frozenset("empty empty_like empty_strided new_empty new_empty_strid
 
 
 class Launches(TorchDispatchMode):
-    """While `counting` is on: torch operations that compute something, and launches of our own kernels.
+    """While entered: torch operations of this thread that compute something, and launches of our own kernels.
 
     Attributes:
         names: of both, in order.
@@ -22,7 +21,6 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names: list[str] = []
-        self._thread = threading.get_ident()
         self._inside = False  # a launch: in the interpreter it is made of torch operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -31,29 +29,27 @@ class Launches(TorchDispatchMode):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
-    def launched(self, kernel, grid: tuple, args: tuple, meta: dict) -> None:
-        """Launches, as `triton.launch.recording` has it done."""
-        mine = threading.get_ident() == self._thread
-        if mine:
-            self.names.append(kernel.fn.__name__)
-        self._inside = mine
+    @contextmanager
+    def launch(self, kernel):
+        self.names.append(kernel.fn.__name__)
+        self._inside = True
         try:
-            kernel[grid](*args, **meta)
+            yield
         finally:
             self._inside = False
 
 
 @contextmanager
-def counting(layers: list[torch.nn.Module], device: torch.device):
-    """While inside, one list a call of one of `layers`: what it launched, by name."""
-    from hf_paged_kernels.triton import launch
+def counting(layers: list[torch.nn.Module]):
+    """While inside, a list for every call of one of `layers`: what it launched, by name."""
+    from hf_paged_kernels.triton.launch import observing
 
     calls: list[list[str]] = []
     running: list[ExitStack] = []
 
     def enter(*_):
         stack, launches = ExitStack(), Launches()
-        stack.enter_context(launch.recording(launch.arch(device), launches.launched))
+        stack.enter_context(observing(launches.launch))
         stack.enter_context(launches)
         calls.append(launches.names)
         running.append(stack)
