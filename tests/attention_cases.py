@@ -50,7 +50,8 @@ class Case:
         self.options = dict(
             scale=self.k_dim**-0.5, window=self.window, chunk=self.chunk, softcap=self.softcap,
             sinks=normal(num_heads) if self.sinks else None,
-            alibi_slopes=(0.5 ** torch.linspace(1, 8, num_heads)).to(self.device) if self.alibi else None,
+            # a strided view, as stock's own slopes are
+            alibi_slopes=(0.5 ** torch.linspace(1, 8, 2 * num_heads)).to(self.device)[::2] if self.alibi else None,
         )  # fmt: skip
 
     def batch(self, steps=None, block_seed=0):

@@ -28,6 +28,7 @@ def attention_(
         out = query.new_empty(num_tokens, num_heads, v_cache.shape[3])
     if not num_tokens:
         return out
+    sinks, alibi_slopes = (None if heads is None else heads.contiguous() for heads in (sinks, alibi_slopes))
     call = AttentionCall(
         query if query.stride(2) == 1 else query.contiguous(), k_cache, v_cache, k_scale, v_scale, metadata, sinks,
         alibi_slopes, scale, softcap, window or chunk or 0, "window" if window else "chunk" if chunk else "all",
