@@ -8,6 +8,7 @@ still on the device. The rules and their order are those of `penalties`.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -97,6 +98,7 @@ class RuleStates:
         self._vocab_size = 0
         self._tracked: dict[int, _Tracked] = {}  # by id of the row, until it is forgotten or gone
         self._ends: dict[int, weakref.finalize] = {}
+        self._gone: deque[int] = deque()  # rows nobody forgot: finalizers may run at any time, so they only leave word
 
     @property
     def idle(self) -> bool:
@@ -111,8 +113,8 @@ class RuleStates:
 
     def forget(self, row: SampleRow) -> None:
         end = self._ends.get(id(row))
-        if end is not None:
-            end()
+        if end is not None and end.detach() is not None:  # else it is that of a row that is gone, whose id this one has
+            self._end(id(row))
 
     def apply(
         self,
@@ -125,12 +127,13 @@ class RuleStates:
 
         Rows that are `hosted` are left to the host. Rows whose rules are wrong get an entry in `errors`.
         """
+        self._sweep()
         ruled = [i for i, row in enumerate(rows) if not row.hosted and has_rules(row)]
         if not ruled:
             return logits_RV
         if logits_RV.shape[1] != self._vocab_size:  # the head was resized: begin anew
-            for end in list(self._ends.values()):
-                end()
+            self._gone.extend(key for key, end in list(self._ends.items()) if end.detach() is not None)
+            self._sweep()
             self._vocab_size = logits_RV.shape[1]
         device, sampled = logits_RV.device, None if previous is None else previous.tokens
         marks, tracked = _Marks(), {}
@@ -206,10 +209,14 @@ class RuleStates:
             ids = to_device(list(bias), torch.int64, device)
             self._bias.tensor[one.bias_slot].scatter_(0, ids, to_device(list(bias.values()), torch.float32, device))
         self._tracked[id(row)] = one
-        end = weakref.finalize(row, self._end, id(row))
+        end = weakref.finalize(row, self._gone.append, id(row))
         end.atexit = False
         self._ends[id(row)] = end
         return one
+
+    def _sweep(self) -> None:
+        while self._gone:
+            self._end(self._gone.popleft())
 
     def _end(self, key: int) -> None:
         one = self._tracked.pop(key)

@@ -421,6 +421,7 @@ def test_memory_of_ended_sequences_is_used_again_and_given_back(device):
     assert planes.tensor.shape == before
     del rows, row, old
     gc.collect()
+    sampler.sample(logits, [make_row()])
     assert planes.tensor is None
 
 
