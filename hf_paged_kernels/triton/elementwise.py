@@ -43,7 +43,7 @@ def _store_rows(out, scale_out, y, row, row_inside, to, inside, DTYPE: tl.conste
         tl.store(out + to, y.to(DTYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows", "rows_per_group"))
 def _rms_norm_kernel(
     x, residual, weight, total, out, scale_out, num_rows, rows_per_group, size, stride_group, stride_row,
     residual_stride, eps, offset, inverse_size, WEIGHT_AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -28,6 +28,7 @@ def launch(kernel, grid: tuple, *args, **meta) -> None:
         args: its arguments in order.
         meta: its constexpr arguments and compile options (num_warps, num_stages) by name.
     """
+    meta.setdefault("enable_fp_fusion", True)  # a * b + c rounds once; newer releases of triton want to be told
     observer = getattr(_observers, "active", None)
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)

@@ -77,7 +77,7 @@ def products(
     return result, result_up, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def _linear_kernel(
     x, weight, bias, norm_weight, residual, out, M, N, K, x_stride, w_stride, up, residual_stride, eps, offset,
     inverse_k, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
