@@ -82,8 +82,9 @@ class KVCache:
     def _grow_layer(self, layer: LayerCache, old: int, new: int) -> None:
         spec = layer.spec
         sizes = (new, spec.num_kv_heads, spec.head_dim, spec.value_dim, self.block_size)
+        one_copy = spec.value_in_key and self.groups[layer.group].values_in_keys
         k_cache, v_cache = ops.allocate_kv(
-            *sizes, self.dtype, self.device, values_in_keys=spec.value_in_key, backend=self.backend
+            *sizes, self.dtype, self.device, values_in_keys=one_copy, backend=self.backend
         )
         k_scale, v_scale = ops.allocate_scales(v_cache)
         new_tensors = (k_cache, v_cache, k_scale, v_scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -43,35 +43,36 @@ class LayerSpec:
     call: int = 0
     value_in_key: bool = False
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        dims = self.head_dim + (0 if self.value_in_key else self.value_dim)
+    def bytes_per_token(self, dtype: torch.dtype, *, values_in_keys: bool = False) -> int:
+        dims = self.head_dim + (0 if values_in_keys and self.value_in_key else self.value_dim)
         scales = _SCALE_BYTES if dtype in QUANTIZED.values() else 0
         return self.num_kv_heads * (dims * dtype.itemsize + scales)
 
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Layers that see the same positions, so that one block table serves them all."""
+    """Layers that see the same positions, so that one block table serves them all.
+
+    Attributes:
+        values_in_keys: whether values that are part of their keys are kept as that; else they have memory of their own.
+    """
 
     window: int | None
     chunk: int | None
     layers: tuple[LayerSpec, ...]
+    values_in_keys: bool = False
 
     def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
-        return block_size * sum(layer.bytes_per_token(dtype) for layer in self.layers)
+        kept = self.values_in_keys
+        return block_size * sum(layer.bytes_per_token(dtype, values_in_keys=kept) for layer in self.layers)
 
 
 def group_layers(layers: list[LayerSpec], *, values_in_keys: bool) -> list[BlockGroup]:
-    """Groups by window and chunk, in the order they first appear.
-
-    Args:
-        values_in_keys: whether values that are part of their keys are kept as that; else they have memory of their own.
-    """
+    """Groups by window and chunk, in the order they first appear; see BlockGroup for `values_in_keys`."""
     kinds: dict[tuple, list[LayerSpec]] = {}
     for layer in layers:
-        layer = replace(layer, value_in_key=layer.value_in_key and values_in_keys)
         kinds.setdefault((layer.window, layer.chunk), []).append(layer)
-    return [BlockGroup(*kind, tuple(members)) for kind, members in kinds.items()]
+    return [BlockGroup(*kind, tuple(members), values_in_keys) for kind, members in kinds.items()]
 
 
 def slots_for_budget(slot_bytes: int, budget: int, max_num_seqs: int) -> int:
