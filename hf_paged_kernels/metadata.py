@@ -11,6 +11,43 @@ from .checks import check_index
 
 
 @dataclass(eq=False)
+class SharedPrefixes:
+    """Decodes of a step whose first blocks are the same.
+
+    The first D sequences of a batch, which have one new token each, are told apart into G groups. Those that share
+    nothing are a group, too, with a prefix of no keys.
+
+    Attributes:
+        members: int32 [D], the sequences group by group.
+        group_starts: int32 [G + 1], where each group's members start; from 0 to D.
+        prefix_lens: int32 [G], keys that a group's members share, whole blocks of them.
+        starts: int32 [D], the same for each sequence: how many of its keys are shared.
+        max_members: the most members of a group with a prefix.
+        max_prefix: the longest prefix.
+        max_rest: the most keys that a sequence has behind its prefix, or a bound on them.
+    """
+
+    members: Tensor
+    group_starts: Tensor
+    prefix_lens: Tensor
+    starts: Tensor
+    max_members: int
+    max_prefix: int
+    max_rest: int
+
+    def __post_init__(self):
+        for name in ("members", "group_starts", "prefix_lens", "starts"):
+            check_index(name, getattr(self, name), torch.int32, 1)
+        if len(self.members) != len(self.starts) or len(self.group_starts) != len(self.prefix_lens) + 1:
+            counts = [len(x) for x in (self.members, self.starts, self.group_starts, self.prefix_lens)]
+            raise ValueError(f"members, starts, group_starts and prefix_lens have {counts} entries, not D, D, G + 1, G")
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.prefix_lens)
+
+
+@dataclass(eq=False)
 class AttentionMetadata:
     """What one step's batch looks like; made once a step (per block group) and used by every layer.
 
@@ -26,6 +63,8 @@ class AttentionMetadata:
         max_seqlen_k: the longest sequence, or a bound on its length.
         num_decodes: how many of the first sequences are known to have exactly one new token. They get a kernel of their
             own where others have many.
+        shared: what the first `num_decodes` sequences are known to share. The result is the same without; the Triton
+            kernels read shared keys once where every position is seen.
     """
 
     cu_seqlens_q: Tensor
@@ -35,6 +74,7 @@ class AttentionMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     num_decodes: int = 0
+    shared: SharedPrefixes | None = None
     _launch: dict = field(default_factory=dict, init=False, repr=False)  # a backend's own per-step preparation
 
     def __post_init__(self):
@@ -52,6 +92,9 @@ class AttentionMetadata:
         if not 0 <= self.num_decodes <= num_seqs or not 0 <= rest <= others * self.max_seqlen_q:
             raise ValueError(f"num_decodes {self.num_decodes} is impossible with {num_seqs} sequences of at most "
                              f"{self.max_seqlen_q} and together {self.slot_mapping.shape[0]} tokens")  # fmt: skip
+
+        if self.shared is not None and len(self.shared.members) != self.num_decodes:
+            raise ValueError(f"shared has {len(self.shared.members)} members, num_decodes is {self.num_decodes}")
 
     @property
     def num_seqs(self) -> int:

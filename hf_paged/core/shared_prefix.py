@@ -1,8 +1,8 @@
 """Which sequences of a step begin with the same blocks, so that attention can read those once for all of them.
 
-Sequences that took the same blocks from the prefix cache, or were forked, have equal leading entries in their block tables.
-Attention over such a prefix can be computed for all of them together and merged with that over the rest of each
-(Hydragen, arXiv 2402.05099; cascade inference in FlashInfer, arXiv 2501.01005).
+Sequences that took the same blocks from the prefix cache, or were forked, have equal leading entries in their block
+tables. Attention over such a prefix can be computed for all of them together and merged with that over the rest of
+each (Hydragen, arXiv 2402.05099; cascade inference in FlashInfer, arXiv 2501.01005).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def find_shared_prefixes(
         per_pass: how many sequences one reading of a prefix serves.
 
     Sorting brings equal beginnings together, after which groups are runs; n sequences cost n log n comparisons of their
-    common blocks. A prefix may go on differently in parts of a run (a system prompt, then one of several examples): a part
-    is a group of its own where that saves more than its membership in the whole.
+    common blocks. A prefix may go on differently in parts of a run (a system prompt, then one of several examples): a
+    part is a group of its own where that saves more than its membership in the whole.
     """
     shared = [(table[:count], place) for place, (table, count) in enumerate(zip(tables, full_blocks)) if count]
     shared.sort()

@@ -354,7 +354,8 @@ class BatchEngine:
         `accepted_tokens` of them were right and `acceptance_rate` is their share (None if nothing was guessed). Times are
         the host's, in seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and
         waiting for the device), `time_draft` what guessing took, the rest is the engine's own (`time_build` packs the
-        batch, and grows the cache when it must).
+        batch, and grows the cache when it must). `shared_prefix_tokens` counts the tokens of shared prefixes that a layer
+        read for several sequences at once instead of for each.
         """
         with self._lock:
             scheduler = self._scheduler.stats()
@@ -365,6 +366,7 @@ class BatchEngine:
                 **scheduler,
                 "acceptance_rate": accepted / drafted if drafted else None,
                 **self._stepper.clock.stats(),
+                "shared_prefix_tokens": self._runner.prefixes.saved_tokens if self._runner.prefixes else 0,
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
@@ -376,6 +378,8 @@ class BatchEngine:
     def reset_stats(self) -> None:
         with self._lock:
             self._stepper.clock.reset()
+            if self._runner.prefixes is not None:
+                self._runner.prefixes.saved_tokens = 0
             self._scheduler.reset_stats()
 
     def check_integrity(self) -> None:

@@ -8,12 +8,15 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from hf_paged_kernels import ops
+
 from ..core.plan import StepPlan
 from .batch import SequenceHooks, StepContext
 from .inputs import Inputs
 from .kv_cache import KVCache
 from .layout import LayerSpec
 from .packed import Owner
+from .shared_prefix import PrefixSharing
 from .states import StateSpec
 
 T = TypeVar("T")
@@ -93,7 +96,11 @@ def as_in_a_step(device: torch.device):
 
 
 class ModelRunner:
-    """Owns the KV cache of one model and executes plans on it."""
+    """Owns the KV cache of one model and executes plans on it.
+
+    Attributes:
+        prefixes: finds what decodes share; None where the attention kernels make no use of it.
+    """
 
     def __init__(self, model: PagedModel, cache: KVCache, inputs: Inputs, *, backend: str):
         self.model = model
@@ -101,6 +108,11 @@ class ModelRunner:
         self.backend = backend
         self._inputs = inputs
         self._order = StreamOrder(cache.device)
+        self.prefixes: PrefixSharing | None = None
+        if ops.resolve_backend(backend, cache.device) == "triton":
+            self.prefixes = PrefixSharing(
+                cache.groups, block_size=cache.block_size, dtype=cache.dtype, device=cache.device
+            )
 
     def prepare(
         self,
@@ -124,6 +136,8 @@ class ModelRunner:
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
             inputs = self._inputs.prepare(plan, rows, sampled)
+            if self.prefixes is not None:
+                self.prefixes.announce(plan, inputs.metadata)
             self.cache.copy_blocks(inputs.copies)
             return StepContext(plan, inputs, self.cache, self.backend, owner, hooks or SequenceHooks())
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..checks import values_lie_in_keys
 from .attention_tile import AttentionCall
+from .cascade import cascade
 from .decode import MAX_ROWS, decode
 from .mla import latent_attention
 from .store_kv import store_kv
@@ -37,6 +38,11 @@ def attention_(
         latent_attention(call, out, lse)
         return out
     decodes, max_q = metadata.num_decodes, metadata.max_seqlen_q
+    if metadata.shared is not None and call.kind == "all" and split_size is None:
+        cascade(call, out[:decodes], None if lse is None else lse[:decodes])
+        if decodes < metadata.num_seqs:
+            prefill(call, decodes, out, lse)
+        return out
     if max_q == 1 or (split_size is None and max_q * call.group <= MAX_ROWS):
         decode(call, metadata.num_seqs, max_q, out, lse, split_size)
         return out

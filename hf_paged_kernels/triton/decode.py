@@ -29,7 +29,7 @@ _WAVES = 4  # programs per multiprocessor to aim for: two fit at a time, more of
 
 @triton.jit(do_not_specialize=("num_rows", "span", "split_tiles"))
 def _decode_kernel(
-    query, k_cache, v_cache, k_scale, v_scale, cu_seqlens, seq_lens, block_table, sinks, slopes, out, lse,
+    query, k_cache, v_cache, k_scale, v_scale, cu_seqlens, seq_lens, block_table, sinks, slopes, out, lse, starts,
     q_stride_t, q_stride_h, k_stride_n, k_stride_h, k_stride_d, k_stride_t, v_stride_n, v_stride_h, v_stride_t,
     scale_stride_n, scale_stride_h, table_stride, num_rows, span, split_tiles, qk_scale, cap,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -52,8 +52,12 @@ def _decode_kernel(
     lowest = lowest_seen(positions, span, SPAN)
     low = lowest_seen(context + first_row // GROUP, span, SPAN)
     high = context + tl.minimum(q_len, (first_row + BLOCK_M + GROUP - 1) // GROUP)
-
     begin, end = low // TILE, tl.cdiv(high, TILE)
+    if starts is not None:  # whole blocks of keys are left out
+        first_key = tl.load(starts + seq)
+        begin = tl.maximum(begin, first_key // TILE)
+        if BLOCK_SIZE % TILE != 0:  # a tile may begin before them
+            low = tl.maximum(low, first_key)
     if split_tiles > 0:  # pinned: the same sums whatever the batch
         begin, end = tl.maximum(begin, split * split_tiles), tl.minimum(end, (split + 1) * split_tiles)
     else:
@@ -94,11 +98,9 @@ def decode(
 
     With `split_size`, splits have that many keys (rounded up to whole tiles), counted from position 0.
     """
-    device, num_rows = out.device, out.shape[0]
-    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(max_q * call.group)))
-    heads = call.num_kv_heads * triton.cdiv(max_q * call.group, block_m)
-    tile, num_stages = tile_and_stages(call, arch(device))
-    tile, num_stages, num_warps, waves = tuned("decode", tile=tile, num_stages=num_stages, num_warps=4, waves=_WAVES)
+    device = out.device
+    _, heads = rows_of_programs(call, max_q)
+    tile, _, _, waves = shape_of_programs(call, device)
     longest = call.metadata.max_seqlen_k
     if split_size is not None:
         split_tiles = triton.cdiv(split_size, tile)
@@ -112,11 +114,37 @@ def decode(
         parts = torch.empty(num_splits, *out.shape, dtype=torch.float32, device=device)
         part_lses = torch.empty(num_splits, *out.shape[:2], dtype=torch.float32, device=device)
         sinks = None
-    launch(_decode_kernel, (num_seqs, heads, num_splits), *call.tensors(), sinks, call.slopes, parts, part_lses,
-           *call.strides(), num_rows, call.span, split_tiles, *call.factors(), **call.constants(), BLOCK_M=block_m,
-           TILE=tile, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
+    launch_decode(call, num_seqs, max_q, num_splits, parts, part_lses, sinks=sinks, split_tiles=split_tiles)
     if num_splits > 1:
         merge_states(parts, part_lses, out, sinks=call.sinks, lse=lse)
+
+
+def launch_decode(
+    call: AttentionCall, num_seqs: int, max_q: int, num_splits: int, parts: Tensor, part_lses: Tensor | None, *,
+    sinks: Tensor | None = None, split_tiles: int = 0, starts: Tensor | None = None,
+) -> None:  # fmt: skip
+    """One launch of the kernel, into parts [num_splits, R, Hq, Dv], or [R, Hq, Dv] for one split, and their LSEs.
+
+    Args:
+        starts: int32 [num_seqs], keys of each sequence to leave out, from its first on.
+    """
+    block_m, heads = rows_of_programs(call, max_q)
+    tile, num_stages, num_warps, _ = shape_of_programs(call, parts.device)
+    launch(_decode_kernel, (num_seqs, heads, num_splits), *call.tensors(), sinks, call.slopes, parts, part_lses, starts,
+           *call.strides(), parts.shape[-3], call.span, split_tiles, *call.factors(), **call.constants(),
+           BLOCK_M=block_m, TILE=tile, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
+
+
+def rows_of_programs(call: AttentionCall, max_q: int) -> tuple[int, int]:
+    """(rows of a program, programs of a sequence's split) for at most `max_q` new tokens."""
+    block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(max_q * call.group)))
+    return block_m, call.num_kv_heads * triton.cdiv(max_q * call.group, block_m)
+
+
+def shape_of_programs(call: AttentionCall, device: torch.device) -> tuple[int, int, int, int]:
+    """(keys of a tile, tiles in flight, warps, programs per multiprocessor to aim for)"""
+    tile, num_stages = tile_and_stages(call, arch(device))
+    return tuned("decode", tile=tile, num_stages=num_stages, num_warps=4, waves=_WAVES)
 
 
 def choose_num_splits(num_programs: int, num_keys: int, wanted_programs: int) -> int:

@@ -106,4 +106,6 @@ CASES = [
     Case("attention D 256", lambda: attention_calls.attention(8, 4, (8, 1), (256, 256), window=1000, softcap=50.0), WGMMA),
     Case("latents 16/1", lambda: attention_calls.attention(8, 4, (16, 1), LATENT, values_in_keys=True), WGMMA),
     Case("latents 128/1", lambda: attention_calls.attention(8, 4, (128, 1), LATENT, values_in_keys=True), WGMMA),
+    Case("shared prefixes D 64", lambda: attention_calls.attention(64, 0, (32, 8), (64, 64), shared=True)),
+    Case("shared prefixes D 128", lambda: attention_calls.attention(64, 0, shared=True), WGMMA),
 ]
