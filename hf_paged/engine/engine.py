@@ -232,7 +232,8 @@ class BatchEngine:
     def is_hooked(self) -> bool:
         """Whether somebody's forward hooks watch the model now, so that every row has to be computed."""
         with self._lock:
-            self._stepper.look_at_model()
+            if not self._stepping:
+                self._stepper.look_at_model()
             return self.model.hooked
 
     # Rows driven from outside
