@@ -29,6 +29,9 @@ class Oracle:
     def forget(self, seq_id):
         pass
 
+    def sleep(self):
+        pass
+
     def close(self):
         pass
 

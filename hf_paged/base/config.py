@@ -21,9 +21,10 @@ class EngineConfig:
     Attributes:
         block_size: tokens per KV block. Default 16 on CPU, 64 on CUDA.
         kv_cache_memory: most bytes the KV cache may take, states of layers that keep one included, as an int or a string
-            such as "2GiB". By default a share of the memory that is free (`memory_fraction`). On CPU the cache starts
-            small and grows on demand.
-        memory_fraction: share of free memory used when `kv_cache_memory` is None. In (0, 1).
+            such as "2GiB". By default what `memory_fraction` leaves. On CPU the cache starts small and grows on demand.
+        memory_fraction: used when `kv_cache_memory` is None. On CPU the cache's share of the memory that is free, by
+            default 0.4. On CUDA the share of all the device's memory that may be in use, by default 0.9: the cache gets
+            what the model, everybody else and the largest step, which is measured, leave of it. In (0, 1).
         kv_dtype: "float32", "bfloat16" or "float16"; default the model's own dtype. "fp8" (e4m3) and "int8" take about
             half of the 16-bit types' memory, at a small loss: every key and value of a head is rounded to 8 bits with a scale
             of its own. Not with the C++ kernels.
@@ -45,6 +46,8 @@ class EngineConfig:
         speculation: guess tokens ahead and keep those that would have been sampled anyway: the same output in fewer
             steps. "ngram" repeats what prompt and output said before, "draft" asks the `draft_model` that `patch` or
             `Engine` was given. None: off.
+        cuda_graphs: record the forward of decode steps and replay it, which takes the host a few microseconds instead of
+            milliseconds. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
         num_speculative_tokens: most tokens to guess for a sequence in one step; fewer while its guesses are wrong.
         ngram_range: fewest latest tokens that must have occurred before for "ngram" to guess, and how many more of them
             are compared to choose among several such places.
@@ -68,6 +71,7 @@ class EngineConfig:
     speculation: Literal["ngram", "draft"] | None = None
     num_speculative_tokens: int = 7
     ngram_range: tuple[int, int] = (2, 5)
+    cuda_graphs: bool | None = None
 
     def __post_init__(self):
         for name in ("block_size", "max_batch_tokens", "max_num_seqs", "max_model_len", "max_queue"):
@@ -93,6 +97,8 @@ class EngineConfig:
             raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
         if self.overlap is not None and not isinstance(self.overlap, bool):
             raise InvalidArgument(f"overlap must be True, False or None, got {self.overlap!r}")
+        if self.cuda_graphs not in (None, True, False):
+            raise InvalidArgument(f"cuda_graphs must be True, False or None, got {self.cuda_graphs!r}")
         self._check_speculation()
 
     def _check_speculation(self) -> None:

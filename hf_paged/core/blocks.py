@@ -136,6 +136,42 @@ class BlockPool:
         self._key_of.clear()
         self._block_of.clear()
 
+    def resize(self, max_blocks: int) -> dict[int, int]:
+        """Let there be at most `max_blocks` blocks; no more may be in use.
+
+        Returns where the contents of blocks in use that are no more have to go: {old: new}. Cached blocks beyond are
+        forgotten, and more of them if their place is needed, least recently used first.
+        """
+        assert self.num_in_use <= max_blocks and max_blocks >= 1, (self.num_in_use, max_blocks)
+        self.max_blocks = max_blocks
+        for block in [block for block in self._cached if block >= max_blocks]:
+            self.unpublish(block)
+        self._blank = [block for block in self._blank if block < max_blocks]
+        moves = {}
+        for old in range(max_blocks, self.num_blocks):
+            if self.refs[old]:
+                moves[old] = self._move(old)
+        del self.refs[max_blocks:]
+        return moves
+
+    def _move(self, old: int) -> int:
+        """Hand everything that `old` is to a free block; nothing is left of `old`."""
+        if not self._blank:
+            self.unpublish(next(iter(self._cached)))
+        new = self._blank.pop()
+        self.refs[new], self.refs[old] = self.refs[old], 0
+        key = self._key_of.pop(old, None)
+        if key is not None:
+            self._key_of[new], self._block_of[key] = key, new
+        return new
+
+    def reset(self, num_blocks: int) -> None:
+        """Begin anew with `num_blocks` free blocks and no keys; none may be in use."""
+        assert not self.num_in_use and num_blocks <= self.max_blocks
+        self.clear_cache()
+        self.refs = [0] * num_blocks
+        self._blank = list(range(num_blocks - 1, -1, -1))
+
     def reset_peak(self) -> None:
         self.peak_in_use = self.num_in_use
 

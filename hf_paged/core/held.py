@@ -15,7 +15,7 @@ from ..base.errors import CacheFull
 from .plan import StepPlan
 from .request import Request, Sequence, SequenceStatus
 from .step import StepBuilder
-from .tables import BlockTables
+from .tables import RELEASED, BlockTables
 
 _ORDER = (0, 0)  # held sequences stand in no queue, so nothing sorts them
 
@@ -111,6 +111,16 @@ class HeldSequences:
                 return True
         return False
 
+    def num_kept(self) -> list[int]:
+        """Blocks a group in use by sequences that are not expendable."""
+        tables = zip(*(sequence.block_tables for sequence in self._kept()))
+        return [len({block for table in group for block in table} - {RELEASED}) for group in tables]
+
+    @property
+    def keeps_any(self) -> bool:
+        """Whether a sequence that is not expendable has blocks, or a state."""
+        return any(_holds_blocks(sequence) or sequence.state_slot is not None for sequence in self._kept())
+
     def stop_publishing(self) -> None:
         for sequence in self._sequences.values():
             sequence.publishable = False
@@ -176,6 +186,9 @@ class HeldSequences:
             self.truncate(sequence, sequence.num_computed)
 
     # -- private
+
+    def _kept(self) -> list[Sequence]:
+        return [sequence for sequence in self._sequences.values() if sequence.seq_id not in self._expendable]
 
     def _enter(self, request: Request, index: int) -> Sequence:
         sequence = Sequence(self._new_id(), request, index, _ORDER, len(self._tables.pools))

@@ -18,13 +18,14 @@ import heapq
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
-from ..base.errors import InvalidArgument, QueueFull, RequestTooLarge
+from ..base.errors import CacheFull, InvalidArgument, QueueFull, RequestTooLarge
 from .held import HeldSequences
 from .plan import StepPlan
 from .planner import Counts, Planner
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
 from .tables import BlockTables, GroupSpec
+from .resize import make_room, why_too_large
 from .under_way import UnderWay
 
 __all__ = ["GroupSpec", "Scheduler"]
@@ -161,14 +162,9 @@ class Scheduler:
                 f"n {n} takes {n} state slots, but the cache holds at most {self._tables.slots.max_blocks}; "
                 "raise kv_cache_memory, or lower n"
             )
-        needs = self._tables.most_blocks(request, most)
-        for group, (need, pool) in enumerate(zip(needs, self._tables.pools, strict=True)):
-            if need > pool.max_blocks:
-                raise RequestTooLarge(
-                    f"prompt of {num_prompt} tokens with max_tokens {request.max_tokens} and n {n} can take {need} KV "
-                    f"blocks of {self._tables.block_size} tokens in group {group}, but the cache holds at most "
-                    f"{pool.max_blocks}; raise kv_cache_memory, or lower max_tokens or n"
-                )
+        reason = why_too_large(self._tables, request, self.max_blocks, most)
+        if reason is not None:
+            raise RequestTooLarge(reason)
 
     # -- one step
 
@@ -325,12 +321,63 @@ class Scheduler:
         for seq in list(self._queues.running):
             self._planner.send_back(seq)
 
+    # -- the size of the cache
+
+    def oversized(self, max_blocks: list[int]) -> list[tuple[Request, str]]:
+        """Unfinished requests that could never run with `max_blocks` blocks a group, each with what to say of it."""
+        reasons = (
+            (request, why_too_large(self._tables, request, max_blocks, self.max_model_len))
+            for request in self.requests.values()
+        )
+        return [(request, reason) for request, reason in reasons if reason is not None]
+
+    def resize(self, max_blocks: list[int]) -> list[dict[int, int]]:
+        """Change the number of blocks a group may have, between two steps.
+
+        Blocks in use are kept, and move where they must; as long as they are too many, held sequences that can do without
+        are emptied and running ones preempted, last in order first. Whatever is `oversized` must have been ended.
+
+        Returns per group which blocks' contents have to go where, {old: new}.
+
+        Raises CacheFull, and changes nothing, if held sequences need more.
+        """
+        self._under_way.take_back()
+        make_room(self._tables, self.held, self._planner, max_blocks)
+        return self._tables.resize(max_blocks, [*self._sequences.values(), *self.held])
+
+    def empty(self, num_blocks: list[int]) -> None:
+        """Take all blocks and states from everybody, and begin anew with so many blocks a group.
+
+        As `recompute_all`; held sequences that can do without are emptied.
+
+        Raises CacheFull, and changes nothing, if held sequences have blocks that nobody could compute again.
+        """
+        if self.held.keeps_any:
+            raise CacheFull(
+                "rows of generate, or a cache it returned, hold keys and values that cannot be computed again; let it end, "
+                "or delete the cache, first"
+            )
+        self.recompute_all()
+        while self.held.empty_one():
+            pass
+        self._tables.reset(num_blocks)
+
     # -- looking in
 
     @property
     def has_state(self) -> bool:
         """Whether sequences keep a recurrent state: it follows every fork, but cannot be taken back by some tokens."""
         return self._tables.has_state
+
+    @property
+    def max_blocks(self) -> list[int]:
+        """Blocks that each group may have."""
+        return [pool.max_blocks for pool in self._tables.pools]
+
+    @property
+    def max_slots(self) -> int:
+        """States of sequences there may be at a time; 0 if the model keeps none."""
+        return self._tables.slots.max_blocks
 
     @property
     def num_waiting(self) -> int:

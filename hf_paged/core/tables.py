@@ -247,6 +247,26 @@ class BlockTables:
 
     # -- sizes
 
+    def resize(self, max_blocks: list[int], sequences: AbstractSequence[Sequence]) -> list[dict[int, int]]:
+        """Change the number of blocks a group may have; the tables of `sequences`, all there are, follow.
+
+        No more may be in use. Returns per group which blocks' contents have to go where, {old: new}.
+        """
+        moves = [pool.resize(most) for pool, most in zip(self.pools, max_blocks, strict=True)]
+        for seq in sequences:
+            for moved, table in zip(moves, seq.block_tables, strict=True):
+                if moved:
+                    table[:] = [moved.get(block, block) for block in table]
+        self.num_releases += 1  # whoever found no room may find some now
+        return moves
+
+    def reset(self, num_blocks: list[int]) -> None:
+        """Begin anew, each group with so many blocks; no sequence may hold any, nor a state."""
+        for pool, count in zip(self.pools, num_blocks, strict=True):
+            pool.reset(count)
+        self.slots.reset(0)
+        self.num_releases += 1
+
     def fits(self, seq: Sequence, chunk: int, headroom: int) -> bool:
         """Whether all known tokens of `seq`, taken in steps of `chunk`, fit and leave `headroom` blocks a group.
 

@@ -13,6 +13,7 @@ from ..base.errors import EngineClosed
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from .engine import BatchEngine, Prompt
+from .lock import FairLock
 from .request_state import new_request_id
 
 
@@ -23,8 +24,8 @@ class AsyncEngine:
         async for output in engine.generate("Hello", SamplingParams(max_tokens=50)):
             print(output.outputs[0].text)
 
-    A coroutine that is cancelled, or stops iterating, aborts its request within one step. The thread sleeps while there
-    is nothing to do. Any number of event loops may use it.
+    A coroutine that is cancelled, or stops iterating, aborts its request within one step. The thread waits while there
+    is nothing to do, or the engine sleeps. Any number of event loops may use it.
 
     Args:
         engine: the engine to run; `close` closes it too.
@@ -33,6 +34,7 @@ class AsyncEngine:
     def __init__(self, engine: BatchEngine):
         self.engine = engine
         self._work = threading.Event()
+        self._gate = FairLock()  # held while a step runs, so that none comes between falling asleep and waking up
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="hf_paged-engine", daemon=True)
         self._thread.start()
@@ -42,14 +44,16 @@ class AsyncEngine:
             self._work.wait()
             if self._closing:
                 return
-            if not self.engine.has_unfinished():
+            if not self._has_work():
                 self._work.clear()
-                if not self.engine.has_unfinished() and not self._closing:  # else something came between the two looks
+                if not self._has_work() and not self._closing:  # else something came between the two looks
                     continue
                 self._work.set()
                 continue
             try:
-                self.engine.step()
+                with self._gate:
+                    if not self.engine.sleeping:
+                        self.engine.step()
             except EngineClosed:
                 return
             except Exception as error:  # not one request's fault: tell every waiter, and go on with what comes
@@ -57,6 +61,9 @@ class AsyncEngine:
             except BaseException as error:  # a user's callable asked the thread to exit
                 self.engine.fail_all(error)
                 return
+
+    def _has_work(self) -> bool:
+        return self.engine.has_unfinished() and not self.engine.sleeping
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
@@ -106,6 +113,23 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> bool:
         """End a request by its id; its iterator yields a last output with finish reason "abort"."""
         return await asyncio.to_thread(self.engine.abort, request_id)
+
+    async def resize_kv_cache(self, memory: int | str) -> None:
+        """See `BatchEngine.resize_kv_cache`."""
+        await asyncio.to_thread(self.engine.resize_kv_cache, memory)
+
+    async def sleep(self) -> None:
+        """See `BatchEngine.sleep`. Requests that run or come wait until `wake_up`, and so do their deadlines."""
+        await asyncio.to_thread(self._sleep)
+
+    def _sleep(self) -> None:
+        with self._gate:
+            self.engine.sleep()
+
+    async def wake_up(self) -> None:
+        """See `BatchEngine.wake_up`. If the memory is not there, the engine goes on sleeping."""
+        await asyncio.to_thread(self.engine.wake_up)
+        self._work.set()
 
     async def close(self) -> None:
         """Stop the thread, end every request with EngineClosed, and close the engine."""

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+
 from hf_paged_kernels import ops
 
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
-from ..runtime.inputs import make_inputs
+from ..runtime.graphs import DecodeGraphs, cuda_capture
+from ..runtime.inputs import Inputs, make_inputs
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
-from ..runtime.memory import default_fraction, free_memory
+from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
 from ..runtime.runner import ModelRunner, PagedModel
 from .draft_model import DraftModel
+from .measure import kv_budget
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
 INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
+
+
+class Limits(NamedTuple):
+    """What the steps of an engine stay within; see `Scheduler`."""
+
+    max_batch_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+def limits_of(scheduler: Scheduler) -> Limits:
+    return Limits(scheduler.max_batch_tokens, scheduler.max_num_seqs, scheduler.max_model_len)
 
 
 def check_config(model: PagedModel, config: EngineConfig) -> None:
@@ -24,8 +42,11 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
     Raises:
         KernelUnavailable: the attention backend asked for cannot run on the model's device, or not with the type asked
             for of the cache.
-        UnsupportedOption: speculation, for a model whose sequences cannot take tokens back; a quantized cache of latents.
+        UnsupportedOption: speculation, for a model whose sequences cannot take tokens back; a quantized cache of latents;
+            CUDA graphs elsewhere.
     """
+    if config.cuda_graphs:
+        cuda_capture(model.device)
     try:
         kernels = ops.resolve_backend(config.attention_backend, model.device)
     except ValueError as error:
@@ -45,55 +66,39 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
 
 
 def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[KVCache, Scheduler]:
-    """A cache within the configured memory, or a share of what is free, and its scheduler.
+    """A cache within the configured memory, or a share of what there is, and its scheduler.
 
     States of sequences may take up to half of it, the blocks get the rest. Models with states have no prefix cache:
     blocks of their attention layers would be of use only together with the state at the blocks' end.
 
-    Raises what `check_config` does.
+    Raises what `check_config` does, and InvalidArgument if there is no memory for a cache.
     """
     check_config(model, config)
     cuda = model.device.type == "cuda"
-    block_size = config.block_size or (64 if cuda else 16)
-    max_batch_tokens = config.max_batch_tokens or (8192 if cuda else 512)
     dtype = kv_dtype_of(config.kv_dtype, model.dtype)
     kernels = ops.resolve_backend(config.attention_backend, model.device)
-    groups = group_layers(model.layers, values_in_keys=kernels == "triton")
-    fraction = config.memory_fraction or default_fraction(model.device)
-    budget = config.kv_cache_memory or int(free_memory(model.device) * fraction)
-    slot_bytes = sum(spec.num_bytes for spec in model.states)
-    slots = slots_for_budget(slot_bytes, budget // 2 if groups else budget, config.max_num_seqs)
-    most = blocks_for_budget(
-        groups,
-        budget=budget - slots * slot_bytes,
-        block_size=block_size,
-        dtype=dtype,
-        max_batch_tokens=max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
-    )
     cache = KVCache(
-        groups,
+        group_layers(model.layers, values_in_keys=kernels == "triton"),
         states=model.states,
-        block_size=block_size,
+        block_size=config.block_size or (64 if cuda else 16),
         dtype=dtype,
         device=model.device,
         backend=config.attention_backend,
     )
-    initial = [min(count, INITIAL_CPU_BLOCKS) for count in most]
-    if cuda:
-        # Beyond this there is nothing to keep but old prefixes. Taken at once, so that a lack of memory shows here and
-        # not in somebody's request.
-        most = initial = [min(count, config.max_num_seqs * -(-max_model_len // block_size)) for count in most]
-        cache.ensure(most)
+    limits = Limits(config.max_batch_tokens or (8192 if cuda else 512), config.max_num_seqs, max_model_len)
+    budget = config.kv_cache_memory or _free_budget(model, config, cache, limits)
+    slots = slots_for_budget(cache.states.bytes_per_slot, budget // 2 if cache.groups else budget, config.max_num_seqs)
+    most = blocks_within(cache, budget, slots, limits)
+    initial = first_blocks(cache.device, most)
+    if cuda:  # so that a lack of memory shows here, and not in somebody's request
+        cache.ensure(initial)
         cache.states.ensure(min(slots, config.max_num_seqs))
     scheduler = Scheduler(
-        groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in groups],
-        block_size=block_size,
+        groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in cache.groups],
+        block_size=cache.block_size,
         num_blocks=initial,
         max_blocks=most,
-        max_batch_tokens=max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
+        **limits._asdict(),
         max_slots=slots,
         whole_prompts=not all(spec.takes_chunks for spec in model.states),
         prefix_cache=config.prefix_cache and not slots,
@@ -103,18 +108,62 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     return cache, scheduler
 
 
-def build_runner(model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler) -> ModelRunner:
-    """What runs the scheduler's plans on the cache."""
-    inputs = make_inputs(
+def _free_budget(model: PagedModel, config: EngineConfig, cache: KVCache, limits: Limits) -> int:
+    """Bytes that the configuration leaves to the cache when it does not say how many."""
+    if model.device.type != "cuda":
+        return int(free_memory() * (config.memory_fraction or CPU_FRACTION))
+    return kv_budget(
+        ModelRunner(model, cache, _inputs(config, cache, limits), backend=config.attention_backend),
+        CudaMeter(model.device),
+        config.memory_fraction or CUDA_FRACTION,
+        graphs=wants_graphs(config, model.device),
+        **limits._asdict(),
+    )
+
+
+def blocks_within(cache: KVCache, budget: int, slots: int, limits: Limits) -> list[int]:
+    """Most blocks of each group so that a cache with `slots` states stays within `budget` bytes."""
+    most = blocks_for_budget(
+        cache.groups,
+        budget=budget - slots * cache.states.bytes_per_slot,
+        block_size=cache.block_size,
+        dtype=cache.dtype,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_num_seqs=limits.max_num_seqs,
+    )
+    if cache.device.type == "cuda":  # all of them are taken at once, and beyond this are nothing but old prefixes
+        whole = limits.max_num_seqs * -(-limits.max_model_len // cache.block_size)
+        most = [min(count, whole) for count in most]
+    return most
+
+
+def first_blocks(device: torch.device, most: list[int]) -> list[int]:
+    """Blocks of each group to begin with: on CPU the cache grows by itself."""
+    return most if device.type == "cuda" else [min(count, INITIAL_CPU_BLOCKS) for count in most]
+
+
+def _inputs(config: EngineConfig, cache: KVCache, limits: Limits) -> Inputs:
+    return make_inputs(
         len(cache.groups),
         block_size=cache.block_size,
         device=cache.device,
         backend=config.attention_backend,
-        max_batch_tokens=scheduler.max_batch_tokens,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_model_len=scheduler.max_model_len,
+        **limits._asdict(),
     )
-    return ModelRunner(model, cache, inputs, backend=config.attention_backend)
+
+
+def build_runner(model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler) -> ModelRunner:
+    """What runs the scheduler's plans on the cache."""
+    inputs = _inputs(config, cache, limits_of(scheduler))
+    graphs = None
+    if wants_graphs(config, cache.device):
+        graphs = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs)
+    return ModelRunner(model, cache, inputs, backend=config.attention_backend, graphs=graphs)
+
+
+def wants_graphs(config: EngineConfig, device: torch.device) -> bool:
+    """Whether decode steps are to be recorded."""
+    return device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
 
 
 def build_speculator(model: PagedModel, config: EngineConfig, draft_engine) -> Speculator | None:

@@ -153,5 +153,10 @@ class DraftModel:
             self._rows.renew(guest.row)
             self._free.append(guest.row)
 
+    def sleep(self) -> None:
+        for seq_id in list(self._guests):
+            self.forget(seq_id)
+        self._engine.sleep()
+
     def close(self) -> None:
         self._rows.close()

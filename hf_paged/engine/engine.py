@@ -10,14 +10,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 
-from ..base.config import EngineConfig
-from ..base.errors import EngineClosed, InvalidArgument, QueueFull
+from ..base.config import EngineConfig, parse_bytes
+from ..base.errors import EngineClosed, InvalidArgument, QueueFull, RequestTooLarge
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
 from ..runtime.batch import StepContext
+from ..runtime.graphs import DecodeGraphs
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
 from ..runtime.sampler import derive_seed
@@ -27,6 +29,7 @@ from .execute import StepExecutor
 from .held import HeldRows
 from .job import run_job
 from .lock import FairLock
+from .memory import CacheMemory
 from .open_requests import OpenRequests
 from .prompts import prompt_tokens
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
@@ -60,6 +63,7 @@ class BatchEngine:
         self.closed = False
         self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = build_runner(model, config, self._cache, self._scheduler)
+        self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._requests = OpenRequests(self._scheduler, self._forget)
         self._executor = StepExecutor(self._runner, self._scheduler)
@@ -213,6 +217,7 @@ class BatchEngine:
             self._stepping = True
             started = time.perf_counter()
             try:
+                self._memory.wake()
                 self._release_dropped()
                 self._stepper.step()
             except BaseException:
@@ -247,6 +252,7 @@ class BatchEngine:
         self._check_open()
         if self._stepping:
             raise InvalidArgument("a model call came from inside a step (from a processor, criterion or hook)")
+        self._memory.wake()
         self._release_dropped()
         self._stepper.look_at_model()
 
@@ -336,27 +342,95 @@ class BatchEngine:
         return self._scheduler.has_state
 
     def has_unfinished(self) -> bool:
-        return self._scheduler.has_unfinished()
+        """Whether `step` has anything to do, or to tell."""
+        return self._scheduler.has_unfinished() or self._requests.has_news
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; for weights changed in ways the engine cannot see."""
+        """Forget every cached prefix and CUDA graph; for models changed in ways the engine cannot see."""
         with self._lock:
             if not self._stepping:
                 self._stepper.take_back()
             self._scheduler.reset_prefix_cache()
+            if self.graphs is not None:
+                self.graphs.clear()
+
+    # Memory
+
+    def resize_kv_cache(self, memory: int | str) -> None:
+        """Let the KV cache be larger or smaller from now on, for example beside training.
+
+        Running requests keep what they have in it; as far as they no longer fit, the last come wait and are computed
+        again. Requests that could never run in what is left end with RequestTooLarge.
+
+        Args:
+            memory: most bytes, as an int or a string such as "2GiB"; states of layers that keep one included.
+
+        Raises:
+            InvalidArgument: it is not enough for anything.
+            CacheFull: rows of `generate` under way, or a cache it returned, hold more than that.
+        """
+        memory = parse_bytes("memory", memory)
+        with self._between_steps():
+            for request, reason in self._memory.oversized(memory):
+                self._requests.end_with(request.state, RequestTooLarge(reason))
+            self._memory.resize(memory)
+
+    def sleep(self) -> None:
+        """Give the memory of the KV cache and of CUDA graphs back, until `wake_up` or the next step.
+
+        Running requests keep their outputs and wait; they go on where they were once their tokens are computed again.
+        Cached prefixes are forgotten.
+
+        Raises CacheFull if rows of `generate` under way, or a cache it returned, hold what nobody could compute again.
+        """
+        with self._between_steps():
+            if self._speculator is not None:
+                self._speculator.sleep()
+            self._memory.sleep()
+
+    def wake_up(self) -> None:
+        """Take the memory that `sleep` gave back, now rather than with the next step. Raises if it is not there."""
+        with self._between_steps():
+            self._memory.wake()
+
+    @property
+    def sleeping(self) -> bool:
+        """Whether the memory of the cache has been given back."""
+        return self._memory.asleep
+
+    @contextmanager
+    def _between_steps(self):
+        """Scope in which no step runs, and none is in flight. What that one brought, the next step tells."""
+        with self._lock:
+            self._check_open()
+            if self._stepping:
+                raise InvalidArgument("the cache cannot change in the middle of a step (in a processor, criterion or hook)")
+            self._stepping = True
+            try:
+                self._release_dropped()
+                self._stepper.drain()
+                yield
+            finally:
+                self._stepping = False
 
     # Life and numbers
+
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        """Recorded forwards of decode steps, where there are any."""
+        return self._runner.graphs
 
     def stats(self) -> dict:
         """Counts since the last `reset_stats`, and memory in bytes now.
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
-        cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `draft_tokens` were guessed,
-        `accepted_tokens` of them were right and `acceptance_rate` is their share (None if nothing was guessed). Times are
-        the host's, in seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and
-        waiting for the device), `time_draft` what guessing took, the rest is the engine's own (`time_build` packs the
-        batch, and grows the cache when it must). `shared_prefix_tokens` counts the tokens of shared prefixes that a layer
-        read for several sequences at once instead of for each.
+        cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `cuda_graphs` batch sizes of
+        decode steps are recorded so far, which keep `cuda_graph_bytes`. `draft_tokens` were guessed, `accepted_tokens` of
+        them were right and `acceptance_rate` is their share (None if nothing was guessed). Times are the host's, in
+        seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and waiting for
+        the device), `time_draft` what guessing took, the rest is the engine's own (`time_build` packs the batch, and grows
+        the cache when it must). `shared_prefix_tokens` counts the tokens of shared prefixes that a layer read for several
+        sequences at once instead of for each.
         """
         with self._lock:
             scheduler = self._scheduler.stats()
@@ -371,6 +445,8 @@ class BatchEngine:
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
+                "cuda_graphs": len(self.graphs.recorded) if self.graphs else 0,
+                "cuda_graph_bytes": self.graphs.num_bytes if self.graphs else 0,
                 "state_bytes_allocated": self._cache.states.bytes_allocated,
                 "state_bytes_in_use": slot_size * scheduler["slots_in_use"],
                 "state_bytes_peak": slot_size * scheduler["slots_peak"],
@@ -400,7 +476,7 @@ class BatchEngine:
             self._settle()
             for sequence in list(self._scheduler.held):
                 self._scheduler.held.release(sequence)
-            self._runner.close()
+            self._runner.release()
             if self._speculator is not None:
                 self._speculator.close()
 

@@ -25,6 +25,11 @@ class OpenRequests:
         self._states: dict[str, RequestState] = {}
         self._touched: dict[str, RequestState] = {}
 
+    @property
+    def has_news(self) -> bool:
+        """Whether outputs have changed and nobody was told."""
+        return bool(self._touched)
+
     def add(self, state: RequestState) -> None:
         self._states[state.request.request_id] = state
 

@@ -35,6 +35,10 @@ class Proposer(Protocol):
         """The sequence has ended."""
         ...
 
+    def sleep(self) -> None:
+        """Give memory back until the next proposal."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -56,6 +60,9 @@ class NgramProposer:
 
     def forget(self, seq_id: int) -> None:
         self._lookups.pop(seq_id, None)
+
+    def sleep(self) -> None:
+        pass  # what it keeps is small
 
     def close(self) -> None:
         self._lookups.clear()
@@ -160,6 +167,10 @@ class Speculator:
         self._paces.pop(seq_id, None)
         self._barred.discard(seq_id)
         self._proposer.forget(seq_id)
+
+    def sleep(self) -> None:
+        """Give memory back until the next guess. Raises CacheFull where `BatchEngine.sleep` does."""
+        self._proposer.sleep()
 
     def close(self) -> None:
         self._proposer.close()

@@ -101,6 +101,10 @@ class Stepper:
         self._in_flight.clear()
         self._scheduler.take_back()
 
+    def drain(self) -> None:
+        """Collect what is in flight, so that the next step starts from what is known."""
+        self._collect()
+
     # Launch
 
     def _schedule(self) -> StepPlan | None:

@@ -11,6 +11,8 @@ from .draft import check_draft, draft_config
 from .explain import explain_patch
 from .patch import Patch, engine_of, is_patched, patch, patch_of, unpatch
 
+LEAST_MEMORY = 1  # bytes; an engine takes a block a layer whatever it may
+
 
 class Engine(BatchEngine):
     """Continuous batching over a transformers model; `generate`, or `add` and `step`.
@@ -77,9 +79,20 @@ class Engine(BatchEngine):
             self._draft_engine = _borrow(draft_model, config)
         try:
             super().__init__(undo.adapter, tokenizer, config, self._draft_engine)
+            self._share_memory()
         except BaseException:
             self._return_draft_engine()
             raise
+
+    def _share_memory(self) -> None:
+        """On CUDA this engine took all that is left: give a draft engine made for it enough for as many tokens."""
+        draft = self._draft_engine
+        if draft is None or draft.config.kv_cache_memory != LEAST_MEMORY:
+            return
+        own, its = (engine._cache.bytes_per_token for engine in (self, draft))
+        tokens = self.stats()["kv_bytes_allocated"] / (own + its)
+        self.resize_kv_cache(int(tokens * own))
+        draft.resize_kv_cache(int(tokens * its))
 
     def submit(self, *args, **options):
         self._check_strict()  # since the model was patched, hooks and replaced modules may have come
@@ -116,6 +129,8 @@ def _borrow(draft_model: torch.nn.Module, config: EngineConfig) -> Engine:
         engine._borrowers += bool(engine._borrowers)
         return engine
     own = config.replace(speculation=None, kv_dtype=None, max_model_len=None, max_queue=None)
+    if own.kv_cache_memory is None and next(draft_model.parameters()).is_cuda:
+        own = own.replace(kv_cache_memory=LEAST_MEMORY)  # until it is known what there is to share
     engine = Engine(draft_model, config=own)
     engine._borrowers = 1
     return engine

@@ -8,6 +8,7 @@ from hf_paged_kernels import ops
 
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable
+from ..engine.build import wants_graphs
 from .attention import drops_softcap
 from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
@@ -36,6 +37,7 @@ class Explanation:
         fallbacks: every slower path that this model takes on this machine, with its reason.
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
+        graphs: which steps run as CUDA graphs; None if none do.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
         alone: class of attention modules or decoder layers that run their own code, part by part -> why.
         launches: the kernels of Triton and torch that a decoder layer launched for one token when the model was patched,
@@ -59,6 +61,7 @@ class Explanation:
     largest_difference: float | None = None
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
+    graphs: str | None = None
 
     def raise_on_fallback(self) -> None:
         """Raise KernelUnavailable if anything takes a slower path now, whatever calls did (`EngineConfig(strict=True)`)."""
@@ -79,6 +82,8 @@ class Explanation:
             lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
         if self.guesses:
             lines.append(f"guesses {self.guesses}")
+        if self.graphs:
+            lines.append(f"graphs  {self.graphs}")
         lines += [f"slower  {name}: {reason}" for name, reason in {**self.fallbacks, **self.calls}.items()]
         lines += [f"off     {name}: {reason}" for name, reason in self.off.items()]
         if self.largest_difference is not None:
@@ -149,6 +154,7 @@ def explain_patch(model, patch, config) -> Explanation:
         largest_difference=patch.largest_difference,
         limits=limits,
         guesses=_guesses(config),
+        graphs=_graphs(patch, config),
     )
 
 
@@ -164,7 +170,27 @@ def _resting(model, patch, config) -> dict[str, str]:
         names = [paths[id(module)] for module in modules if id(module) in paths]
         if names:
             off[f"fused {kind}"] = f"parts of {_some(names)} are hooked or replaced"
+    if reason := _why_no_graphs(patch, config):
+        off["cuda graphs"] = reason
     return off
+
+
+def _why_no_graphs(patch, config) -> str | None:
+    """Why no step runs as a CUDA graph, though they were to; None if some do, or none were to."""
+    if not wants_graphs(config, patch.adapter.device):
+        return None
+    graphs = patch.live_engine and patch.live_engine.graphs
+    return patch.adapter.why_unrecordable or (graphs and graphs.problem)
+
+
+def _graphs(patch, config) -> str | None:
+    if not wants_graphs(config, patch.adapter.device) or _why_no_graphs(patch, config):
+        return None
+    graphs = patch.live_engine and patch.live_engine.graphs
+    so_far = "none so far"
+    if graphs and graphs.recorded:
+        so_far = f"so far for {', '.join(map(str, graphs.recorded))} ({graphs.num_bytes / 2**20:.0f} MiB)"
+    return f"steps of one token for each of up to {config.max_num_seqs} sequences; {so_far}"
 
 
 def _some(names: list[str]) -> str:

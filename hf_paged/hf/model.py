@@ -18,7 +18,7 @@ from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers, text_config
 from .swap import evaluating
 from .visibility import Visibility
-from .watch import Snapshot
+from .watch import Snapshot, without_hooks
 
 
 class TransformersModel:
@@ -35,6 +35,8 @@ class TransformersModel:
         self.device, self.dtype = parameter.device, parameter.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)
+        self.generation = 0
+        self._seen: Snapshot | None = None
         self._look()
 
     @property
@@ -96,6 +98,9 @@ class TransformersModel:
     def hooked(self) -> bool:
         return self._seen.hooked
 
+    def unobserved(self):
+        return without_hooks(self.module)
+
     def check_module(self, name: str) -> None:
         """Raise InvalidArgument, with the likely names, unless `name` is a module that has a forward of its own."""
         modules = dict(self.module.named_modules())
@@ -109,9 +114,18 @@ class TransformersModel:
                 f"forward_hooks: {name!r} is a {type(modules[name]).__name__}, which is never called; name its parts"
             )
 
+    def _why_unrecordable(self) -> str | None:
+        if self._seen.hooked:
+            return "forward hooks on the model are to be called in every step"
+        if replaced := self._seen.replaced_forwards():
+            return f"the forward of a {replaced[0]} was replaced, and is to be called in every step"
+        return "its layers keep a state" if self.states else None
+
     def _look(self) -> None:
         self.fusions.rejoin()
-        self._seen = Snapshot(self.module)
+        before, self._seen = self._seen, Snapshot(self.module)
+        self.generation += before is None or not before.same_places(self._seen)
+        self.why_unrecordable = self._why_unrecordable()
         self._obstacle = next(obstacles(self.module), None)
         device = self._seen.device
         if getattr(self, "device", device) != device:

@@ -88,7 +88,7 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> list[str
     shorter = tokens[: max(1, len(tokens) * 2 // 3)]
     small = config.replace(
         **dict.fromkeys(("block_size", "memory_fraction", "kv_dtype", "max_queue", "speculation")), prefix_cache=False,
-        kv_cache_memory=_memory(adapter), max_batch_tokens=max(2, len(tokens)), max_num_seqs=2,
+        kv_cache_memory=_memory(adapter), max_batch_tokens=max(2, len(tokens)), max_num_seqs=2, cuda_graphs=False,
     )  # fmt: skip
     cache, scheduler = build(adapter, small, max_model_len=len(tokens) + 1)
     runner = build_runner(adapter, small, cache, scheduler)
@@ -108,7 +108,7 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> list[str
                 errors.setdefault(seq_id, []).append(_errors(mine, observed.logits[begin:end]))
             scheduler.commit(plan, {seq_id: [(tokens + tokens)[ends[seq_id]]] for _, seq_id in plan.samples})
     finally:
-        runner.close()
+        runner.release()
     narrow = adapter.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
     for rows in map(torch.cat, errors.values()):
         if not _small(rows, narrow):

@@ -115,6 +115,7 @@ class Verification:
             max_model_len=longest + NUM_NEW,
             max_queue=None,
             kv_cache_memory=None,
+            cuda_graphs=False,
             speculation=None,
         )
         engine = BatchEngine(adapter, None, private)

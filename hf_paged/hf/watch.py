@@ -58,6 +58,22 @@ class Snapshot:
         """Whether a few values of every parameter are the same in both."""
         return torch.equal(self._fingerprint, later._fingerprint)
 
+    def same_places(self, later: Snapshot) -> bool:
+        """Whether `later` differs in nothing but values written where they were before."""
+        mine, theirs = (
+            [(name, id(tensor), pointer) for _, name, tensor, _, pointer in snapshot._tensors] for snapshot in (self, later)
+        )
+        return (
+            mine == theirs
+            and self._around == later._around
+            and [then for _, then in self._children] == [then for _, then in later._children]
+            and self._adapters == later._adapters
+        )
+
+    def replaced_forwards(self) -> list[str]:
+        """Classes of the modules whose forward was replaced on the instance."""
+        return [type(module).__name__ for module in self.modules if "forward" in module.__dict__]
+
     def _around_forwards(self) -> list[tuple]:
         """What runs around or instead of the classes' own forwards: hooks by id, and forwards set on instances."""
         around = [tuple(map(tuple, _global_hooks()))]

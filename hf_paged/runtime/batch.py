@@ -39,6 +39,8 @@ class StepContext:
         positions: [T] their places in their own sequences.
         position_ids: [1, T] the numbers the model is told: the positions, or a caller's own.
         rows: [R] packed rows whose logits whoever planned the step wants.
+        num_rows: how many of `rows` they are; the others are padding.
+        recording: the number of sequences the step is padded to, to run as a recorded forward; None: as it is.
         metadata: one AttentionMetadata per block group.
         states: the layers that keep a state run through it.
         shared: what one module of a forward computed for those that follow: merged projections, rotary tables.
@@ -50,8 +52,8 @@ class StepContext:
     """
 
     __slots__ = (
-        *("plan", "input_ids", "positions", "position_ids", "rows", "metadata", "states", "shared", "owner"),
-        *("logit_rows", "packed", "hooks", "calls", "_layers", "_backend"),
+        *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
+        *("recording", "logit_rows", "packed", "hooks", "calls", "_layers", "_backend"),
     )
 
     def __init__(
@@ -75,6 +77,8 @@ class StepContext:
         self.positions = inputs.positions
         self.position_ids = inputs.positions[None]
         self.rows = inputs.rows
+        self.num_rows = len(inputs.rows)
+        self.recording: int | None = None
         self.metadata = inputs.metadata
         self.states = StepStates(inputs.states, plan.num_tokens, cache.states) if plan.states else None
 

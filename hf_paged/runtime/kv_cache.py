@@ -38,6 +38,7 @@ class KVCache:
 
     Attributes:
         states: the slots of layers that keep a state instead.
+        generation: counts how often keys and values moved to other memory.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class KVCache:
         self.dtype = dtype
         self.device = device
         self.num_blocks = [0] * len(groups)
+        self.generation = 0
         self.states = StateCache(states, device)
         self.layers = {
             (spec.layer_idx, spec.call): LayerCache(spec, index)
@@ -65,6 +67,10 @@ class KVCache:
 
     def bytes_per_block(self, group: int) -> int:
         return self.groups[group].bytes_per_block(self.block_size, self.dtype)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(map(self.bytes_per_block, range(len(self.groups)))) / self.block_size
 
     @property
     def bytes_allocated(self) -> int:
@@ -78,8 +84,27 @@ class KVCache:
             for spec in self.groups[index].layers:
                 self._grow_layer(self.layers[spec.layer_idx, spec.call], self.num_blocks[index], count)
             self.num_blocks[index] = count
+            self.generation += 1
 
-    def _grow_layer(self, layer: LayerCache, old: int, new: int) -> None:
+    def resize(self, num_blocks: list[int], moves: list[dict[int, int]]) -> None:
+        """Make every group `num_blocks[group]` blocks, `moves[group]` being {old: new} of blocks to keep from beyond them.
+
+        Layer by layer, so little is held twice. If memory does not suffice for that, what is needed stays: the blocks there
+        were, up to those there are to be.
+        """
+        self.copy_blocks([_pairs(moved, self.device) for moved in moves])  # old and new places both exist now
+        for index, count in enumerate(num_blocks):
+            if count == self.num_blocks[index]:
+                continue
+            kept = self.num_blocks[index] = min(count, self.num_blocks[index])
+            self.generation += 1
+            for spec in self.groups[index].layers:
+                self._grow_layer(self.layers[spec.layer_idx, spec.call], kept, count)
+            self.num_blocks[index] = count
+        self._give_back()
+
+    def _grow_layer(self, layer: LayerCache, kept: int, new: int) -> None:
+        """Give a layer `new` blocks, the first `kept` of which are those it had."""
         spec = layer.spec
         sizes = (new, spec.num_kv_heads, spec.head_dim, spec.value_dim, self.block_size)
         one_copy = spec.value_in_key and self.groups[layer.group].values_in_keys
@@ -89,8 +114,8 @@ class KVCache:
         k_scale, v_scale = ops.allocate_scales(v_cache)
         new_tensors = (k_cache, v_cache, k_scale, v_scale)
         for tensor, before in zip(new_tensors, (layer.k_cache, layer.v_cache, *layer.scales.values())):
-            if old and tensor is not None:
-                tensor[:old].copy_(before)
+            if kept and tensor is not None:
+                tensor[:kept].copy_(before[:kept])
         layer.k_cache, layer.v_cache = k_cache, v_cache
         layer.scales = dict(k_scale=k_scale, v_scale=v_scale)
 
@@ -137,7 +162,15 @@ class KVCache:
         for layer in self.layers.values():
             layer.k_cache = layer.v_cache = None
             layer.scales = dict(k_scale=None, v_scale=None)
+        self.generation += 1
         self.num_blocks = [0] * len(self.groups)
         self.states.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # back to the device, not only to torch
+
+
+def _pairs(moved: dict[int, int], device: torch.device) -> torch.Tensor | None:
+    return torch.tensor(list(moved.items()), device=device) if moved else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from hf_paged_kernels import ops
 
 from ..core.plan import StepPlan
 from .batch import SequenceHooks, StepContext
+from .graphs import DecodeGraphs
 from .inputs import Inputs
 from .kv_cache import KVCache
 from .layout import LayerSpec
@@ -39,6 +40,10 @@ class PagedModel(Protocol):
         """Logits [R, V] of the packed rows `rows` [R] of `context`'s batch. Runs `context.hooks`."""
         ...
 
+    def unobserved(self) -> AbstractContextManager:
+        """Scope in which no forward hook of the user's runs."""
+        ...
+
     def check_module(self, name: str) -> None:
         """Raise InvalidArgument unless a function on activations can run on the outputs of a module of that name."""
         ...
@@ -53,6 +58,16 @@ class PagedModel(Protocol):
     @property
     def hooked(self) -> bool:
         """Whether, at the last look, user code ran inside the forward, which may treat every request differently."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """Counts what `weights_changed` noticed and a recorded forward would not: all but new values in old places."""
+        ...
+
+    @property
+    def why_unrecordable(self) -> str | None:
+        """Why, at the last look, a recorded forward would not do what the model's own does; None if it would."""
         ...
 
     def weights_replaced(self) -> bool:
@@ -99,13 +114,17 @@ class ModelRunner:
     """Owns the KV cache of one model and executes plans on it.
 
     Attributes:
+        graphs: recorded forwards of decode steps; None: every forward is the model's own. They need StagedInputs.
         prefixes: finds what decodes share; None where the attention kernels make no use of it.
     """
 
-    def __init__(self, model: PagedModel, cache: KVCache, inputs: Inputs, *, backend: str):
+    def __init__(
+        self, model: PagedModel, cache: KVCache, inputs: Inputs, *, backend: str, graphs: DecodeGraphs | None = None
+    ):
         self.model = model
         self.cache = cache
         self.backend = backend
+        self.graphs = graphs
         self._inputs = inputs
         self._order = StreamOrder(cache.device)
         self.prefixes: PrefixSharing | None = None
@@ -131,24 +150,64 @@ class ModelRunner:
             rows: packed rows whose logits `forward` returns.
             sampled: int64, on the device: what token ids below 0 in the plan stand for, -1 - i for entry i.
         """
+        hooks = hooks or SequenceHooks()
         with as_in_a_step(self.cache.device):  # what is made here outlives the call, whatever mode the caller is in
             self._order.follow(sampled)
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
-            inputs = self._inputs.prepare(plan, rows, sampled)
-            if self.prefixes is not None:
+            size = self._recording(plan, rows, hooks)
+            inputs = self._inputs.prepare(plan, rows, sampled, size)
+            if self.prefixes is not None and size is None:  # a recorded forward is the same whatever is shared
                 self.prefixes.announce(plan, inputs.metadata)
             self.cache.copy_blocks(inputs.copies)
-            return StepContext(plan, inputs, self.cache, self.backend, owner, hooks or SequenceHooks())
+            context = StepContext(plan, inputs, self.cache, self.backend, owner, hooks)
+        context.recording, context.num_rows = size, len(rows)
+        return context
+
+    def _recording(self, plan: StepPlan, rows: Sequence[int], hooks: SequenceHooks) -> int | None:
+        """The number of sequences to pad a step to, if it is one that a recorded forward can run."""
+        count = len(plan.seq_ids)
+        decodes = plan.num_tokens == count and 0 < len(rows) <= count
+        if self.graphs is None or not decodes or hooks.functions or self.model.why_unrecordable is not None:
+            return None
+        return self.graphs.size_for(count, self._valid_for)
 
     def forward(self, context: StepContext) -> torch.Tensor:
-        """Run a prepared batch and return logits [R, V] of its `rows`."""
-        return self.run(context, lambda context: self.model.forward(context, context.rows))
+        """Run a prepared batch and return logits [R, V] of its `rows`, valid until the next forward."""
+        if context.recording is None:
+            return self.run(context, lambda context: self.model.forward(context, context.rows))
+        return self.run(context, self._recorded)
+
+    def _recorded(self, context: StepContext) -> torch.Tensor:
+        size = context.recording
+
+        def forward() -> torch.Tensor:
+            # A context of its own, lest anything made for one forward be taken for a part of the other.
+            inputs = self._inputs.static(size)
+            fresh = StepContext(context.plan, inputs, self.cache, self.backend, context.owner, SequenceHooks())
+            return self.model.forward(fresh, fresh.rows)
+
+        return self.graphs.run(size, self._valid_for, forward)[: context.num_rows]
+
+    @property
+    def _valid_for(self) -> tuple[int, ...]:
+        """What a recorded forward refers to, as it is now."""
+        return self.model.generation, self.cache.generation, self._inputs.generation
 
     def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:
         """Call `execute` on a prepared batch the way a forward of a step runs."""
         with as_in_a_step(self.cache.device):
             return execute(context)
 
-    def close(self) -> None:
-        self.cache.close()
+    def reserve(self, num_blocks: list[int], num_slots: int) -> None:
+        """Take memory for so many blocks a group, and so many states, now."""
+        with as_in_a_step(self.cache.device):
+            self.cache.ensure(num_blocks)
+            self.cache.states.ensure(num_slots)
+
+    def release(self) -> None:
+        """Give the memory of the cache and of recorded forwards back; what was in it is lost. A step takes it again."""
+        with as_in_a_step(self.cache.device):
+            if self.graphs is not None:
+                self.graphs.clear()
+            self.cache.close()

@@ -1,0 +1,313 @@
+"""Recorded decode steps: the whole engine on Triton kernels, with stock's tokens, and everything that must not be replayed.
+
+Without a GPU a stand-in records operations one by one (recording.py); the engine is the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recording import Recorder
+from tiny_models import tiny_model
+
+import hf_paged
+from hf_paged import Engine, EngineConfig, InvalidArgument, SamplingParams, UnsupportedOption
+from hf_paged.engine import build
+from hf_paged.hf import patch as patching
+from hf_paged.runtime import graphs
+from hf_paged.runtime.inputs import StagedInputs
+
+
+@pytest.fixture
+def recorders(device, monkeypatch) -> list[Recorder]:
+    """Those that recorded anything in this test, in order."""
+    made: list[Recorder] = []
+    make = graphs.CudaCapture if device.type == "cuda" else Recorder
+
+    class Counting(make):
+        num_replays = num_records = 0
+
+        def record(self, run):
+            if not self.num_records:
+                made.append(self)
+            self.num_records += 1
+            replay = super().record(run)
+
+            def counted():
+                self.num_replays += 1
+                return replay()
+
+            return counted
+
+    monkeypatch.setattr(build, "cuda_capture", Counting)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Between two steps the buffers hold nonsense: a token that does not exist, others' slots and lengths."""
+    prepare = StagedInputs.prepare
+
+    def poison_first(self, *args, **kwargs):
+        if self._buffers is not None:
+            self._buffers.input_ids.fill_(1 << 30)
+            for name in ("positions", "rows", "block_table", "slot_mapping"):
+                getattr(self._buffers, name).zero_()
+            self._buffers.seq_lens.fill_(9)
+            self._buffers.cu_seqlens.fill_(3)
+        return prepare(self, *args, **kwargs)
+
+    monkeypatch.setattr(StagedInputs, "prepare", poison_first)
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    """That patched models are right is shown elsewhere, and takes the interpreter seconds."""
+    monkeypatch.setattr(patching, "check_forward", lambda *args: None)
+
+
+def small(family: str, device) -> torch.nn.Module:
+    """One layer, but two where they differ: the interpreter is slow."""
+    layers = 1 if family == "llama" else 2
+    return tiny_model(family, vocab_size=320, num_hidden_layers=layers).to(device)
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    return small("llama", device)
+
+
+def config(**options) -> EngineConfig:
+    defaults = dict(attention_backend="triton", cuda_graphs=True, fuse=False, block_size=16, max_model_len=96,
+                    max_batch_tokens=64, max_num_seqs=4, kv_cache_memory="1MiB")  # fmt: skip
+    return EngineConfig(**{**defaults, **options})
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths]
+
+
+def stock(model, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    return model.generate(ids, max_new_tokens=count, do_sample=False)[0, len(prompt) :].tolist()
+
+
+def greedy(count: int, **options) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_tokens_are_stocks(device, recorders, family):
+    """One, two, three and four sequences, padded to one, two and four; full attention, two block groups, sinks."""
+    model = small(family, device)
+    jobs, counts = prompts(5, 19, 33, 16), [6, 12, 4, 9]
+    expected = [stock(model, job, count) for job, count in zip(jobs, counts)]
+    with Engine(model, config=config()) as engine:
+        assert tokens(engine.generate(jobs, [greedy(count) for count in counts])) == expected
+        (recorder,) = recorders
+        stats = engine.stats()
+        assert stats["cuda_graphs"] == recorder.num_records == 3
+        assert stats["cuda_graph_bytes"] > 0
+        assert recorder.num_replays >= 9, "decode steps were not replayed"
+        assert tokens(engine.generate(jobs[:2], greedy(8))) == [row[:8] for row in (stock(model, job, 8) for job in jobs[:2])]
+        assert recorder.num_records == 3, "a size was recorded again"
+        assert "so far for 1, 2, 4" in str(hf_paged.explain(model))
+
+
+def test_requests_that_join_and_leave(model, recorders):
+    jobs = prompts(4, 21, 9, 17, 12)
+    with Engine(model, config=config()) as engine:
+        finished, waiting = {}, list(enumerate(jobs))
+        while waiting or engine.has_unfinished():
+            if waiting:
+                index, job = waiting.pop(0)
+                engine.add(job, greedy(3 + index), request_id=str(index))
+            for output in [*engine.step(), *engine.step()]:
+                finished[output.request_id] = output
+            engine.check_integrity()
+        for index, job in enumerate(jobs):
+            assert tokens([finished[str(index)]]) == [stock(model, job, 3 + index)]
+
+
+def test_sampled_rows_and_log_probabilities(model, recorders):
+    """What is read of the logits is read before another graph writes there."""
+    jobs = prompts(8, 15, 4)
+    params = [
+        SamplingParams(temperature=0.9, seed=4, n=2, max_tokens=5, ignore_eos=True, logprobs=2),
+        greedy(4, logprobs=3, prompt_logprobs=1),
+        greedy(6, repetition_penalty=1.3),
+    ]
+    with Engine(model, config=config()) as engine:
+        mine = engine.generate(jobs, params)
+    with Engine(model, config=config(cuda_graphs=False)) as engine:
+        plain = engine.generate(jobs, params)
+    assert len(recorders) == 1 and recorders[0].num_replays > 3
+    assert tokens(mine) == tokens(plain)
+    for one, other in zip(mine, plain):
+        for a, b in zip(one.outputs, other.outputs):
+            assert (a.logprobs is None) == (b.logprobs is None)
+            for x, y in zip(a.logprobs or [], b.logprobs or []):
+                assert x.keys() == y.keys()
+                assert all(abs(x[token].logprob - y[token].logprob) < 1e-4 for token in x)
+
+
+def test_new_values_in_old_places_are_replayed(device, recorders):
+    """An optimizer step: the graph reads the live weights."""
+    model = small("llama", device)
+    (job,) = prompts(12)
+    with Engine(model, config=config()) as engine:
+        before = tokens(engine.generate([job], greedy(8)))
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(-1.5)
+        after = tokens(engine.generate([job], greedy(8)))
+        assert recorders[0].num_records == 1
+    assert after == [stock(model, job, 8)] != before
+
+
+@pytest.mark.parametrize("change", ["storage", "data", "module"])
+def test_moved_weights_are_recorded_again(device, recorders, change):
+    model = small("llama", device)
+    (job,) = prompts(12)
+    down = model.model.layers[0].mlp.down_proj
+    with Engine(model, config=config()) as engine:
+        before = tokens(engine.generate([job], greedy(8)))
+        if change == "storage":
+            down.weight = torch.nn.Parameter(-1.5 * down.weight.detach())
+        elif change == "data":
+            down.weight.data = -1.5 * down.weight.data
+        else:
+            new = torch.nn.Linear(down.in_features, down.out_features, bias=False).to(device)
+            new.weight.data = -1.5 * down.weight.data
+            model.model.layers[0].mlp.down_proj = new
+        after = tokens(engine.generate([job], greedy(8)))
+        assert recorders[0].num_records == 2
+    assert after == [stock(model, job, 8)] != before
+
+
+def test_a_cache_that_moves(model, recorders):
+    jobs = prompts(5, 19, 33)
+    with Engine(model, config=config()) as engine:
+        for job in jobs:
+            engine.add(job, greedy(9))
+        outputs, block = {}, engine._cache.bytes_per_block(0)
+        changes = {4: lambda: engine.resize_kv_cache(9 * block), 6: engine.sleep, 8: lambda: engine.resize_kv_cache("1MiB")}
+        for step in range(60):
+            changes.get(step, lambda: None)()
+            if step == 6:
+                assert engine.stats()["cuda_graphs"] == engine.stats()["cuda_graph_bytes"] == 0
+            for output in engine.step():
+                outputs[output.request_id] = output
+            if not engine.has_unfinished():
+                break
+        assert recorders[0].num_records >= 2
+        assert sorted(tokens(outputs.values())) == sorted(stock(model, job, 9) for job in jobs)
+
+
+def test_hooks_see_every_step(model, recorders):
+    """Those of the model and those of a request; the others' steps are recorded as before and after."""
+    (job,) = prompts(12)
+    seen, own = [], []
+    layer = model.model.layers[0]
+    with Engine(model, config=config()) as engine:
+        expected = tokens(engine.generate([job], greedy(6)))
+        replays = recorders[0].num_replays
+        handle = layer.register_forward_hook(lambda module, args, output: seen.append(1))
+        assert tokens(engine.generate([job], greedy(6))) == expected
+        assert len(seen) == 6 and recorders[0].num_replays == replays
+        explained = hf_paged.explain(model)
+        assert explained.off["cuda graphs"] == "forward hooks on the model are to be called in every step"
+        handle.remove()
+        engine.add(job, greedy(6), forward_hooks={"model.layers.0": lambda rows, positions: own.append(positions.tolist())})
+        while engine.has_unfinished():
+            engine.step()
+        assert own == [list(range(12)), *([position] for position in range(12, 17))]
+        assert recorders[0].num_replays == replays
+        assert tokens(engine.generate([job], greedy(6))) == expected
+        assert recorders[0].num_replays > replays and "cuda graphs" not in hf_paged.explain(model).off
+
+
+def test_a_replaced_forward_is_called_in_every_step(device, recorders):
+    model = small("llama", device)
+    (job,) = prompts(12)
+    calls, mlp = [], model.model.layers[0].mlp
+    plain = mlp.forward
+    with Engine(model, config=config()) as engine:
+        engine.generate([job], greedy(4))
+        mlp.forward = lambda x: calls.append(1) or plain(x)
+        engine.generate([job], greedy(4))
+        assert len(calls) == 4
+        assert "was replaced" in hf_paged.explain(model).off["cuda graphs"]
+        del mlp.forward
+
+
+def test_a_forward_that_waits_for_the_device_runs_as_it_is(device, recorders):
+    model = small("llama", device)
+
+    class Waiting(type(model.model.norm)):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if float(x.abs().max()) >= 0 else 2.0)
+
+    model.model.norm.__class__ = Waiting
+    jobs = prompts(5, 19)
+    with Engine(model, config=config()) as engine:
+        assert tokens(engine.generate(jobs, greedy(5))) == [stock(model, job, 5) for job in jobs]
+        reason = hf_paged.explain(model).off["cuda graphs"]
+        assert "waits for the device" in reason and "_local_scalar_dense" in reason
+        assert recorders[0].num_records == 1 and engine.stats()["cuda_graphs"] == 0
+        assert hf_paged.explain(model).graphs is None
+
+
+def test_a_failed_recording_harms_nobody(model, recorders, monkeypatch):
+    jobs = prompts(5, 19, 8)
+    with Engine(model, config=config()) as engine:
+        engine.generate(jobs[:1], greedy(3))
+        recorder = recorders[0]
+        monkeypatch.setattr(type(recorder), "record", lambda self, run: (_ for _ in ()).throw(MemoryError("no room")))
+        assert tokens(engine.generate(jobs, greedy(5))) == [stock(model, job, 5) for job in jobs]
+        assert hf_paged.explain(model).off["cuda graphs"].endswith("failed with MemoryError: no room")
+
+
+def test_a_recording_that_gives_other_logits_is_not_used(device, recorders, monkeypatch):
+    """A new module is a new chance."""
+    model = small("llama", device)
+    (job,) = prompts(9)
+    with Engine(model, config=config()) as engine:
+        record = Recorder.record
+        with monkeypatch.context() as patched:
+            patched.setattr(Recorder, "record", lambda self, run: lambda: record(self, run)() + 0.1)
+            assert tokens(engine.generate([job], greedy(4))) == [stock(model, job, 4)]
+            assert "gave other logits, off by" in hf_paged.explain(model).off["cuda graphs"]
+        assert tokens(engine.generate([job], greedy(4))) == [stock(model, job, 4)]
+        assert engine.stats()["cuda_graphs"] == 0
+        model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach() * 1.5)
+        assert tokens(engine.generate([job], greedy(4))) == [stock(model, job, 4)]
+        assert engine.stats()["cuda_graphs"] == 1 and "cuda graphs" not in hf_paged.explain(model).off
+
+
+def test_layers_with_a_state_are_not_recorded(device, recorders):
+    model = small("mamba", device)
+    (job,) = prompts(12)
+    with Engine(model, config=config()) as engine:
+        assert tokens(engine.generate([job], greedy(5))) == [stock(model, job, 5)]
+        assert hf_paged.explain(model).off["cuda graphs"] == "its layers keep a state"
+        assert not recorders
+
+
+def test_graphs_are_for_cuda():
+    with pytest.raises(InvalidArgument, match="cuda_graphs must be True, False or None"):
+        EngineConfig(cuda_graphs="yes")
+    with pytest.raises(UnsupportedOption, match="cuda_graphs: the model is on cpu"):
+        Engine(tiny_model("llama"), config=EngineConfig(cuda_graphs=True))
+    assert EngineConfig().cuda_graphs is None
+
+
+def test_the_ladder():
+    assert graphs.ladder(1) == [1] and graphs.ladder(3) == [1, 2, 3] and graphs.ladder(8) == [1, 2, 4, 8]
+    assert graphs.ladder(20) == [1, 2, 4, 8, 16, 20]
+    many = graphs.ladder(2000)
+    assert many[-1] == 2000 and all(b <= 1.13 * a for a, b in zip(many, many[1:]) if a >= 64)
