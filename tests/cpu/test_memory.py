@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_model
 
 from hf_paged import AsyncEngine, CacheFull, Engine, EngineConfig, InvalidArgument, RequestTooLarge, SamplingParams
+from hf_paged.hf.patch import is_patched
 
 BLOCK = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -34,6 +35,7 @@ def block_bytes(engine) -> int:
 
 
 def stock(model, prompt: list[int], count: int) -> list[int]:
+    assert not is_patched(model)
     ids = torch.tensor([prompt])
     return model.generate(ids, max_new_tokens=count, do_sample=False)[0, len(prompt) :].tolist()
 
@@ -93,13 +95,13 @@ def test_growing_and_shrinking_all_the_time(model, expected):
         assert tokens(engine.generate(prompts(5), [GREEDY] * 4 + [SAMPLED])) == expected
 
 
-def test_a_larger_cache_takes_what_the_smaller_one_refused(model):
+def test_a_larger_cache_takes_what_the_smaller_one_refused(model, expected):
     with Engine(model, config=config(kv_cache_memory=3 * 16 * 1024)) as engine:
         engine.resize_kv_cache(3 * block_bytes(engine))
         with pytest.raises(RequestTooLarge, match="holds at most 3"):
             engine.add(prompts(4)[3], GREEDY)
         engine.resize_kv_cache(5 * block_bytes(engine))
-        assert tokens(engine.generate(prompts(4)[3:], GREEDY)) == [stock(model, prompts(4)[3], 40)]
+        assert tokens(engine.generate(prompts(4)[3:], GREEDY)) == expected[3:4]
 
 
 def test_requests_that_no_longer_fit_end_and_the_others_go_on(model, expected):
@@ -180,6 +182,7 @@ def test_weights_may_change_in_ones_sleep(model):
 def test_rows_that_somebody_holds_keep_the_engine_awake(model):
     """Beams, and caches that generate returned: nobody could compute again what they have."""
     job = prompts(4)[3]
+    following = stock(model, [*job, 7], 1)
     with Engine(model, config=config()) as engine:
         rows = engine.hold(1)
         before = rows.forward([job])[0].result
@@ -193,7 +196,7 @@ def test_rows_that_somebody_holds_keep_the_engine_awake(model):
         with pytest.raises(CacheFull):
             other.forward([job])
         other.close()
-        assert torch.equal(rows.forward([[7]])[0].result.argmax(-1), torch.tensor(stock(model, [*job, 7], 1)))
+        assert torch.equal(rows.forward([[7]])[0].result.argmax(-1), torch.tensor(following))
         rows.close()
         engine.sleep()
         assert engine.stats()["kv_bytes_allocated"] == 0
@@ -219,12 +222,12 @@ def test_nothing_of_this_in_the_middle_of_a_step(model):
     assert len(raised) == 3
 
 
-def test_a_draft_model_sleeps_with_the_main_one(model):
+def test_a_draft_model_sleeps_with_the_main_one(model, expected):
     draft = tiny_model("qwen3", vocab_size=320, seed=1, num_hidden_layers=1)
     jobs = prompts(3)
     with Engine(model, config=config(), draft_model=draft) as engine:
         sleep = lambda step: engine.sleep() if step == 8 else None  # noqa: E731
-        assert run(engine, jobs, [GREEDY] * 3, sleep) == [stock(model, job, 40) for job in jobs]
+        assert run(engine, jobs, [GREEDY] * 3, sleep) == expected[:3]
         assert engine.stats()["draft_tokens"] > 0
         engine.sleep()
         assert engine._draft_engine.stats()["kv_bytes_allocated"] == 0
