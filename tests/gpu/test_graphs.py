@@ -120,6 +120,16 @@ def test_tokens_are_stocks(device, recorders, family):
         assert "so far for 1, 2, 4" in str(hf_paged.explain(model))
 
 
+def test_fused_layers_are_recorded_too(device, recorders):
+    model = small("llama", device)
+    jobs = prompts(5, 18)
+    expected = [stock(model, job, 5) for job in jobs]
+    with Engine(model, config=config(fuse=True)) as engine:
+        assert hf_paged.explain(model).fused
+        assert tokens(engine.generate(jobs, greedy(5))) == expected
+        assert engine.stats()["cuda_graphs"] == 1 and recorders[0].num_replays >= 3
+
+
 def test_requests_that_join_and_leave(model, recorders):
     jobs = prompts(4, 21, 9, 17, 12)
     expected = [stock(model, job, 3 + index) for index, job in enumerate(jobs)]
