@@ -102,7 +102,11 @@ class Stepper:
         self._scheduler.take_back()
 
     def drain(self) -> None:
-        """Collect what is in flight, so that the next step starts from what is known."""
+        """Collect what is in flight, so that the next step starts from what is known.
+
+        Unless the model has changed since: see `look_at_model`.
+        """
+        self.look_at_model()
         self._collect()
 
     # Launch
