@@ -36,12 +36,10 @@ class PrefixSharing:
         self._device = device
 
     def announce(self, plan: StepPlan, metadata: list[ops.AttentionMetadata]) -> None:
-        """Set `shared` of the metadata of each block group where it pays."""
+        """Set `shared` of the metadata of each block group where it pays. The batch must not be padded."""
         saved_tokens = []
         for group, tables, meta in zip(self._groups, plan.block_tables, metadata):
             count = meta.num_decodes
-            if count > len(tables):  # padded, for a recorded forward, which is the same whatever is shared
-                continue
             latents = group.values_in_keys and any(layer.value_in_key for layer in group.layers)
             if count < 2 or group.window is not None or group.chunk is not None or latents:
                 continue
