@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +83,6 @@ def open_session(options: argparse.Namespace) -> Session:
     repair_interpreter(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    gc.freeze()  # what is imported stays: collections between the parts need not look at it again
     report = Report(options.out / ("tiny.csv" if options.tiny else "gpu.csv"), device, aims=not options.tiny)
     clock = Clock(60 * options.minutes)
     return Session(device=device, backend=options.backend, tiny=options.tiny, report=report, clock=clock)
