@@ -74,6 +74,21 @@ def tokens_of_modes(setting: Setting) -> Iterator[Case]:
                 yield differing(f"{family}, overlap={overlap}", engine_tokens(engine, setting), expected)
 
 
+def tokens_of_shared_prefixes(setting: Setting) -> Iterator[Case]:
+    """Requests that begin alike, so that their decodes may read the keys of what they share once for all."""
+    start, tails, count = ((70, (2, 5, 1), 4) if setting.small else (600, (1, 40, 7, 90, 3, 12, 5, 64), 32))
+    shared, generator = random_ids(start, 50), torch.Generator().manual_seed(51)
+    rows = [shared + torch.randint(3, BASE["vocab_size"], (tail,), generator=generator).tolist() for tail in tails]
+    for family in ("llama",) if setting.small else ("llama", "gemma3_text", "gpt_oss", "deepseek_v3"):
+        model = tiny(family, setting)
+        expected = stock_tokens(model, setting, rows, count)
+        with engine_on(model, setting) as engine:
+            first = tokens_of(engine.generate(rows, SamplingParams(temperature=0.0, max_tokens=count)))
+            yield differing(f"{family}, computed together", first, expected)
+            again = tokens_of(engine.generate(rows, SamplingParams(temperature=0.0, max_tokens=count)))
+            yield differing(f"{family}, from the prefix cache", again, expected)
+
+
 def sampling_repeats(setting: Setting) -> Iterator[Case]:
     """A seeded request draws the same tokens alone and among others; other seeds draw others."""
     model = tiny("llama", setting)
@@ -140,6 +155,7 @@ def quantized_caches(setting: Setting) -> Iterator[Case]:
 AREAS = {
     "engine-families": tokens_of_families,
     "engine-modes": tokens_of_modes,
+    "engine-prefixes": tokens_of_shared_prefixes,
     "engine-sampling": sampling_repeats,
     "engine-logits": logits_in_bf16,
     "engine-quantized": quantized_caches,
@@ -164,6 +180,10 @@ def prompts(setting: Setting) -> list[list[int]]:
     return [torch.randint(3, BASE["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
 
 
+def random_ids(count: int, seed: int) -> list[int]:
+    return torch.randint(3, BASE["vocab_size"], (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def forced_sequences(setting: Setting) -> tuple[list[list[int]], list[int]]:
     """The prompts with random tokens after them, and how long the prompts are."""
     generator, count = torch.Generator().manual_seed(100), 4 if setting.small else 24
@@ -180,13 +200,15 @@ def engine_on(model: torch.nn.Module, setting: Setting, **options) -> Iterator[h
         yield engine
 
 
-def stock_tokens(model: torch.nn.Module, setting: Setting) -> list[list[int]]:
-    """Stock's greedy tokens, one prompt at a time, before the model is patched."""
-    count = SMALL_NEW if setting.small else NEW
-    rows = [torch.tensor([ids], device=setting.device) for ids in prompts(setting)]
+def stock_tokens(
+    model: torch.nn.Module, setting: Setting, rows: list[list[int]] | None = None, count: int | None = None
+) -> list[list[int]]:
+    """Stock's greedy tokens, one prompt at a time, before the model is patched. By default of `prompts`."""
+    count = count or (SMALL_NEW if setting.small else NEW)
+    inputs = [torch.tensor([ids], device=setting.device) for ids in rows or prompts(setting)]
     options = dict(max_new_tokens=count, do_sample=False)
-    made = [model.generate(row, attention_mask=torch.ones_like(row), **options)[0] for row in rows]
-    return [tokens[row.shape[1] :].tolist() for row, tokens in zip(rows, made, strict=True)]
+    made = [model.generate(row, attention_mask=torch.ones_like(row), **options)[0] for row in inputs]
+    return [tokens[row.shape[1] :].tolist() for row, tokens in zip(inputs, made, strict=True)]
 
 
 def engine_tokens(engine: hf_paged.Engine, setting: Setting) -> list[list[int]]:
