@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 
@@ -65,13 +66,23 @@ def family_case(family: str, setting: Setting) -> Case:
 
 
 def tokens_of_modes(setting: Setting) -> Iterator[Case]:
-    """Overlapping steps do not change a token."""
-    for family in ("llama",) if setting.small else ("llama", "gemma3_text", "gpt_oss"):
+    """Neither CUDA graphs nor overlapping steps change a token, nor do sleeping and another cache."""
+    graphs = (False, True) if setting.device.type == "cuda" else (False,)
+    for family in ("llama",) if setting.small else ("llama", "gemma3_text", "gpt_oss", "deepseek_v3"):
         model = tiny(family, setting)
         expected = stock_tokens(model, setting)
-        for overlap in (False, True):
-            with engine_on(model, setting, overlap=overlap) as engine:
-                yield differing(f"{family}, overlap={overlap}", engine_tokens(engine, setting), expected)
+        for cuda_graphs, overlap in product(graphs, (False, True)):
+            name = f"{family}, cuda_graphs={cuda_graphs}, overlap={overlap}"
+            with engine_on(model, setting, cuda_graphs=cuda_graphs, overlap=overlap) as engine:
+                yield differing(name, engine_tokens(engine, setting), expected)
+                if cuda_graphs and not engine.stats()["cuda_graphs"]:
+                    reasons = "; ".join(f"{what}: {why}" for what, why in hf_paged.explain(model).fallbacks.items())
+                    yield Case(f"{name}: no step was recorded ({reasons})", 1.0, 0.0)
+                engine.sleep()
+                engine.wake_up()
+                yield differing(f"{name}, woken", engine_tokens(engine, setting), expected)
+                engine.resize_kv_cache("64MiB")
+                yield differing(f"{name}, resized", engine_tokens(engine, setting), expected)
 
 
 def tokens_of_shared_prefixes(setting: Setting) -> Iterator[Case]:

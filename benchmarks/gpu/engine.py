@@ -177,14 +177,17 @@ class ModelBench:
         profile = profile_steps(some_steps, profiled, self.shape.num_layers, self.session.device)
         for request_id in outputs:
             engine.abort(request_id)
-        self._report_steps(batch, seconds, context, profile)
+        self._report_steps(batch, seconds, context, profile, engine.stats()["cuda_graphs"])
 
-    def _report_steps(self, batch: int, seconds: list[float], context: float, profile: StepProfile) -> None:
+    def _report_steps(
+        self, batch: int, seconds: list[float], context: float, profile: StepProfile, graphs: int
+    ) -> None:
         """`context` is how many tokens the keys and values of all sequences together were, on average."""
         name, itemsize = f"decode of {batch}", self.session.dtype.itemsize
         num_bytes = self.shape.weight_bytes(itemsize) + context * self.shape.kv_bytes_per_token(itemsize)
         floor = num_bytes / self.session.copy_bandwidth
-        median = self._add(name, PAGED, "step", "ms", [s * 1e3 for s in seconds], floor_ms=floor * 1e3, context=context)
+        median = self._add(name, PAGED, "step", "ms", [s * 1e3 for s in seconds], floor_ms=floor * 1e3, context=context,
+                           cuda_graphs=graphs)  # fmt: skip
         self._add(name, PAGED, "step by its floor", "x", [s / floor for s in seconds],
                   target=STEP_TARGETS.get(self.shape.name) if batch == 1 else None)  # fmt: skip
         self._add(name, PAGED, "kernels per layer", "", [profile.per_layer], target=KERNEL_TARGET,
