@@ -16,7 +16,7 @@ from ..runtime.inputs import Inputs, make_inputs
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
 from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
-from ..runtime.runner import ModelRunner, PagedModel
+from ..runtime.runner import ModelRunner, PagedModel, as_in_a_step
 from .draft_model import DraftModel
 from .measure import kv_budget
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
@@ -91,8 +91,9 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     most = blocks_within(cache, budget, slots, limits)
     initial = first_blocks(cache.device, most)
     if cuda:  # so that a lack of memory shows here, and not in somebody's request
-        cache.ensure(initial)
-        cache.states.ensure(min(slots, config.max_num_seqs))
+        with as_in_a_step(cache.device):
+            cache.ensure(initial)
+            cache.states.ensure(min(slots, config.max_num_seqs))
     scheduler = Scheduler(
         groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in cache.groups],
         block_size=cache.block_size,

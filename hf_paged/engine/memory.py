@@ -42,7 +42,7 @@ class CacheMemory:
         grows = self._cache.device.type == "cuda" and not self.asleep
         counts = [count if grows else min(count, have) for count, have in zip(most, self._cache.num_blocks)]
         try:
-            self._cache.resize(counts, moves)
+            self._runner.resize(counts, moves)
         except BaseException:
             self._scheduler.resize([min(pair) for pair in zip(before, most)])
             raise

@@ -199,15 +199,23 @@ class ModelRunner:
         with as_in_a_step(self.cache.device):
             return execute(context)
 
+    def resize(self, num_blocks: list[int], moves: list[dict[int, int]]) -> None:
+        """See `KVCache.resize`."""
+        with as_in_a_step(self.cache.device):
+            self._order.follow(None)
+            self.cache.resize(num_blocks, moves)
+
     def reserve(self, num_blocks: list[int], num_slots: int) -> None:
         """Take memory for so many blocks a group, and so many states, now."""
         with as_in_a_step(self.cache.device):
+            self._order.follow(None)
             self.cache.ensure(num_blocks)
             self.cache.states.ensure(num_slots)
 
     def release(self) -> None:
         """Give the memory of the cache and of recorded forwards back; what was in it is lost. A step takes it again."""
         with as_in_a_step(self.cache.device):
+            self._order.follow(None)
             if self.graphs is not None:
                 self.graphs.clear()
             self.cache.close()

@@ -118,6 +118,18 @@ def test_requests_that_no_longer_fit_end_and_the_others_go_on(model, expected):
         assert tokens(outputs[name] for name in ids[:3]) == expected[:3]
 
 
+def test_resizing_in_inference_mode(model, expected):
+    """The cache outlives the caller's mode."""
+    with Engine(model, config=config()) as engine:
+
+        @torch.inference_mode()
+        def between(step):
+            if step % 7 == 0:
+                engine.resize_kv_cache((20 - step // 7) * block_bytes(engine))
+
+        assert run(engine, prompts(5), [GREEDY] * 4 + [SAMPLED], between) == expected
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_prefixes_survive_a_move(model, prefix_cache):
     """Cached blocks within the new size are still found, and hold what they held."""
