@@ -9,6 +9,7 @@ from .norm import CASTS, Norm
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
+TRITON_MAX_HEAD_DIM = 512  # latents may be longer
 
 
 def check_attention(query, key, value, k_cache, v_cache, metadata, window, chunk, softcap, sinks, alibi_slopes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,7 +75,6 @@ class AttentionMetadata:
     max_seqlen_k: int
     num_decodes: int = 0
     shared: SharedPrefixes | None = None
-    _launch: dict = field(default_factory=dict, init=False, repr=False)  # a backend's own per-step preparation
 
     def __post_init__(self):
         check_index("cu_seqlens_q", self.cu_seqlens_q, torch.int32, 1)

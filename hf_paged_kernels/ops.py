@@ -308,14 +308,25 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 
 
 def supports(
-    backend: str, device: torch.device | str, *dtypes: torch.dtype, kv_dtype: torch.dtype | None = None
+    backend: str,
+    device: torch.device | str,
+    *dtypes: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
 ) -> bool:
-    """Whether a backend runs on this device with queries, keys and values of these dtypes and a cache of `kv_dtype`."""
-    return why_unsupported(backend, device, *dtypes, kv_dtype=kv_dtype) is None
+    """Whether a backend runs on this device with queries, keys and values of these dtypes and a cache of `kv_dtype`.
+
+    `head_dim`: the largest size of a head, but for those whose values lie in their keys.
+    """
+    return why_unsupported(backend, device, *dtypes, kv_dtype=kv_dtype, head_dim=head_dim) is None
 
 
 def why_unsupported(
-    backend: str, device: torch.device | str, *dtypes: torch.dtype, kv_dtype: torch.dtype | None = None
+    backend: str,
+    device: torch.device | str,
+    *dtypes: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
 ) -> str | None:
     """The reason why `supports` is False, or None."""
     if backend not in BACKENDS:
@@ -331,6 +342,8 @@ def why_unsupported(
     if backend == "triton":
         from .triton import launch
 
+        if head_dim is not None and head_dim > checks.TRITON_MAX_HEAD_DIM:
+            return f"its heads have at most {checks.TRITON_MAX_HEAD_DIM} dimensions, not {head_dim}"
         return launch.why_unavailable(device) or launch.why_dtype_unavailable(device, kv_dtype)
     if backend != "cpu":
         return None

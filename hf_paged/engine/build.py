@@ -40,8 +40,8 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
     """Raise unless an engine of `config` can run `model`.
 
     Raises:
-        KernelUnavailable: the attention backend asked for cannot run on the model's device, or not with the type asked
-            for of the cache.
+        KernelUnavailable: the attention backend cannot run on the model's device, or not with its heads, or not with the
+            type asked for of the cache.
         UnsupportedOption: speculation, for a model whose sequences cannot take tokens back; a quantized cache of latents;
             CUDA graphs elsewhere.
     """
@@ -51,6 +51,9 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
         kernels = ops.resolve_backend(config.attention_backend, model.device)
     except ValueError as error:
         raise KernelUnavailable(f"attention_backend: {error}") from error
+    sizes = [max(layer.head_dim, layer.value_dim) for layer in model.layers if not layer.value_in_key]
+    if reason := ops.why_unsupported(kernels, model.device, head_dim=max(sizes, default=None)):
+        raise KernelUnavailable(f"attention_backend {kernels!r}: {reason}; use 'reference'")
     if reason := ops.why_unsupported(kernels, model.device, kv_dtype=kv_dtype_of(config.kv_dtype, model.dtype)):
         raise KernelUnavailable(f"kv_dtype={config.kv_dtype!r} with attention_backend {kernels!r}: {reason}")
     if config.kv_dtype in QUANTIZED and kernels == "triton" and any(layer.value_in_key for layer in model.layers):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks import values_lie_in_keys
+from ..checks import TRITON_MAX_HEAD_DIM, values_lie_in_keys
 from .attention_tile import AttentionCall
 from .cascade import cascade
 from .decode import MAX_ROWS, decode
 from .mla import latent_attention
-from .store_kv import store_kv
 from .prefill import prefill
+from .store_kv import store_kv
 
 
 def attention_(
@@ -37,6 +37,9 @@ def attention_(
     if values_lie_in_keys(k_cache, v_cache):
         latent_attention(call, out, lse)
         return out
+    if max(k_cache.shape[2], v_cache.shape[3]) > TRITON_MAX_HEAD_DIM:
+        raise ValueError(f"k_cache and v_cache have head sizes {k_cache.shape[2]} and {v_cache.shape[3]}; the Triton "
+                         f"kernels take at most {TRITON_MAX_HEAD_DIM}, backend='reference' any")  # fmt: skip
     decodes, max_q = metadata.num_decodes, metadata.max_seqlen_q
     if metadata.shared is not None and call.kind == "all" and split_size is None:
         cascade(call, out[:decodes], None if lse is None else lse[:decodes])

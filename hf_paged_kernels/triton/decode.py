@@ -21,8 +21,7 @@ from .merge import merge_states
 MAX_ROWS = 64  # of a program: beyond this the prefill kernel's larger tiles serve better
 _MAX_SPLITS = 128
 _MIN_SPLIT = 256  # keys: below this a program's fixed cost outweighs its share of the reading
-# Bytes of tiles in flight: two programs fit a multiprocessor's shared memory (on AMD, with 64 KiB, one).
-_TILES_IN_FLIGHT = {"sm_80": 80 << 10, "gfx": 32 << 10}
+_TILES_IN_FLIGHT = {"sm_80": 80 << 10}  # bytes: two programs fit a multiprocessor's shared memory
 _TILES_IN_FLIGHT_ELSEWHERE = 104 << 10
 _WAVES = 4  # programs per multiprocessor to aim for: two fit at a time, more of them even out unequal lengths
 
@@ -86,7 +85,9 @@ def _decode_kernel(
             k_stride_n, k_stride_d, k_stride_t, v_stride_n, v_stride_t, scale_stride_n, qk_scale, cap,
             DK, DV, DK_PAD, DV_PAD, BLOCK_SIZE, TILE, SPAN, SOFTCAP, True,
         )  # fmt: skip
-    keep = (total != 0) | (num_splits == 1)  # nobody reads the partial result of an empty split
+    keep = valid
+    if num_splits > 1:  # nobody reads the partial result of an empty split
+        keep &= total != 0
     partial_row = split.to(tl.int64) * num_rows + start
     finish_rows(acc, peak, total, out, lse, sinks, partial_row + token, head, valid, keep, NUM_HEADS, DV, DV_PAD)
 
@@ -154,12 +155,22 @@ def choose_num_splits(num_programs: int, num_keys: int, wanted_programs: int) ->
 
 
 def tile_and_stages(call: AttentionCall, arch: str) -> tuple[int, int]:
-    """Keys of a tile, 32 KiB of them and their values where 16 to 128 can be, and how many tiles are in flight."""
+    """Keys of a tile, 32 KiB of them and their values where 16 to 128 can be, and stages of the loop over tiles.
+
+    The largest that spill no registers (tests/gpu/compile_kernels.py).
+    """
     amd = arch.startswith("gfx")
-    most, size = (32, 16 << 10) if amd else (128, 32 << 10)
+    most, size = (32, 16 << 10) if amd else (128, 32 << 10 if call.k_scale is None else 16 << 10)  # 8 bits become 16
     tile = min(most, max(16, 1 << (size // call.key_bytes).bit_length() - 1))
     block_size = call.v_cache.shape[2]
     if block_size in (64, 128):  # then a tile lies in one block
         tile = min(tile, block_size)
-    budget = _TILES_IN_FLIGHT.get("gfx" if amd else arch, _TILES_IN_FLIGHT_ELSEWHERE)
-    return tile, max(2, min(4, budget // (tile * call.key_bytes)))
+    elif block_size % tile:  # a pointer for every key: larger tiles spill registers
+        tile = min(tile, 64)
+    if call.wide and arch == "sm_100":
+        tile = 16
+    if amd:  # scalar registers are few: scales and addresses of several blocks leave no room for more
+        return (16 if call.k_scale is not None or block_size % tile else tile), 2
+    in_flight = max(1, min(3, _TILES_IN_FLIGHT.get(arch, _TILES_IN_FLIGHT_ELSEWHERE) // (tile * call.key_bytes)))
+    # While one stage computes the others load; a look-up for every key takes two stages before its loads can begin.
+    return tile, 1 + in_flight + (2 if block_size % tile else 0)

@@ -22,9 +22,14 @@ _TILES = {
     "sm_90": [(128, (128, 64, 8, 3)), (256, (128, 32, 8, 2)), (512, (32, 16, 4, 2))],
     "gfx": [(128, (128, 32, 4, 2)), (256, (64, 16, 4, 2)), (512, (32, 16, 4, 2))],
 }
+_QUANTIZED_TILES = _TILES | {
+    "sm_80": [(256, (64, 32, 8, 2)), (512, (32, 16, 4, 2))],
+    "gfx": [(256, (64, 16, 4, 2)), (512, (32, 16, 4, 2))],
+}
 # Products in float32 go without the matrix units on NVIDIA.
 _WIDE_TILES = {
     "sm_90": [(256, (32, 32, 8, 2)), (512, (16, 16, 8, 2))],
+    "sm_100": [(256, (32, 16, 8, 2)), (512, (16, 16, 8, 2))],
     "gfx": [(128, (64, 32, 8, 2)), (256, (32, 16, 4, 2)), (512, (16, 16, 4, 2))],
 }
 
@@ -126,6 +131,9 @@ def tile_shape(call: AttentionCall, arch: str) -> tuple[int, int, int, int]:
     """(BLOCK_M, TILE, num_warps, num_stages): the largest tiles that spill no registers (tests/gpu/compile_kernels.py)."""
     constants = call.constants()
     width = max(constants["DK_PAD"], constants["DV_PAD"])
-    tiles = _WIDE_TILES if call.wide else _TILES
+    tiles = _WIDE_TILES if call.wide else _TILES if call.k_scale is None else _QUANTIZED_TILES
     shapes = tiles.get("gfx" if arch.startswith("gfx") else arch, tiles["sm_90"])
-    return next(shape for limit, shape in shapes if width <= limit)
+    block_m, tile, num_warps, num_stages = next(shape for limit, shape in shapes if width <= limit)
+    if arch.startswith("gfx") and constants["BLOCK_SIZE"] % tile:  # as in `decode.tile_and_stages`
+        block_m, tile = min(64, block_m), 16
+    return block_m, tile, num_warps, num_stages
