@@ -30,8 +30,10 @@ def attention_(
     if not num_tokens:
         return out
     sinks, alibi_slopes = (None if heads is None else heads.contiguous() for heads in (sinks, alibi_slopes))
+    if query.stride(2) != 1 or query.stride(1) * num_heads >= 2**31:  # heads are counted in 32 bits
+        query = query.contiguous()
     call = AttentionCall(
-        query if query.stride(2) == 1 else query.contiguous(), k_cache, v_cache, k_scale, v_scale, metadata, sinks,
+        query, k_cache, v_cache, k_scale, v_scale, metadata, sinks,
         alibi_slopes, scale, softcap, window or chunk or 0, "window" if window else "chunk" if chunk else "all",
     )  # fmt: skip
     if values_lie_in_keys(k_cache, v_cache):

@@ -56,7 +56,7 @@ def widen(x, dtype: tl.constexpr):
 def load_query(query, rows, heads, valid, stride_t, stride_h, DK: tl.constexpr, DK_PAD: tl.constexpr):
     """[M, DK_PAD] of the given rows and heads; zeros where not valid and beyond DK."""
     d = tl.arange(0, DK_PAD)
-    at = rows.to(tl.int64) * stride_t + heads.to(tl.int64) * stride_h
+    at = rows.to(tl.int64) * stride_t + heads * stride_h
     return tl.load(query + at[:, None] + d[None, :], mask=valid[:, None] & (d < DK)[None, :], other=0.0)
 
 
@@ -85,7 +85,7 @@ def attend_tile(
         block = tl.load(table + j // BLOCK_SIZE).to(tl.int64)
         offset = j % BLOCK_SIZE
     if MASKED:
-        present &= block * BLOCK_SIZE + offset >= 0  # -1: the block was given back
+        present = (present & (block >= 0)).to(tl.int1)  # -1: the block was given back
         block = tl.maximum(block, 0)
 
     k = load_tile(k_cache, block * k_stride_n + offset * k_stride_t, k_stride_d, present, DK, DK_PAD, MASKED)
@@ -214,3 +214,10 @@ class AttentionCall:
 def padded(size: int) -> int:
     """The power of two that a tile of `size` columns takes; tl.dot wants at least 16."""
     return max(16, triton.next_power_of_2(size))
+
+
+def generation(arch: str) -> str:
+    """Which tables of tiles are for `arch`: "gfx", "sm_90" for data-centre GPUs from Hopper on, else "sm_80"."""
+    if arch.startswith("gfx"):
+        return "gfx"
+    return "sm_90" if arch.startswith(("sm_90", "sm_10")) else "sm_80"

@@ -14,15 +14,14 @@ import triton.language as tl
 
 from torch import Tensor
 
-from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, load_query, lowest_seen
+from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, generation, load_query, lowest_seen
 from .launch import arch, launch, num_sms, tuned
 from .merge import merge_states
 
 MAX_ROWS = 64  # of a program: beyond this the prefill kernel's larger tiles serve better
 _MAX_SPLITS = 128
 _MIN_SPLIT = 256  # keys: below this a program's fixed cost outweighs its share of the reading
-_TILES_IN_FLIGHT = {"sm_80": 80 << 10}  # bytes: two programs fit a multiprocessor's shared memory
-_TILES_IN_FLIGHT_ELSEWHERE = 104 << 10
+_TILES_IN_FLIGHT = {"sm_80": 80 << 10, "sm_90": 104 << 10}  # bytes: two programs fit a multiprocessor's shared memory
 _WAVES = 4  # programs per multiprocessor to aim for: two fit at a time, more of them even out unequal lengths
 
 
@@ -159,7 +158,8 @@ def tile_and_stages(call: AttentionCall, arch: str) -> tuple[int, int]:
 
     The largest that spill no registers (tests/gpu/compile_kernels.py).
     """
-    amd = arch.startswith("gfx")
+    kind = generation(arch)
+    amd = kind == "gfx"
     most, size = (32, 16 << 10) if amd else (128, 32 << 10 if call.k_scale is None else 16 << 10)  # 8 bits become 16
     tile = min(most, max(16, 1 << (size // call.key_bytes).bit_length() - 1))
     block_size = call.v_cache.shape[2]
@@ -167,10 +167,10 @@ def tile_and_stages(call: AttentionCall, arch: str) -> tuple[int, int]:
         tile = min(tile, block_size)
     elif block_size % tile:  # a pointer for every key: larger tiles spill registers
         tile = min(tile, 64)
-    if call.wide and arch == "sm_100":
+    if call.wide and kind == "sm_90":
         tile = 16
     if amd:  # scalar registers are few: scales and addresses of several blocks leave no room for more
         return (16 if call.k_scale is not None or block_size % tile else tile), 2
-    in_flight = max(1, min(3, _TILES_IN_FLIGHT.get(arch, _TILES_IN_FLIGHT_ELSEWHERE) // (tile * call.key_bytes)))
+    in_flight = max(1, min(3, _TILES_IN_FLIGHT[kind] // (tile * call.key_bytes)))
     # While one stage computes the others load; a look-up for every key takes two stages before its loads can begin.
     return tile, 1 + in_flight + (2 if block_size % tile else 0)

@@ -172,6 +172,8 @@ def _latent_kernel(
         total = total * fade + tl.sum(weights, 1)
         acc = tl.dot(weights.to(q_c.dtype), c, acc * fade[:, None], input_precision="ieee")
         peak = new_peak
-    keep = (total != 0) | (num_splits == 1)  # nobody reads the partial result of an empty split
+    keep = valid
+    if num_splits > 1:  # nobody reads the partial result of an empty split
+        keep &= total != 0
     at = split.to(tl.int64) * num_rows + start
     finish_rows(acc, peak, total, out, lse, sinks, at + token, head, valid, keep, G, DV, DV_PAD)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, load_query, lowest_seen
+from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, generation, load_query, lowest_seen
 from .launch import arch, launch, tuned
 
 # Largest padded head size -> (BLOCK_M, TILE, num_warps, num_stages). wgmma takes 64 rows of each four warps.
@@ -28,8 +28,8 @@ _QUANTIZED_TILES = _TILES | {
 }
 # Products in float32 go without the matrix units on NVIDIA.
 _WIDE_TILES = {
-    "sm_90": [(256, (32, 32, 8, 2)), (512, (16, 16, 8, 2))],
-    "sm_100": [(256, (32, 16, 8, 2)), (512, (16, 16, 8, 2))],
+    "sm_80": [(256, (32, 32, 8, 2)), (512, (16, 16, 8, 2))],
+    "sm_90": [(256, (32, 16, 8, 2)), (512, (16, 16, 8, 2))],
     "gfx": [(128, (64, 32, 8, 2)), (256, (32, 16, 4, 2)), (512, (16, 16, 4, 2))],
 }
 
@@ -132,7 +132,7 @@ def tile_shape(call: AttentionCall, arch: str) -> tuple[int, int, int, int]:
     constants = call.constants()
     width = max(constants["DK_PAD"], constants["DV_PAD"])
     tiles = _WIDE_TILES if call.wide else _TILES if call.k_scale is None else _QUANTIZED_TILES
-    shapes = tiles.get("gfx" if arch.startswith("gfx") else arch, tiles["sm_90"])
+    shapes = tiles[generation(arch)]
     block_m, tile, num_warps, num_stages = next(shape for limit, shape in shapes if width <= limit)
     if arch.startswith("gfx") and constants["BLOCK_SIZE"] % tile:  # as in `decode.tile_and_stages`
         block_m, tile = min(64, block_m), 16
