@@ -46,8 +46,8 @@ class EngineConfig:
         speculation: guess tokens ahead and keep those that would have been sampled anyway: the same output in fewer
             steps. "ngram" repeats what prompt and output said before, "draft" asks the `draft_model` that `patch` or
             `Engine` was given. None: off.
-        cuda_graphs: record the forward of decode steps and replay it, which takes the host a few microseconds instead of
-            milliseconds. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
+        cuda_graphs: record the forward of decode steps and replay it, so that the host need not launch its kernels one by
+            one. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
         num_speculative_tokens: most tokens to guess for a sequence in one step; fewer while its guesses are wrong.
         ngram_range: fewest latest tokens that must have occurred before for "ngram" to guess, and how many more of them
             are compared to choose among several such places.
