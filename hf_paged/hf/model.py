@@ -29,7 +29,7 @@ class TransformersModel:
         self.fusions = fusions
         self.adaptations = adaptations
         self.num_layers = text_config(model).num_hidden_layers
-        self.layers, self.states, table = probe_layers(model, adaptations, visibility)
+        self.layers, self.states, table = probe_layers(model, adaptations, visibility, fusions.backend)
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model, table or adaptations.max_positions)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -47,8 +47,9 @@ def check_supported(model: torch.nn.Module) -> None:
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
-    def __init__(self, positions: torch.Tensor, states: StateProbe):
+    def __init__(self, positions: torch.Tensor, states: StateProbe, backend: str):
         self.positions, self.position_ids = positions, positions[None]
+        self.backend = backend
         self.seen: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # by layer and call
         self.states = states
         self.shared: dict = {}
@@ -81,7 +82,7 @@ def decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def probe_layers(
-    model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility
+    model: torch.nn.Module, adaptations: Adaptations, visibility: Visibility, backend: str
 ) -> tuple[list[LayerSpec], list[StateSpec], int | None]:
     """Runs three tokens through the model.
 
@@ -94,7 +95,7 @@ def probe_layers(
     config = text_config(model)
     device = next(model.parameters()).device
     states = StateProbe(model)
-    probe = _Probe(torch.arange(3, device=device), states)
+    probe = _Probe(torch.arange(3, device=device), states, backend)
     ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
     tables = PositionTables(model, probe.positions)
     with evaluating(model), paged_attention(attention_configs(model)), activate(probe), tables:

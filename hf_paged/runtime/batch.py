@@ -49,11 +49,12 @@ class StepContext:
         logit_rows: [R] packed rows whose logits the running forward computes; None: all.
         packed: the batch as `current_batch` describes it, once somebody asked.
         hooks: activation hooks of single sequences, and how they fared.
+        backend: whose kernels run; see `ops`.
     """
 
     __slots__ = (
         *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
-        *("recording", "logit_rows", "packed", "hooks", "calls", "_layers", "_backend"),
+        *("recording", "logit_rows", "packed", "hooks", "calls", "backend", "_layers"),
     )
 
     def __init__(
@@ -67,7 +68,7 @@ class StepContext:
     ):
         self.plan = plan
         self._layers = cache.layers
-        self._backend = backend
+        self.backend = backend
         self.shared: dict = {}
         self.owner = owner
         self.logit_rows: torch.Tensor | None = None
@@ -108,7 +109,7 @@ class StepContext:
             q_norm=q_norm,
             k_norm=k_norm,
             **layer.scales,
-            backend=self._backend,
+            backend=self.backend,
         )
         return self._attend(layer, query, None, None, scale=scale, softcap=softcap, sinks=sinks)
 
@@ -122,7 +123,7 @@ class StepContext:
             self.metadata[layer.group],
             window=layer.spec.window,
             chunk=layer.spec.chunk,
-            backend=self._backend,
+            backend=self.backend,
             **layer.scales,
             **options,
         )

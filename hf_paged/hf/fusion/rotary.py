@@ -30,7 +30,7 @@ def fuse_rotary(model: nn.Module, fusions: Fusions) -> None:
         function = getattr(file, "apply_rotary_pos_emb", None)
         if function is None or not name.startswith("transformers.models."):
             continue
-        if hasattr(function, "_hf_paged_original") or _agrees(function, device):
+        if hasattr(function, "_hf_paged_original") or _agrees(function, device, fusions.backend):
             _wrap(file)
             fusions.unwrap.append(partial(_unwrap, file))
             fusions.counts["rotary"] += 1
@@ -43,7 +43,7 @@ def note_of(file: str) -> str:
     return f"{file}.apply_rotary_pos_emb"
 
 
-def _agrees(function, device: torch.device) -> bool:
+def _agrees(function, device: torch.device, backend: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     like = torch.empty(0, device=device)
     q, k = (random_rows(heads * 16, like).unflatten(1, (heads, 16))[None].transpose(1, 2) for heads in (4, 2))
@@ -53,12 +53,12 @@ def _agrees(function, device: torch.device) -> bool:
         expected = function(q, k, cos, sin)
     except Exception:  # another signature: not the function we know
         return False
-    return all(agree(a, e) for a, e in zip(_rotary(q, k, cos, sin), expected))
+    return all(agree(a, e) for a, e in zip(_rotary(q, k, cos, sin, backend), expected))
 
 
-def _rotary(q, k, cos, sin):
+def _rotary(q, k, cos, sin, backend: str):
     """q [1, Hq, T, D], k [1, Hkv, T, D], cos and sin [1, T, R] as the attention modules pass them."""
-    q_out, k_out = fused.rotary(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0])
+    q_out, k_out = fused.rotary(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0], backend=backend)
     return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
 
@@ -69,8 +69,10 @@ def _wrap(file) -> None:
         return
 
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
-        ours = active_context() is not None and not args and not kwargs and fused.supports_rotary(q, k, cos, sin)
-        return _rotary(q, k, cos, sin) if ours else original(q, k, cos, sin, *args, **kwargs)
+        context = active_context()
+        if context is None or args or kwargs or not fused.supports_rotary(q, k, cos, sin):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return _rotary(q, k, cos, sin, context.backend)
 
     apply_rotary_pos_emb._hf_paged_original = original
     file.apply_rotary_pos_emb = apply_rotary_pos_emb
