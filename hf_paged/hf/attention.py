@@ -7,10 +7,8 @@ had before.
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -33,7 +31,8 @@ def _packed_sequences(position_ids: torch.Tensor) -> torch.Tensor | None:
 
     It asks the device whether it found any, and so waits for all that the device was given before.
     """
-    if active_context() is not None:
+    compiling = torch.compiler.is_compiling()  # somebody's model, never inside a step
+    if not compiling and active_context() is not None:
         return None
     return _mask_switch.original(masking_utils)(position_ids)
 
@@ -119,24 +118,6 @@ def _stock_implementation(name: str | None) -> str | None:
 
 AttentionInterface.register(NAME, paged_attention_forward)
 AttentionMaskInterface.register(NAME, _paged_mask)
-
-
-def _without_looking_at_positions(find: Callable) -> Callable:
-    """transformers looks for packed sequences in the position ids of every forward, which waits for the device.
-
-    Inside a step nobody needs to know.
-    """
-
-    @functools.wraps(find)
-    def find_packed_sequence_indices(position_ids):
-        if torch.compiler.is_compiling():  # somebody's model, never inside a step
-            return find(position_ids)
-        return None if active_context() is not None else find(position_ids)
-
-    return find_packed_sequence_indices
-
-
-masking_utils.find_packed_sequence_indices = _without_looking_at_positions(masking_utils.find_packed_sequence_indices)
 
 
 _observer = threading.local()

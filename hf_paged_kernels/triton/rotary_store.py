@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..norm import Norm
+from .functions import rounded, scaled_by_weight
 from .launch import launch
 from .quantize import largest, quantize, scale_for, scaled
 
@@ -134,9 +135,9 @@ def _head(
     if ROTARY:
         cos_low, sin_low = tl.load(cos + i, mask=inside), tl.load(sin + i, mask=inside)
         cos_high, sin_high = tl.load(cos + j, mask=inside), tl.load(sin + j, mask=inside)
-        rotated = _rounded(low * cos_low, dtype) - _rounded(high * sin_low, dtype)
-        high = _rounded(_rounded(high * cos_high, dtype) + _rounded(low * sin_high, dtype), dtype)
-        low = _rounded(rotated, dtype)
+        rotated = rounded(low * cos_low, dtype) - rounded(high * sin_low, dtype)
+        high = rounded(rounded(high * cos_high, dtype) + rounded(low * sin_high, dtype), dtype)
+        low = rounded(rotated, dtype)
     return low, high, rest
 
 
@@ -159,18 +160,9 @@ def _quantized_head(
 @triton.jit
 def _normed(x, scale, weight, inside, offset, dtype: tl.constexpr, CAST: tl.constexpr):
     y = x * scale
-    if CAST == 1:
-        y = _rounded(y, dtype)
-    elif CAST == 2:
-        y = _rounded(_rounded(y, dtype) * _rounded(offset + tl.load(weight, mask=inside).to(tl.float32), dtype), dtype)
-    else:
-        y = _rounded(y * (offset + tl.load(weight, mask=inside).to(tl.float32)), dtype)
-    return y
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    return x.to(dtype).to(tl.float32)
+    if CAST > 1:
+        y = scaled_by_weight(y, tl.load(weight, mask=inside).to(tl.float32), offset, CAST == 2, dtype)
+    return rounded(y, dtype)
 
 
 @triton.jit
