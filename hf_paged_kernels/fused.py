@@ -16,9 +16,12 @@ from torch import Tensor
 
 from . import ops
 from .norm import Norm
+from .quantized import QuantizedWeight
 from .ref import elementwise as _reference
+from .ref import quantized as _dequantizing
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_QUANTIZED: tuple[str, ...] = ()  # backends with kernels for quantized weights
 
 
 def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:
@@ -34,9 +37,11 @@ def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:
     return ops.why_unsupported(backend, parameter.device)
 
 
-def supports_linear(weight: Tensor, *, backend: str = "auto") -> bool:
+def supports_linear(weight: Tensor | QuantizedWeight, *, backend: str = "auto") -> bool:
     """Whether `linear` has a kernel for this weight, so that it does better than torch."""
     name = _kernels("linear", backend, weight.device)[1]
+    if isinstance(weight, QuantizedWeight):
+        return name in _QUANTIZED and _quantized(backend, weight.device).supports_weight(weight)
     if name == "cpu":
         return weight.dtype == torch.float32
     return name == "triton" and weight.dtype in (torch.bfloat16, torch.float16)
@@ -44,7 +49,7 @@ def supports_linear(weight: Tensor, *, backend: str = "auto") -> bool:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     norm: Norm | None = None,
@@ -58,7 +63,8 @@ def linear(
 
     Args:
         x: [..., K].
-        weight: [N, K], with an activation [2 I, K]; bias: [N] or [2 I].
+        weight: [N, K], with an activation [2 I, K]; bias: [N] or [2 I]. Where no kernel takes a quantized weight, it is
+            dequantized for the call.
         norm: an RMS norm of x; None for none.
         activation: "silu", "gelu", "gelu_tanh"; None for none.
         residual: of the result's shape and dtype.
@@ -66,9 +72,11 @@ def linear(
     Returns:
         [..., N], with an activation [..., I], a new tensor.
     """
-    run, name = _kernels("linear", backend, x.device)
     if residual is not None:
-        _check_residual(residual, x, len(weight) // (1 if activation is None else 2))
+        _check_residual(residual, x, weight.shape[0] // (1 if activation is None else 2))
+    if isinstance(weight, QuantizedWeight):
+        return _quantized_linear(x, weight, bias, norm, activation, residual, backend)
+    run, name = _kernels("linear", backend, x.device)
     if name == "reference" or name == "triton" and run.supports(x, weight, bias, norm, activation):
         return run.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
     if norm is not None:
@@ -278,6 +286,34 @@ def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and q.dtype in _FLOATS
         and q.stride(-1) == k.stride(-1) == 1
     )
+
+
+def _quantized_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    norm: Norm | None,
+    activation: str | None,
+    residual: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`linear`: all in one kernel where there is such a one, else each operation by itself."""
+    run = _quantized(backend, x.device)
+    if run.supports(x, weight, bias, norm, activation):
+        return run.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, backend=backend)
+    plain = run if run.supports(x, weight, bias, None, None) else _dequantizing
+    y = plain.linear(x, weight, bias)
+    if activation is not None:
+        y = act_and_mul(y, activation, backend=backend)
+    return y if residual is None else y.add_(residual)
+
+
+def _quantized(backend: str, device: torch.device):
+    """The module that multiplies by quantized weights."""
+    name = ops.resolve_backend(backend, device)
+    return _kernels("quantized", backend, device)[0] if name in _QUANTIZED else _dequantizing
 
 
 @cache
