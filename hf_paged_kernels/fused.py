@@ -106,7 +106,7 @@ def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def grouped_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     experts: Tensor,
     bias: Tensor | None = None,
     *,
@@ -119,7 +119,8 @@ def grouped_linear(
 
     Args:
         x: [R, K]; each row is used for k = S / R consecutive entries of `experts`.
-        weight: [E, N, K], contiguous along K or N, with an activation [E, 2 I, K]; bias: [E, N] or [E, 2 I].
+        weight: [E, N, K], contiguous along K or N, with an activation [E, 2 I, K]; bias: [E, N] or [E, 2 I]. Where no
+            kernel takes a quantized weight, it is dequantized for the call.
         experts: int [S], each below E.
         activation: as in `linear`.
         scale: [S]; None for none.
@@ -133,6 +134,10 @@ def grouped_linear(
     if scale is not None and scale.shape != experts.shape:
         raise ValueError(f"scale has shape {list(scale.shape)}, experts {list(experts.shape)}")
     options = dict(activation=activation, scale=scale, max_rows=max_rows)
+    if isinstance(weight, QuantizedWeight):
+        run = _quantized(backend, x.device)
+        run = run if run.supports_grouped(x, weight, experts, bias, activation) else _dequantizing
+        return run.grouped_linear(x, weight, experts, bias, **options)
     if supports_grouped_linear(x, weight, experts, bias, activation=activation, backend=backend):
         return _kernels("moe", "triton", x.device)[0].grouped_linear(x, weight, experts, bias, **options)
     return _kernels("moe", "reference", x.device)[0].grouped_linear(x, weight, experts, bias, **options)
@@ -140,7 +145,7 @@ def grouped_linear(
 
 def supports_grouped_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     experts: Tensor,
     bias: Tensor | None = None,
     *,
@@ -148,6 +153,9 @@ def supports_grouped_linear(
     backend: str = "auto",
 ) -> bool:
     """Whether `grouped_linear` has a kernel for this call; if not, torch's grouped_mm is better."""
+    if isinstance(weight, QuantizedWeight):
+        run = _quantized(backend, x.device)
+        return run is not _dequantizing and run.supports_grouped(x, weight, experts, bias, activation)
     if ops.resolve_backend(backend, x.device) != "triton":
         return False
     return _kernels("moe", "triton", x.device)[0].supports(x, weight, experts, bias, activation)
@@ -155,8 +163,8 @@ def supports_grouped_linear(
 
 def moe_experts(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
     experts: Tensor,
     router_weights: Tensor,
     *,

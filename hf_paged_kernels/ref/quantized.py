@@ -52,6 +52,13 @@ def linear(
     return _linear.linear(rounded_rows(x, weight), weight.dequantize(x.dtype), bias, **options)
 
 
+def supports_grouped(
+    x: Tensor, weight: QuantizedWeight, experts: Tensor, bias: Tensor | None, activation: str | None
+) -> bool:
+    """Everything that fits."""
+    return True
+
+
 def grouped_linear(x: Tensor, weight: QuantizedWeight, experts: Tensor, bias: Tensor | None = None, **options) -> Tensor:
     """See `fused.grouped_linear`, with the weights rounded to x's dtype."""
     return _moe.grouped_linear(rounded_rows(x, weight), weight.dequantize(x.dtype), experts, bias, **options)

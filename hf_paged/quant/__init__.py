@@ -1,0 +1,1 @@
+"""Quantized linear layers: what checkpoints store, and the modules that run it."""

@@ -1,0 +1,171 @@
+"""A linear layer on a quantized weight, as a module of a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_paged_kernels import fused
+from hf_paged_kernels.quantized import QuantizedWeight
+
+from ..base.errors import InvalidArgument
+from .formats.base import Format, Stored
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with a quantized W [N, K].
+
+    A new layer has parameters of the checkpoint's names and shapes, for a loader to fill. `pack_` brings them into the
+    kernels' layout. From then on `quantized` is the weight, its tensors are parameters under the names of its attributes,
+    and the state dict still has the checkpoint's tensors: it is saved and loaded in the format it came in.
+
+    The weight is not trained. The gradient of the input is that of the dequantized layer, so adapters can be.
+
+    Args:
+        format: what the checkpoint stores for a layer of these sizes.
+        device: of the parameters, by default that of nothing yet ("meta").
+        dtype: of the bias.
+
+    Raises:
+        InvalidArgument: the format has no layer of these sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        format: Format,
+        *,
+        device: torch.device | str = "meta",
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        self._weight: QuantizedWeight | None = None
+        for name, stored in format.stored(out_features, in_features).items():
+            self._set(name, torch.empty(stored.shape, dtype=stored.dtypes[0], device=device))
+        self.register_parameter("bias", None)
+        if bias:
+            self._set("bias", torch.empty(out_features, device=device, dtype=dtype))
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, bias: Tensor | None, format: Format) -> QuantLinear:
+        """The layer of a weight that is quantized already; `format` is what it will be saved in."""
+        N, K = weight.shape
+        layer = cls(K, N, False, format)
+        layer._adopt(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def is_packed(self) -> bool:
+        return self._weight is not None
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight in the kernels' layout. Its tensors are this module's parameters."""
+        assert self._weight is not None, "pack_ comes first"
+        mine = self._weight.tensors()
+        if any(self._parameters[name].data_ptr() != tensor.data_ptr() for name, tensor in mine.items()):
+            self._weight = self._weight.with_tensors({name: self._parameters[name].data for name in mine})
+        return self._weight
+
+    def pack_(self) -> None:
+        """Bring what was loaded into the kernels' layout and let go of it.
+
+        Raises InvalidArgument, beginning with the tensor's name, if one is missing, or has another shape or type than the
+        format says, or impossible values.
+        """
+        expected = self.format.stored(self.out_features, self.in_features)
+        tensors = {name: self._parameters[name] for name in expected}
+        self._adopt(self._checked_pack({name: tensor.data for name, tensor in tensors.items() if not tensor.is_meta}))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [N, K]."""
+        return self.quantized.dequantize(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and (input.requires_grad or self.bias is not None and self.bias.requires_grad)):
+            return fused.linear(input, self.quantized, self.bias)
+        y = _Product.apply(input, self.quantized)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _adopt(self, weight: QuantizedWeight) -> None:
+        for name in list(self._parameters):
+            if name != "bias":
+                del self._parameters[name]
+        for name, tensor in weight.tensors().items():
+            self._set(name, tensor)
+        self._weight = weight
+
+    def _checked_pack(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
+        for name, stored in self.format.stored(self.out_features, self.in_features).items():
+            _check_stored(name, tensors.get(name), stored)
+        return self.format.pack(tensors, self.out_features, self.in_features)
+
+    def _apply(self, fn, recurse=True):
+        """As ever for the bias; the weight goes to another device, but `half` and the like do not touch its types."""
+        if self._weight is None:
+            return super()._apply(fn, recurse)
+        for name in self._weight.tensors():
+            parameter = self._parameters[name]
+            moved = fn(parameter.data)
+            parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(moved.device)
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self._weight is None:
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.format.unpack(self.quantized).items():
+            destination[prefix + name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if self._weight is None:
+            return super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        names = self.format.stored(self.out_features, self.in_features)
+        tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        try:
+            weight = self._checked_pack(tensors)
+        except InvalidArgument as error:
+            errors.append(f"{prefix}{error}")
+            return
+        with torch.no_grad():
+            for name, tensor in weight.tensors().items():
+                self._parameters[name].copy_(tensor)
+            if self.bias is not None and prefix + "bias" in state_dict:
+                self.bias.copy_(state_dict[prefix + "bias"])
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        return fused.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient @ ctx.weight.dequantize(gradient.dtype), None
+
+
+def _check_stored(name: str, tensor: Tensor | None, stored: Stored) -> None:
+    if tensor is None:
+        if not stored.optional:
+            raise InvalidArgument(f"{name} is missing")
+    elif tensor.shape != stored.shape:
+        raise InvalidArgument(f"{name} has shape {list(tensor.shape)}, not {list(stored.shape)}")
+    elif tensor.dtype not in stored.dtypes:
+        raise InvalidArgument(f"{name} is {tensor.dtype}, not {' or '.join(map(str, stored.dtypes))}")
