@@ -166,10 +166,9 @@ def why_not_joined(weights: Sequence[QuantizedWeight]) -> str | None:
             mine, other = getattr(first, name), getattr(weight, name)
             if (mine is None) != (other is None) or mine is not None and not torch.equal(mine, other):
                 return f"{name} differs"
-    blocks = {_block_of(weight) for weight in weights}
-    if len(blocks) > 1:
+    rows, columns = _joint_block(weights)
+    if any(weight.block[1] != columns or rows != 1 and weight.block[0] != rows for weight in weights):
         return "block differs"
-    rows = blocks.pop()[0]
     if any(weight.shape[-2] % rows for weight in weights[:-1]):
         return f"blocks of {rows} rows do not end with the weights"
     return None
@@ -183,22 +182,27 @@ def cat(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     reason = why_not_joined(weights)
     if reason is not None:
         raise ValueError(f"weights cannot be joined: {reason}")
-    rows, columns = _block_of(weights[0])
-    scales = [_per_row(weight, weight.scales) for weight in weights]
-    tensors = {"data": torch.cat([weight.data for weight in weights], -2), "scales": torch.cat(scales, -1)}
+    rows, columns = _joint_block(weights)
+
+    def join(name: str) -> Tensor:
+        scales = (_per_row(getattr(weight, name), weight) if rows == 1 else getattr(weight, name) for weight in weights)
+        return torch.cat(list(scales), -1)
+
+    tensors = {"data": torch.cat([weight.data for weight in weights], -2), "scales": join("scales")}
     if weights[0].zeros is not None:
-        tensors["zeros"] = torch.cat([_per_row(weight, weight.zeros) for weight in weights], -1)
+        tensors["zeros"] = join("zeros")
     return replace(weights[0], block=(rows, columns), **tensors)
 
 
-def _block_of(weight: QuantizedWeight) -> tuple[int, int]:
-    """The block, of rows of their own where one covers all rows: so that weights of any N can be joined."""
-    rows, columns = weight.block
-    return (1 if rows >= weight.shape[-2] else rows), columns
+def _joint_block(weights: Sequence[QuantizedWeight]) -> tuple[int, int]:
+    """The first one's block; its rows are 1 if no weight has several blocks of more along N."""
+    rows, columns = weights[0].block
+    by_row = all(weight.block[0] == 1 or weight.block[0] >= weight.shape[-2] for weight in weights)
+    return (1 if by_row else rows), columns
 
 
-def _per_row(weight: QuantizedWeight, tensor: Tensor) -> Tensor:
-    return tensor if _block_of(weight) == weight.block else tensor.expand(*tensor.shape[:-1], weight.shape[-2])
+def _per_row(scales: Tensor, weight: QuantizedWeight) -> Tensor:
+    return scales.expand(*scales.shape[:-1], weight.shape[-2])
 
 
 def _check(weight: QuantizedWeight) -> None:
