@@ -166,9 +166,10 @@ def why_not_joined(weights: Sequence[QuantizedWeight]) -> str | None:
             mine, other = getattr(first, name), getattr(weight, name)
             if (mine is None) != (other is None) or mine is not None and not torch.equal(mine, other):
                 return f"{name} differs"
-    rows, columns = _joint_block(weights)
-    if any(weight.block[1] != columns or rows != 1 and weight.block[0] != rows for weight in weights):
+    block = _joint_block(weights)
+    if block is None:
         return "block differs"
+    rows = block[0]
     if any(weight.shape[-2] % rows for weight in weights[:-1]):
         return f"blocks of {rows} rows do not end with the weights"
     return None
@@ -194,11 +195,14 @@ def cat(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(weights[0], block=(rows, columns), **tensors)
 
 
-def _joint_block(weights: Sequence[QuantizedWeight]) -> tuple[int, int]:
-    """The first one's block; its rows are 1 if no weight has several blocks of more along N."""
-    rows, columns = weights[0].block
-    by_row = all(weight.block[0] == 1 or weight.block[0] >= weight.shape[-2] for weight in weights)
-    return (1 if by_row else rows), columns
+def _joint_block(weights: Sequence[QuantizedWeight]) -> tuple[int, int] | None:
+    """The block of them all; with rows of 1 where no weight has several blocks of more along N. None: they differ."""
+    blocks = {weight.block for weight in weights}
+    if len({columns for _, columns in blocks}) > 1:
+        return None
+    if all(weight.block[0] == 1 or weight.block[0] >= weight.shape[-2] for weight in weights):
+        return 1, weights[0].block[1]
+    return blocks.pop() if len(blocks) == 1 else None
 
 
 def _per_row(scales: Tensor, weight: QuantizedWeight) -> Tensor:
