@@ -4,8 +4,8 @@
     hf_paged.patch(model)          # model.generate now runs through a paged, continuously batching engine
     hf_paged.unpatch(model)        # and this takes it all back
 
-Names load on first use, so importing hf_paged costs nothing. It makes transformers' `pipeline` know `backend="paged"`,
-now or when transformers is imported.
+Names load on first use, so importing hf_paged costs nothing. It makes transformers' `pipeline` know `backend="paged"`
+and its `from_pretrained` load quantized checkpoints with our layers, now or when transformers is imported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ _HOMES = {
     "engine_of": "hf.patch",
     "explain": "hf.patch",
     "patch": "hf.patch",
+    "register_quantizers": "hf.quantizers",
     "unpatch": "hf.patch",
+    "unregister_quantizers": "hf.quantizers",
 }
 
 __all__ = sorted(_HOMES)
@@ -60,3 +62,4 @@ def __dir__():
 
 
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
+when_imported("transformers.quantizers.auto", lambda: __getattr__("register_quantizers")())

@@ -9,7 +9,7 @@ from hf_paged_kernels import fused
 from hf_paged_kernels.quantized import QuantizedWeight
 
 from ..base.errors import InvalidArgument
-from .formats.base import Format, Stored
+from .formats.base import Format
 
 
 class QuantLinear(nn.Module):
@@ -25,9 +25,10 @@ class QuantLinear(nn.Module):
         format: what the checkpoint stores for a layer of these sizes.
         device: of the parameters, by default that of nothing yet ("meta").
         dtype: of the bias.
+        like: the tensors that the checkpoint has, of any device: the parameters are these, in these types.
 
     Raises:
-        InvalidArgument: the format has no layer of these sizes.
+        InvalidArgument: the format has no layer of these sizes, or `like` is not what it has of one.
     """
 
     def __init__(
@@ -39,12 +40,17 @@ class QuantLinear(nn.Module):
         *,
         device: torch.device | str = "meta",
         dtype: torch.dtype | None = None,
+        like: dict[str, Tensor] | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
         self._weight: QuantizedWeight | None = None
+        if like is not None:
+            format.check(like, out_features, in_features)
         for name, stored in format.stored(out_features, in_features).items():
-            self._set(name, torch.empty(stored.shape, dtype=stored.dtypes[0], device=device))
+            if like is None or name in like:
+                found = stored.dtypes[0] if like is None else like[name].dtype
+                self._set(name, torch.empty(stored.shape, dtype=found, device=device))
         self.register_parameter("bias", None)
         if bias:
             self._set("bias", torch.empty(out_features, device=device, dtype=dtype))
@@ -78,9 +84,8 @@ class QuantLinear(nn.Module):
         Raises InvalidArgument, beginning with the tensor's name, if one is missing, or has another shape or type than the
         format says, or impossible values.
         """
-        expected = self.format.stored(self.out_features, self.in_features)
-        tensors = {name: self._parameters[name] for name in expected}
-        self._adopt(self._checked_pack({name: tensor.data for name, tensor in tensors.items() if not tensor.is_meta}))
+        loaded = {name: tensor for name, tensor in self._parameters.items() if name != "bias"}
+        self._adopt(self._checked_pack({name: tensor.data for name, tensor in loaded.items() if not tensor.is_meta}))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [N, K]."""
@@ -107,8 +112,7 @@ class QuantLinear(nn.Module):
         self._weight = weight
 
     def _checked_pack(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
-        for name, stored in self.format.stored(self.out_features, self.in_features).items():
-            _check_stored(name, tensors.get(name), stored)
+        self.format.check(tensors, self.out_features, self.in_features)
         return self.format.pack(tensors, self.out_features, self.in_features)
 
     def _apply(self, fn, recurse=True):
@@ -160,12 +164,3 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         return gradient @ ctx.weight.dequantize(gradient.dtype), None
 
-
-def _check_stored(name: str, tensor: Tensor | None, stored: Stored) -> None:
-    if tensor is None:
-        if not stored.optional:
-            raise InvalidArgument(f"{name} is missing")
-    elif tensor.shape != stored.shape:
-        raise InvalidArgument(f"{name} has shape {list(tensor.shape)}, not {list(stored.shape)}")
-    elif tensor.dtype not in stored.dtypes:
-        raise InvalidArgument(f"{name} is {tensor.dtype}, not {' or '.join(map(str, stored.dtypes))}")

@@ -12,6 +12,7 @@ DOCUMENTED = {
     *("AsyncEngine", "Engine", "EngineConfig", "SamplingParams"),
     *("CompletionOutput", "Logprob", "RequestOutput"),
     *("current_batch", "engine_of", "explain", "patch", "unpatch"),
+    *("register_quantizers", "unregister_quantizers"),
 }
 HEAVY = ("torch", "transformers", "numpy", "typer", "rich", "gguf", "matplotlib", "tqdm")
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hf_paged_kernels.quantized import QuantizedWeight
 
+from ...base.errors import InvalidArgument
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -39,6 +41,18 @@ class Format(ABC):
     def stored(self, N: int, K: int) -> dict[str, Stored]:
         """Name after the layer's own ("qweight") -> what is stored. Raises InvalidArgument for sizes it cannot hold."""
 
+    def check(self, tensors: dict[str, Tensor], N: int, K: int) -> None:
+        """Raises InvalidArgument if a tensor is missing or has another shape or type than the format says."""
+        for name, stored in self.stored(N, K).items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                if not stored.optional:
+                    raise InvalidArgument(f"{name} is missing")
+            elif tensor.shape != stored.shape:
+                raise InvalidArgument(f"{name} has shape {list(tensor.shape)}, not {list(stored.shape)}")
+            elif tensor.dtype not in stored.dtypes:
+                raise InvalidArgument(f"{name} is {tensor.dtype}, not {' or '.join(map(str, stored.dtypes))}")
+
     @abstractmethod
     def pack(self, tensors: dict[str, Tensor], N: int, K: int) -> QuantizedWeight:
         """The kernels' layout of tensors whose names, shapes and types have been checked; those that are optional may be
@@ -47,3 +61,10 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """What `pack` was given, as a checkpoint stores it."""
+
+
+def require_finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor. Raises InvalidArgument if it has a value that is infinite or no number."""
+    if not torch.isfinite(tensor).all():
+        raise InvalidArgument(f"{name} has values that are not finite")
+    return tensor

@@ -1,0 +1,224 @@
+"""Quantized checkpoints in transformers: its loader fills our layers, and they are packed one after the other.
+
+transformers looks quantizers up by the checkpoint's `quant_method`. `register_quantizers` puts ours there; they need no
+other package. What is quantized on the fly, rather than loaded so, still goes to transformers' own.
+"""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import quantization_config as configs
+
+from ..base.errors import InvalidArgument, UnsupportedOption
+from ..quant.formats.base import Format
+from ..quant.formats.gptq import GPTQ
+from ..quant.linear import QuantLinear
+from . import checkpoint as checkpoints
+
+
+class _Stored:
+    """A quantization config that keeps all the checkpoint says, also what transformers does not know, to be saved again."""
+
+    stored: dict
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        config = cls(**cls.arguments(config_dict))
+        config.stored = deepcopy(config_dict)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def arguments(cls, stored: dict) -> dict:
+        """What transformers' own config is made of."""
+        return stored
+
+    def post_init(self):
+        """Values are checked where they are used, once for every layer they are used for."""
+
+    def to_dict(self):
+        return deepcopy(self.stored)
+
+    to_diff_dict = to_dict
+
+
+class GPTQConfig(_Stored, configs.GPTQConfig):
+    @classmethod
+    def arguments(cls, stored):
+        if "bits" not in stored:
+            raise InvalidArgument("quantization_config: bits is missing")
+        return stored
+
+
+class PackedQuantizer(HfQuantizer):
+    """Loads a quantized checkpoint into `QuantLinear`s.
+
+    A linear layer is converted if the checkpoint has quantized tensors of it, whatever the config says of layers to leave
+    out: what was stored is what the model is.
+    """
+
+    names: tuple[str, ...]  # tensors that only a quantized layer has
+    own: type[HfQuantizer]  # transformers' quantizer for this method
+
+    def __new__(cls, quantization_config, pre_quantized: bool = True, **kwargs):
+        if not pre_quantized:
+            return cls.own(quantization_config, pre_quantized=False, **kwargs)
+        return super().__new__(cls)
+
+    def layer_format(self, name: str, tensors: dict[str, Tensor]) -> Format:
+        """The format of the layer that the checkpoint calls `name` and has these tensors of."""
+        raise NotImplementedError
+
+    def is_quantized_layer(self, tensors: dict[str, Tensor]) -> bool:
+        return any(name in tensors for name in self.names)
+
+    def update_dtype(self, dtype):
+        return torch.bfloat16 if dtype.itemsize == 1 else dtype  # an 8-bit type is only the weights'
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if not checkpoint_files:
+            raise UnsupportedOption("state_dict: a quantized model is loaded from its checkpoint's files")
+        checkpoint = checkpoints.read(model, checkpoint_files)
+        self._surplus_biases = []
+        for name, module in list(model.named_modules()):
+            if isinstance(module, (nn.Linear, Conv1D)) and self.is_quantized_layer(checkpoint.layers[name]):
+                with _naming(name):
+                    model.set_submodule(name, self._layer(name, module, checkpoint))
+
+    def _layer(self, name: str, module: nn.Module, checkpoint: checkpoints.Checkpoint) -> QuantLinear:
+        """The layer that takes a module's place, with nothing loaded yet."""
+        N, K = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        tensors = dict(checkpoint.layers[name])
+        bias = tensors.pop("bias", None)
+        if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
+            raise InvalidArgument(f"bias is {bias.dtype} {list(bias.shape)}, not a floating type [{N}]")
+        if bias is None and module.bias is not None:
+            raise InvalidArgument("bias is missing")
+        if module.bias is None and bias is not None:
+            self._surplus_biases.append(name)
+        format = self.layer_format(checkpoint.names[name], tensors)
+        layer = QuantLinear(K, N, bias is not None, format, dtype=module.weight.dtype, like=tensors)
+        if "weight" not in tensors:
+            layer.weight = _stand_in()
+        return layer
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        _check_plain(model)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        for name, layer in layers.items():
+            with _naming(name):
+                _check_loaded(layer)
+                vars(layer).pop("weight", None)
+                layer.pack_()
+            if name in self._surplus_biases and not layer.bias.any():
+                layer.bias = None  # auto-gptq gives every layer a bias
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights  # saved, the file has another name
+        if getattr(self.quantization_config, "dequantize", False):
+            _dequantize(model, model.dtype)
+
+    def _dequantize(self, model, dtype=None):
+        _dequantize(model, dtype or model.dtype)
+        return model
+
+    def is_serializable(self, *args, **kwargs):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True  # the layers themselves are not, adapters on them are
+
+
+class GPTQQuantizer(PackedQuantizer):
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    own = auto.GptqHfQuantizer
+
+    def layer_format(self, name, tensors):
+        stored = dict(self.quantization_config.stored)
+        for pattern, overrides in (stored.get("dynamic") or {}).items():
+            if re.match(pattern.removeprefix("+:"), name):
+                stored.update(overrides)
+                break
+        version = str(stored.get("checkpoint_format") or stored.get("format") or "gptq").lower()
+        if stored.get("is_marlin_format"):
+            version = "marlin"
+        if stored.get("pack_dtype", "int32") != "int32":
+            raise UnsupportedOption(f"pack_dtype {stored['pack_dtype']} is not supported, only int32")
+        writers = str((stored.get("meta") or {}).get("quantizer", ""))
+        return GPTQ(stored["bits"], stored.get("group_size", -1), version, whole_words="gptqmodel" in writers)
+
+
+_OURS: dict[str, tuple[type[PackedQuantizer], type]] = {"gptq": (GPTQQuantizer, GPTQConfig)}
+_THEIRS: dict[str, tuple[type, type]] = {}
+
+
+def register_quantizers() -> None:
+    """Load gptq checkpoints with hf_paged's layers. Importing hf_paged does it."""
+    for method, classes in _OURS.items():
+        if method not in _THEIRS:
+            _THEIRS[method] = auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = classes
+
+
+def unregister_quantizers() -> None:
+    """Load them with transformers' own quantizers again. Models that are loaded stay as they are."""
+    for method, classes in _THEIRS.items():
+        auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = classes
+    _THEIRS.clear()
+
+
+class _naming:
+    """Scope in which an error gets the name of the layer it is about."""
+
+    def __init__(self, layer: str):
+        self._layer = layer
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, InvalidArgument):
+            raise type(error)(f"{self._layer}: {error}") from error
+
+
+def _stand_in() -> Tensor:
+    """A `weight` while a layer is being loaded: a few models initialize it by name, unless it is marked as loaded."""
+    tensor = torch.empty(0, device="meta")
+    tensor._is_hf_initialized = True
+    return tensor
+
+
+def _check_loaded(layer: QuantLinear) -> None:
+    for parameter in layer.parameters():
+        if parameter.is_meta:
+            raise UnsupportedOption("device_map: quantized layers cannot be offloaded")
+
+
+def _check_plain(model) -> None:
+    """Raises InvalidArgument for a parameter that transformers found nothing of and filled with random numbers.
+
+    Only where the model is to generate: a new head on a base model has nothing to load.
+    """
+    if not model.can_generate():
+        return
+    expected = "|".join(model._keys_to_ignore_on_load_missing or ())
+    for name, parameter in model.named_parameters():
+        if not (getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta):
+            if not (expected and re.search(expected, name)):
+                raise InvalidArgument(f"{name} is missing in the checkpoint")
+
+
+def _dequantize(model, dtype: torch.dtype) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(layer.dequantize(dtype))
+            plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
+            model.set_submodule(name, plain)

@@ -1,0 +1,148 @@
+"""GPTQ, as auto-gptq and gptqmodel store it.
+
+    W[n, k] = scales[g, n] * (q[n, k] - z[g, n])        g = g_idx[k]
+
+qweight int32 [K bits / 32, N] holds q along K, qzeros int32 [G, N bits / 32] holds z along N, both from the lowest bits;
+scales [G, N]; g_idx int32 [K], k // group_size where it is left out. With act-order g_idx goes up and down; the rows of
+qweight stay in the order of the input all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_paged_kernels.quantized import QuantizedWeight
+from hf_paged_kernels.quantized import pack as pack_rows
+
+from ...base.errors import InvalidArgument
+from . import words
+from .base import FLOATS, Format, Stored, require_finite
+
+BITS = (2, 3, 4, 8)
+VERSIONS = ("gptq", "gptq_v2")
+# What gptqmodel adds to every word of the zero points (word j: entry j of three) to get from version 1 to 2.
+_WORD_OFFSETS = {
+    2: (0x55555555,) * 3,
+    3: (0x24924924, 0x92492492, 0x49249249),
+    4: (0x11111111,) * 3,
+    8: (0x01010101,) * 3,
+}
+
+
+@dataclass(frozen=True)
+class GPTQ(Format):
+    """GPTQ layers.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: input features that share a scale; -1: all.
+        version: "gptq" stores zero points less 1, "gptq_v2" as they are.
+        whole_words: how "gptq" took the 1 away: gptqmodel from words at a time, so that a field of 0 borrows from the
+            next, auto-gptq from every field. The same unless a zero point is 0.
+    """
+
+    bits: int
+    group_size: int
+    version: str = "gptq"
+    whole_words: bool = False
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise InvalidArgument(f"bits must be one of {BITS}, not {self.bits!r}")
+        if not isinstance(self.group_size, int) or self.group_size < 1 and self.group_size != -1:
+            raise InvalidArgument(f"group_size must be positive or -1, not {self.group_size!r}")
+        if self.version not in VERSIONS:
+            raise InvalidArgument(f"format must be one of {VERSIONS}, not {self.version!r}")
+
+    def stored(self, N: int, K: int) -> dict[str, Stored]:
+        for name, size in (("in_features", K), ("out_features", N)):
+            if size * self.bits % 32 or self.bits == 3 and size % 32:
+                raise InvalidArgument(f"bits: {name} of {size} do not fill int32 words with {self.bits} bits each")
+        size = self._group_size(K)
+        if K % size:
+            raise InvalidArgument(f"group_size {size} does not divide in_features {K}")
+        groups = K // size
+        return {
+            "qweight": Stored((K * self.bits // 32, N), (torch.int32,)),
+            "qzeros": Stored((groups, N * self.bits // 32), (torch.int32,)),
+            "scales": Stored((groups, N), FLOATS),
+            "g_idx": Stored((K,), (torch.int32, torch.int64), optional=True),
+        }
+
+    def pack(self, tensors: dict[str, Tensor], N: int, K: int) -> QuantizedWeight:
+        scales = require_finite("scales", tensors["scales"])
+        size = self._group_size(K)
+        perm = None if "g_idx" not in tensors else _order(tensors["g_idx"], size)
+        values = words.unpack(tensors["qweight"].T, self.bits)
+        if perm is not None:
+            values = values[:, perm.long()]
+        middle = 1 << self.bits - 1
+        zeros = self._zeros(tensors["qzeros"])
+        shared = dict(in_features=K, scales=scales.contiguous(), block=(1, size), perm=perm)
+        if self.bits == 8:
+            zeros -= middle
+            data = (values.to(torch.int16) - middle).to(torch.int8)
+            return QuantizedWeight("int8", data=data, zeros=zeros if zeros.any() else None, **shared)
+        kind = f"int{self.bits}"
+        return QuantizedWeight(
+            kind, data=pack_rows(values, kind), zeros=zeros if (zeros != middle).any() else None, **shared
+        )
+
+    def unpack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        size, middle = weight.block[1], 1 << self.bits - 1
+        values, zeros = weight.values(), weight.zeros
+        if zeros is None:
+            zeros = weight.scales.new_full(weight.scales.shape, weight.zero_point(), dtype=torch.int16)
+        if self.bits == 8:
+            values, zeros = values.to(torch.int16) + middle, zeros + middle
+        g_idx = torch.arange(weight.in_features, dtype=torch.int32, device=weight.device) // size
+        if weight.perm is not None:
+            order = weight.perm.long()
+            g_idx = torch.empty_like(g_idx).index_copy_(0, order, g_idx)
+            values = torch.empty_like(values).index_copy_(1, order, values)
+        qweight = words.pack(values, self.bits).T.contiguous()
+        return {"qweight": qweight, "qzeros": self._qzeros(zeros), "scales": weight.scales, "g_idx": g_idx}
+
+    def _group_size(self, K: int) -> int:
+        return K if self.group_size == -1 else self.group_size
+
+    def _zeros(self, qzeros: Tensor) -> Tensor:
+        """int32 [G, words] -> int16 [G, N]: the zero points."""
+        if self.version == "gptq" and self.whole_words:
+            qzeros = self._shifted(qzeros, 1)
+        zeros = words.unpack(qzeros, self.bits).to(torch.int16)
+        return zeros + 1 if self.version == "gptq" and not self.whole_words else zeros
+
+    def _qzeros(self, zeros: Tensor) -> Tensor:
+        """Undoes `_zeros`."""
+        if self.version == "gptq" and not self.whole_words:
+            zeros = zeros - 1
+        qzeros = words.pack(zeros & (1 << self.bits) - 1, self.bits)
+        return self._shifted(qzeros, -1) if self.version == "gptq" and self.whole_words else qzeros
+
+    def _shifted(self, qzeros: Tensor, sign: int) -> Tensor:
+        offsets = torch.tensor(_WORD_OFFSETS[self.bits], device=qzeros.device)
+        offsets = offsets.repeat(-(-qzeros.shape[1] // 3))[: qzeros.shape[1]]
+        shifted = (qzeros.long() + sign * offsets) & 0xFFFFFFFF
+        return (shifted - (shifted >> 31 << 32)).to(torch.int32)
+
+
+def _order(g_idx: Tensor, size: int) -> Tensor | None:
+    """The stable order that brings the groups together, int32 [K]; None if they are.
+
+    Raises InvalidArgument if not every group has `size` members.
+    """
+    groups = len(g_idx) // size
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise InvalidArgument(f"g_idx has groups {int(g_idx.min())} to {int(g_idx.max())} where there are {groups}")
+    counts = torch.bincount(g_idx, minlength=groups)
+    if (counts != size).any():
+        raise InvalidArgument(
+            f"g_idx puts {int(counts.min())} to {int(counts.max())} features in a group; only groups of equal sizes "
+            f"(here {size}) are supported"
+        )
+    order = torch.argsort(g_idx, stable=True).to(torch.int32)
+    return None if (order == torch.arange(len(order), device=order.device)).all() else order

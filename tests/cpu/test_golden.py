@@ -1,0 +1,61 @@
+"""Checkpoints that the real tools wrote: their logits, their greedy tokens, and their own bytes back."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_checkpoints import same_bits
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import hf_paged  # noqa: F401  (registers the quantizers)
+from hf_paged.quant.linear import QuantLinear
+
+ARCHIVE = Path(__file__).parents[1] / "golden" / "checkpoints.tar.xz"
+NAMES = ["autogptq-g64-sym"]
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("golden")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def assert_close_to_half(logits, reference, tolerance=1e-3):
+    """`reference` is what some logits within `tolerance` of these are in half precision."""
+    assert ((logits - tolerance).half() <= reference.half()).all()
+    assert ((logits + tolerance).half() >= reference.half()).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(golden, name):
+    model, reference = load(golden / name), load_file(golden / name / "reference.safetensors")
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(layers) == 7 and not any(isinstance(module, torch.nn.Linear) for module in model.model.modules())
+    with torch.no_grad():
+        assert_close_to_half(model(reference["input_ids"]).logits, reference["logits"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_again(golden, name, tmp_path):
+    model, reference = load(golden / name), load_file(golden / name / "reference.safetensors")
+    model.save_pretrained(tmp_path)
+    before, after = load_file(golden / name / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    gone = before.keys() - after.keys()
+    assert all(key.endswith(".bias") and not before[key].any() for key in gone)  # auto-gptq's zeros
+    assert before.keys() - gone == after.keys()
+    for key, tensor in after.items():
+        expected = before[key] if key.count(".") > 3 and not key.endswith("layernorm.weight") else before[key].float()
+        assert same_bits(tensor, expected), key
+    again = load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(reference["input_ids"]).logits, model(reference["input_ids"]).logits)

@@ -1,0 +1,111 @@
+"""Quantized checkpoints made by hand: random tensors in a format's layout, packed bit by bit here and not by the library,
+with the weights they stand for; and models saved with such tensors in place of their own."""
+
+from __future__ import annotations
+
+import json
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def bit_stream(values: Tensor, bits: int) -> Tensor:
+    """Values [rows, n] -> int32 [rows, bits n / 32]: the bits of a row one after the other, lowest first."""
+    every = (values.numpy().astype(np.uint32)[..., None] >> np.arange(bits, dtype=np.uint32) & 1).astype(np.uint8)
+    packed = np.packbits(every.reshape(len(values), -1), axis=1, bitorder="little")
+    return torch.from_numpy(packed.view("<i4").copy())
+
+
+def random_scales(*shape: int, of: int, dtype=torch.float16) -> Tensor:
+    """Scales that give weights of K = `of` features a size at which a tiny model has clear winners, at 4 bits."""
+    return ((torch.rand(shape) + 0.5) * 0.25 / of**0.5).to(dtype)
+
+
+def gptq_layer(
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    group_size: int = 16,
+    sym: bool = False,
+    act_order: bool = False,
+    version: str = "gptq",
+    dtype=torch.float16,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(tensors, W [N, K]). Zero points run from 1 to 2^bits, from 0 in version 2."""
+    size = K if group_size == -1 else group_size
+    groups = K // size
+    q = torch.randint(1 << bits, (K, N))
+    first = 0 if version == "gptq_v2" else 1
+    z = torch.full((groups, N), 1 << bits - 1) if sym else torch.randint(first, first + (1 << bits), (groups, N))
+    scales = (random_scales(groups, N, of=K, dtype=torch.float32) * 2.0 ** (4 - bits)).to(dtype)
+    g_idx = torch.arange(K) // size
+    if act_order:
+        g_idx = g_idx[torch.randperm(K)]
+    tensors = {
+        "qweight": bit_stream(q.T, bits).T.contiguous(),
+        "qzeros": bit_stream(z - first, bits),
+        "scales": scales,
+        "g_idx": g_idx.to(torch.int32),
+    }
+    return tensors, (scales.float()[g_idx] * (q - z[g_idx])).T
+
+
+Maker = Callable[[str, int, int], "tuple[dict[str, Tensor], Tensor] | None"]
+
+
+def save_quantized(model, folder: Path, config: dict, make: Maker, *, shards: int = 1, biases: bool = False) -> None:
+    """Save a model with the tensors of `make(name, N, K)` in place of its linear layers' weights (None: as it is).
+
+    The model gets the weights they stand for, so it is what the checkpoint's logits are compared with.
+
+    Args:
+        shards: number of files.
+        biases: give every quantized layer without a bias one of zeros, as auto-gptq does.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm_head.")}
+    if not model.config.tie_word_embeddings:
+        state["lm_head.weight"] = model.lm_head.weight.data
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or name == "lm_head":
+            continue
+        own = module.weight.T if isinstance(module, Conv1D) else module.weight
+        made = make(name, *own.shape)
+        if made is not None:
+            tensors, weight = made
+            own.data.copy_(weight)
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+            if biases and module.bias is None:
+                state[f"{name}.bias"] = torch.zeros(len(weight))
+    folder.mkdir(exist_ok=True)
+    save_files(state, folder, shards)
+    model.config.architectures = [type(model).__name__]
+    settings = model.config.to_dict() | {"quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(settings))
+    model.generation_config.save_pretrained(folder)
+
+
+def save_files(state: dict[str, Tensor], folder: Path, shards: int = 1) -> None:
+    if shards == 1:
+        return save_file(state, folder / "model.safetensors", {"format": "pt"})
+    names, weight_map = sorted(state), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        mine = names[shard::shards]  # the tensors of a layer lie in different files
+        save_file({name: state[name] for name in mine}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
+    return torch.equal(first, second)
