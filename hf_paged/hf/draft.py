@@ -6,7 +6,7 @@ import torch
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, UnsupportedModel
-from .spec import check_supported
+from .spec import check_supported, vocab_size
 
 
 def draft_config(config: EngineConfig, draft_model: torch.nn.Module | None) -> EngineConfig:
@@ -31,7 +31,7 @@ def check_draft(model: torch.nn.Module, draft_model: torch.nn.Module) -> None:
         check_supported(draft_model)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"draft_{error}") from error
-    sizes = [each.get_input_embeddings().weight.shape[0] for each in (draft_model, model)]
+    sizes = [vocab_size(each) for each in (draft_model, model)]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
             f"draft_model: {type(draft_model).__name__} has a vocabulary of {sizes[0]} tokens, the model one of "

@@ -15,7 +15,7 @@ from .fusion import Fusions
 from .fusion.experts import paged_experts
 from .peft import obstacles
 from .sequence_hooks import sequence_hooks
-from .spec import model_lengths, probe_layers, text_config
+from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
 from .visibility import Visibility
 from .watch import Snapshot, without_hooks
@@ -41,7 +41,7 @@ class TransformersModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.module.get_input_embeddings().weight.shape[0]
+        return vocab_size(self.module)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

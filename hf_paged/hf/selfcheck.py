@@ -17,7 +17,7 @@ from ..runtime.runner import ModelRunner
 from .adapters import Adaptations
 from .attention import attention_configs, observing, paged_attention
 from .fusion.launches import counting
-from .spec import decoder_layers
+from .spec import decoder_layers, vocab_size
 from .swap import evaluating
 from .visibility import Visibility
 
@@ -65,7 +65,7 @@ def _tokens(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
     local = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or MOST_TOKENS
     length = local + TOKENS if local + TOKENS <= MOST_TOKENS else TOKENS
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocab_size(model)
     special = {value for settings in (model.config, config) for name, value in vars(settings).items()
                if name.endswith(("token_id", "token_index")) and isinstance(value, int)}  # fmt: skip
     plain = (token for token in range(vocabulary) if token not in special)

@@ -72,6 +72,14 @@ def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
+def vocab_size(model: torch.nn.Module) -> int:
+    """Rows of the input embeddings. Quantized ones, that are no nn.Embedding, tell their number and may have no table."""
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, torch.nn.Embedding) or not hasattr(embeddings, "num_embeddings"):
+        return embeddings.weight.shape[0]
+    return embeddings.num_embeddings
+
+
 def decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Name -> module of the decoder layers: the first list of as many modules as the model has layers."""
     count = text_config(model).num_hidden_layers

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .watch import memory_of
+
 
 class PositionTables(TorchFunctionMode):
     """While entered, notes the parameters and buffers of `model` in which its forward looks `positions` [n] up.
@@ -21,7 +23,7 @@ class PositionTables(TorchFunctionMode):
         super().__init__()
         self.positions = positions
         self.max_positions: int | None = None
-        self._tables = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+        self._tables = {place for tensor in chain(model.parameters(), model.buffers()) for place in _places(tensor)}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _LOOKUPS and len(args) > 1:
@@ -33,12 +35,16 @@ class PositionTables(TorchFunctionMode):
         index = index[0] if isinstance(index, tuple) and index else index
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.numel() != len(self.positions):
             return
-        if table.untyped_storage().data_ptr() not in self._tables:
+        if self._tables.isdisjoint(_places(table)):
             return
         offsets = index.flatten() - self.positions.to(index.device)
         if bool((offsets == offsets[0]).all()):
             length = len(table) - int(offsets[0])
             self.max_positions = min(length, self.max_positions or length)
+
+
+def _places(tensor: Tensor) -> list[int]:
+    return [memory.untyped_storage().data_ptr() for memory in memory_of(tensor)]
 
 
 _LOOKUPS = {  # function -> (table, index) of its arguments

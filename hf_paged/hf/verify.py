@@ -23,7 +23,7 @@ from ..engine.request_state import RowHooks
 from ..runtime.layout import kv_dtype_of
 from ..runtime.packed import current_batch
 from .model import TransformersModel
-from .spec import decoder_layers, text_config
+from .spec import decoder_layers, text_config, vocab_size
 from .swap import evaluating
 from .watch import without_hooks
 
@@ -159,9 +159,8 @@ def _prompts(model: torch.nn.Module) -> list[list[int]]:
         if isinstance(window, int) and window <= LONGEST_WINDOW:
             long = max(long, window + window // 4 + 8)
     generator = torch.Generator().manual_seed(0)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
     lengths = [max(1, min(length, most)) for length in (short, long)]
-    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(vocab_size(model), (length,), generator=generator).tolist() for length in lengths]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.modules import module as torch_module
 
-FINGERPRINT_SAMPLES = 16  # values looked at in each parameter
+FINGERPRINT_SAMPLES = 16  # values looked at in each tensor, at least
 
 # Hooks that transformers and PEFT leave on modules and that never change an activation: recorders of hidden states
 # (idle unless asked for), and what makes embeddings require a gradient for gradient checkpointing.
@@ -26,18 +26,19 @@ class Snapshot:
     def __init__(self, model: torch.nn.Module):
         modules = self.modules = list(model.modules())
         self._tensors = [
-            (tensors, name, tensor, version_of(tensor), tensor.data_ptr())
+            (tensors, name, tensor, memory, version_of(memory), memory.data_ptr())
             for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
             if tensor is not None
+            for memory in memory_of(tensor)
         ]
         self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
         self._attributes = [module.__dict__ for module in modules]
         self._around = self._around_forwards()
         self.hooked = any(map(_of_user, [*_global_hooks(), *(hooks for module in modules for hooks in _hooks(module))]))
         self._adapters = [(module, _adapter_state(module)) for module in modules if hasattr(module, "_active_adapter")]
-        self._fingerprint = torch.stack([_sample(entry[2]) for entry in self._tensors])
+        self._fingerprint = torch.cat([_sample(entry[3]) for entry in self._tensors])
 
     @property
     def device(self) -> torch.device:
@@ -45,8 +46,8 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether the model is still like this, as far as a quick look tells: writes through `.data` escape it."""
-        for tensors, name, tensor, version, pointer in self._tensors:
-            if tensors.get(name) is not tensor or version_of(tensor) != version or tensor.data_ptr() != pointer:
+        for tensors, name, tensor, memory, version, pointer in self._tensors:
+            if tensors.get(name) is not tensor or version_of(memory) != version or memory.data_ptr() != pointer:
                 return False
         return (
             self._around == self._around_forwards()
@@ -61,7 +62,7 @@ class Snapshot:
     def same_places(self, later: Snapshot) -> bool:
         """Whether `later` differs in nothing but values written where they were before."""
         mine, theirs = (
-            [(name, id(tensor), pointer) for _, name, tensor, _, pointer in snapshot._tensors] for snapshot in (self, later)
+            [(name, id(tensor), pointer) for _, name, tensor, *_, pointer in snapshot._tensors] for snapshot in (self, later)
         )
         return (
             mine == theirs
@@ -157,8 +158,17 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors count no versions
 
 
+def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose memory `tensor` stands for: itself; or those within it, for a tensor of a type that wraps others
+    and has no memory of its own, such as the quantized weights of torchao and quanto."""
+    if not hasattr(type(tensor), "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [memory for name in names for memory in memory_of(getattr(tensor, name))]
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a few values spread over the tensor, as float64 on its device."""
+    """A few values spread over the tensor, as float64 on its device."""
     flat = tensor.detach().flatten() if tensor.is_contiguous() else tensor.detach().reshape(-1)
-    stride = max(1, flat.numel() // FINGERPRINT_SAMPLES)
-    return flat[::stride].double().sum() if flat.numel() else torch.zeros((), dtype=torch.float64, device=flat.device)
+    values = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)]
+    return (values.view(torch.uint8) if values.element_size() == 1 else values).double()  # some bytes are no numbers

@@ -145,8 +145,7 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
 
 def fuse_attention(module: nn.Module, call: Call, positions: Tensor, fusions: Fusions) -> str | None:
     """Fuse an attention module that its model calls as `call` says. Returns why it is left alone, or None."""
-    first = _inner(module._modules[_projections(module)[0]])
-    x = random_rows(first.in_features, first.weight)[None]
+    x = random_rows(call.size, positions.new_empty(0, dtype=call.dtype))[None]
     trial = Trial(module, call, x, _attention_output, positions, fusions.backend)
     if trial.own is None:
         return "it does more than attend once"
@@ -192,8 +191,8 @@ def _why_not(module: nn.Module, attended: Attended) -> str | None:
     head_dim = attended.query.shape[2]
     if any(name in module._modules and module._modules[name].weight.shape != (head_dim,) for name in NORMS):
         return "its norms are not norms of heads"
-    widths = sum(_inner(module._modules[name]).out_features for name in _projections(module))
-    if widths != sum(part[0].numel() for part in attended[:3]):
+    widths = [getattr(_inner(module._modules[name]), "out_features", None) for name in _projections(module)]
+    if None in widths or sum(widths) != sum(part[0].numel() for part in attended[:3]):
         return "its projections are more than queries, keys and values"
     return None
 

@@ -48,7 +48,15 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` is no more than y = x W^T + b, which nobody watches."""
     from .linear import FusedLinear
 
-    return (type(layer) is nn.Linear or isinstance(layer, FusedLinear)) and not is_hooked(layer)
+    known = type(layer) is nn.Linear or isinstance(layer, FusedLinear)
+    return known and has_float_weight(layer) and not is_hooked(layer)
+
+
+def has_float_weight(layer: nn.Module) -> bool:
+    """Whether `layer.weight` is what it seems. Other packages put packed bytes, 8-bit floats or tensors of a type of
+    their own (bitsandbytes, transformers' FP8Linear, torchao) into linear layers, with products of their own."""
+    weight = layer._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
 
 
 @dataclass

@@ -37,11 +37,13 @@ class Call:
     Attributes:
         positional: whether the hidden states [1, T, H] come first, without a name; everything else has one.
         arguments: the others. Those not in TENSORS are flags or None.
+        size: H.
         dtype: of the hidden states.
     """
 
     positional: bool
     arguments: dict
+    size: int
     dtype: torch.dtype
 
     @classmethod
@@ -56,7 +58,7 @@ class Call:
         tables = arguments.get("position_embeddings")
         if not isinstance(tables, tuple) or [getattr(table, "ndim", None) for table in tables] != [3, 3]:
             return None
-        return cls(positional, arguments, x.dtype)
+        return cls(positional, arguments, x.shape[2], x.dtype)
 
     def hidden_states(self, args: tuple, kwargs: dict) -> Tensor | None:
         """The hidden states among these arguments if they are the same call, on other tensors; else None."""

@@ -9,7 +9,7 @@ from hf_paged_kernels import fused
 
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from .base import Fusions, is_plain
+from .base import Fusions, has_float_weight, is_plain
 from .proof import agree, in_fp32, random_rows
 
 
@@ -17,7 +17,7 @@ class FusedLinear(Swapped):
     """y = x W^T + b. State: the backend."""
 
     def forward(self, input):
-        if active_context() is None:
+        if active_context() is None or not has_float_weight(self):
             return super().forward(input)
         return fused.linear(input, self.weight, self.bias, backend=self._hf_paged)
 
@@ -40,7 +40,7 @@ def project(layer: nn.Module, x: Tensor, residual: Tensor | None, backend: str) 
 
 
 def fuse_linear(module: nn.Module, fusions: Fusions) -> None:
-    if not (isinstance(module, nn.Linear | Conv1D) and can_swap(module)):
+    if not (isinstance(module, nn.Linear | Conv1D) and can_swap(module) and has_float_weight(module)):
         return
     if not fused.supports_linear(module.weight, backend=fusions.backend):
         return

@@ -11,7 +11,7 @@ from hf_paged_kernels.norm import Norm
 
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from .base import Bypass, Fusions, Parts, is_plain
+from .base import Bypass, Fusions, Parts, has_float_weight, is_plain
 from .linear import project
 from .merged import GATE_UP, Merged, merged_of
 from .norm import takes_one_input
@@ -71,7 +71,7 @@ def fuse_mlp(module: nn.Module, fusions: Fusions) -> None:
     merged = merged_of(module, GATE_UP)
     if merged is not None:
         first, names = children["gate_proj"], (*GATE_UP, act)
-    elif isinstance(children.get(JOINED), nn.Linear):
+    elif isinstance(children.get(JOINED), nn.Linear) and has_float_weight(children[JOINED]):
         first, names = children[JOINED], (act,)
     else:
         if any(hasattr(children.get(name), "base_layer") for name in GATE_UP):
