@@ -21,7 +21,7 @@ from .ref import elementwise as _reference
 from .ref import quantized as _dequantizing
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_QUANTIZED: tuple[str, ...] = ("cpu",)  # backends with kernels for quantized weights
+_QUANTIZED: tuple[str, ...] = ("cpu", "triton")  # backends with kernels for quantized weights
 
 
 def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: interpreted functions cannot be compiled
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import triton  # noqa: E402
 import triton.backends.nvidia  # noqa: E402

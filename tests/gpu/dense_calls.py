@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from quantized_weights import unread_weight
 
 from hf_paged_kernels import fused
 from hf_paged_kernels.norm import Norm
@@ -58,3 +59,9 @@ def experts(tokens: int, top_k: int, num_experts: int, H: int, size: int, dtype=
     else:
         router = torch.empty(tokens, top_k, dtype=dtype)
         fused.moe_experts(x, gate_up, down, pairs, router, activation="silu", backend="triton")
+
+
+def quantized_linear(rows: int, kind: str, N: int, K: int, **options) -> None:
+    """`options` of the weight: group, zeros, perm."""
+    weight = unread_weight(kind, N, K, **options)
+    fused.linear(torch.empty(rows, K, dtype=BF16), weight, backend="triton")
