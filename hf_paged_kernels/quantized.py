@@ -195,6 +195,21 @@ def cat(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(weights[0], block=(rows, columns), **tensors)
 
 
+def with_block(weight: QuantizedWeight, block: tuple[int, int]) -> QuantizedWeight:
+    """A weight whose block `cat` made one row high, with a scale for as many rows as before: those of a block agree."""
+    if weight.block == block:
+        return weight
+    tensors = {name: tensor[..., :: block[0]] for name, tensor in weight.tensors().items() if name in ("scales", "zeros")}
+    return replace(weight, block=block, **tensors)
+
+
+def same_layout(weight: QuantizedWeight, other: QuantizedWeight) -> bool:
+    """Whether the two differ in nothing but their values."""
+    mine, its = ({name: (t.shape, t.dtype) for name, t in each.tensors().items()} for each in (weight, other))
+    names = ("kind", "in_features", "block", "activations")
+    return mine == its and all(getattr(weight, name) == getattr(other, name) for name in names)
+
+
 def _joint_block(weights: Sequence[QuantizedWeight]) -> tuple[int, int] | None:
     """The block of them all; with rows of 1 where no weight has several blocks of more along N. None: they differ."""
     blocks = {weight.block for weight in weights}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from hf_paged_kernels import ops
+from hf_paged_kernels import fused, ops
+from hf_paged_kernels.quantized import QuantizedWeight
 
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable
 from ..engine.build import wants_graphs
+from ..quant.linear import QuantLinear
 from .attention import drops_softcap
 from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
@@ -29,10 +31,32 @@ class LayerExplanation:
 
 
 @dataclass(frozen=True)
+class WeightsExplanation:
+    """Quantized linear layers of one format: what they are stored as, what they are in memory, and what multiplies.
+
+    `input` is the type to which inputs are rounded, None if they are not.
+    """
+
+    format: str
+    kind: str
+    input: str | None
+    layers: int
+    num_bytes: int
+    kernel: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        rounded = f" x {self.input}" if self.input else ""
+        size = f"{self.num_bytes / 2**20:.1f} MiB"
+        return f"{self.layers} layers {self.format}: {self.kind}{rounded} in {size}, {self.kernel}"
+
+
+@dataclass(frozen=True)
 class Explanation:
     """`str()` is a table.
 
     Attributes:
+        weights: the quantized linear layers, by format, shape of their scales and kernel.
         fused: kernel -> modules it stands in for.
         fallbacks: every slower path that this model takes on this machine, with its reason.
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
@@ -62,6 +86,7 @@ class Explanation:
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
     graphs: str | None = None
+    weights: list[WeightsExplanation] = field(default_factory=list)
 
     def raise_on_fallback(self) -> None:
         """Raise KernelUnavailable if anything takes a slower path now, whatever calls did (`EngineConfig(strict=True)`)."""
@@ -77,6 +102,7 @@ class Explanation:
             lines.append(f"{number:<7} {layer.kind:<22} {layer.heads:<15} {layer.kernel}")
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
+        lines += [f"weights {weights}" for weights in self.weights]
         lines += [f"alone   {name}: {reason}" for name, reason in self.alone.items()]
         if self.launches is not None:
             lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
@@ -129,6 +155,10 @@ def explain_patch(model, patch, config) -> Explanation:
     ]
     fallbacks = {"attention": reason} if reason else {}
     fallbacks |= patch.adaptations.notes | patch.fusions.notes
+    multiplies = patch.fusions.backend  # what is not fused runs by itself, on what the device has
+    multiplies = ops.resolve_backend("auto", adapter.device) if multiplies == "reference" else multiplies
+    weights = _weights(model, multiplies)
+    fallbacks |= {f"{entry.layers} linear layers ({entry.format})": entry.reason for entry in weights if entry.reason}
     limits = [f"at most {adapter.max_model_len} tokens a sequence"] if adapter.max_model_len < NO_LIMIT else []
     if adapter.length_note:
         limits.append(adapter.length_note)
@@ -137,6 +167,8 @@ def explain_patch(model, patch, config) -> Explanation:
     whole = dict.fromkeys(spec.kind for spec in adapter.states if not spec.takes_chunks)
     if whole:
         limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")
+    if any(layer.quantized.activations == "fp8" for layer in _quantized(model)) and multiplies == "cpu":
+        limits.append("inputs of fp8 layers are not rounded to fp8, as they are on a GPU")
     implementation = model.config._attn_implementation
     if getattr(text_config(model), "attn_logit_softcapping", None) and drops_softcap(implementation):
         limits.append(f"softcap is ignored, as this transformers' {implementation!r} attention does; load with 'eager'")
@@ -155,7 +187,34 @@ def explain_patch(model, patch, config) -> Explanation:
         limits=limits,
         guesses=_guesses(config),
         graphs=_graphs(patch, config),
+        weights=weights,
     )
+
+
+def _quantized(model) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+def _weights(model, backend: str) -> list[WeightsExplanation]:
+    """The quantized layers of `model`, those that say the same together."""
+    groups: dict[tuple, list[QuantizedWeight]] = {}
+    for layer in _quantized(model):
+        weight = layer.quantized
+        reason = None
+        if backend != "reference" and not fused.supports_linear(weight, backend=backend):
+            reason = f"no {backend} kernel multiplies {weight.kind} weights with a scale for {_block(weight)}"
+        rounded = None if backend == "cpu" and weight.activations == "fp8" else weight.activations
+        key = str(layer.format), weight.kind, rounded, "reference" if reason else backend, reason
+        groups.setdefault(key, []).append(weight)
+    return [
+        WeightsExplanation(*key[:3], len(weights), sum(weight.nbytes for weight in weights), *key[3:])
+        for key, weights in groups.items()
+    ]
+
+
+def _block(weight: QuantizedWeight) -> str:
+    sizes = zip(weight.block, weight.shape, ("rows", "columns"))
+    return " x ".join(f"all {name}" if size >= whole else f"{size} {name}" for size, whole, name in sizes)
 
 
 def _resting(model, patch, config) -> dict[str, str]:

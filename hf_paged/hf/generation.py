@@ -30,6 +30,7 @@ from .rows import RowGeneration, rows_suffice
 from .spec import text_config
 from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
 from .swap import Swapped
+from .weights import float_parameter
 
 _KNOWN = {
     "attention_mask", "position_ids", "logits_to_keep", "use_cache", "inputs_embeds", "output_hidden_states", "tokenizer",
@@ -123,10 +124,10 @@ class PagedMixin(Swapped):
 
     def _apply(self, fn, recurse=True):
         """`to`, `half`, `cuda`, ...: a model that changes device or dtype is patched anew for what it became."""
-        before = next(self.parameters())
+        before = float_parameter(self)
         before = before.device, before.dtype
         result = super()._apply(fn, recurse)
-        after = next(self.parameters())
+        after = float_parameter(self)
         if (after.device, after.dtype) != before:
             self._hf_paged.renew(self)
         return result

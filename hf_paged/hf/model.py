@@ -19,6 +19,7 @@ from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
 from .visibility import Visibility
 from .watch import Snapshot, without_hooks
+from .weights import float_parameter
 
 
 class TransformersModel:
@@ -31,7 +32,7 @@ class TransformersModel:
         self.num_layers = text_config(model).num_hidden_layers
         self.layers, self.states, table = probe_layers(model, adaptations, visibility, fusions.backend)
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model, table or adaptations.max_positions)
-        parameter = next(model.parameters())
+        parameter = float_parameter(model)
         self.device, self.dtype = parameter.device, parameter.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)

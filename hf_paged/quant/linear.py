@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged_kernels import fused
-from hf_paged_kernels.quantized import QuantizedWeight
+from hf_paged_kernels.quantized import QuantizedWeight, same_layout, with_block
 
 from ..base.errors import InvalidArgument
 from .formats.base import Format
@@ -21,6 +21,9 @@ class QuantLinear(nn.Module):
 
     The weight is not trained. The gradient of the input is that of the dequantized layer, so adapters can be.
 
+    Attributes:
+        backend: whose kernels multiply.
+
     Args:
         format: what the checkpoint stores for a layer of these sizes.
         device: of the parameters, by default that of nothing yet ("meta").
@@ -30,6 +33,8 @@ class QuantLinear(nn.Module):
     Raises:
         InvalidArgument: the format has no layer of these sizes, or `like` is not what it has of one.
     """
+
+    backend = "auto"
 
     def __init__(
         self,
@@ -45,6 +50,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
         self._weight: QuantizedWeight | None = None
+        self._places: list[tuple[str, int]] = []  # of its tensors: (name, address)
+        self._block = (1, 0)  # of the weight as it was packed
         if like is not None:
             format.check(like, out_features, in_features)
         for name, stored in format.stored(out_features, in_features).items():
@@ -73,10 +80,17 @@ class QuantLinear(nn.Module):
     def quantized(self) -> QuantizedWeight:
         """The weight in the kernels' layout. Its tensors are this module's parameters."""
         assert self._weight is not None, "pack_ comes first"
-        mine = self._weight.tensors()
-        if any(self._parameters[name].data_ptr() != tensor.data_ptr() for name, tensor in mine.items()):
-            self._weight = self._weight.with_tensors({name: self._parameters[name].data for name in mine})
+        mine = self._parameters
+        if any(mine[name].data_ptr() != pointer for name, pointer in self._places):
+            self._hold(self._weight.with_tensors({name: mine[name].data for name, _ in self._places}))
         return self._weight
+
+    @quantized.setter
+    def quantized(self, weight: QuantizedWeight) -> None:
+        """Takes the same weight in other memory, say as a part of a joint one. The parameters remain the same objects."""
+        for name, tensor in weight.tensors().items():
+            self._parameters[name].data = tensor
+        self._hold(weight)
 
     def pack_(self) -> None:
         """Bring what was loaded into the kernels' layout and let go of it.
@@ -93,7 +107,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and (input.requires_grad or self.bias is not None and self.bias.requires_grad)):
-            return fused.linear(input, self.quantized, self.bias)
+            return fused.linear(input, self.quantized, self.bias, backend=self.backend)
         y = _Product.apply(input, self.quantized)
         return y if self.bias is None else y + self.bias
 
@@ -109,7 +123,12 @@ class QuantLinear(nn.Module):
                 del self._parameters[name]
         for name, tensor in weight.tensors().items():
             self._set(name, tensor)
+        self._block = weight.block
+        self._hold(weight)
+
+    def _hold(self, weight: QuantizedWeight) -> None:
         self._weight = weight
+        self._places = [(name, tensor.data_ptr()) for name, tensor in weight.tensors().items()]
 
     def _checked_pack(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
         self.format.check(tensors, self.out_features, self.in_features)
@@ -130,7 +149,7 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._weight is None:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.format.unpack(self.quantized).items():
+        for name, tensor in self.format.unpack(with_block(self.quantized, self._block)).items():
             destination[prefix + name] = tensor
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -146,8 +165,12 @@ class QuantLinear(nn.Module):
             errors.append(f"{prefix}{error}")
             return
         with torch.no_grad():
-            for name, tensor in weight.tensors().items():
-                self._parameters[name].copy_(tensor)
+            if same_layout(weight, self.quantized):
+                for name, tensor in weight.tensors().items():
+                    self._parameters[name].copy_(tensor)
+            else:  # say, zero points where there were none
+                device = self.quantized.device
+                self._adopt(weight.with_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()}))
             if self.bias is not None and prefix + "bias" in state_dict:
                 self.bias.copy_(state_dict[prefix + "bias"])
 

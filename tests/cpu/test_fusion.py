@@ -6,39 +6,15 @@ import copy
 
 import pytest
 import torch
+from fusion_checks import GREEDY, PROMPTS, fused, outputs, stock_tokens, tokens
 from tiny_models import tiny_model
 from transformers.models.llama import modeling_llama
 
 import hf_paged
-from hf_paged import Engine, EngineConfig, SamplingParams
+from hf_paged import Engine, EngineConfig
 from hf_paged.hf import patch as patch_module
 from hf_paged.hf.fusion import proof
 from hf_paged_kernels.ref import elementwise
-
-PROMPTS = [torch.randint(3, 190, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 31, 18)]
-GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
-
-
-def outputs(model, **options) -> list:
-    """Tokens and log-probabilities of PROMPTS in one engine, in small steps; the model stays patched."""
-    hf_paged.patch(model, max_batch_tokens=24, **options)
-    completions = [output.outputs[0] for output in hf_paged.engine_of(model).generate(PROMPTS, GREEDY)]
-    return [(c.token_ids, [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]) for c in completions]
-
-
-def tokens(model) -> list[list[int]]:
-    return [ids for ids, _ in outputs(model)]
-
-
-def stock_tokens(model) -> list[list[int]]:
-    generate = lambda prompt: model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)  # noqa: E731
-    return [generate(prompt)[0, len(prompt) :].tolist() for prompt in PROMPTS]
-
-
-def fused(model) -> tuple[int, int]:
-    """(attention modules, decoder layers) that are fused."""
-    counts = hf_paged.explain(model).fused
-    return counts.get("attention", 0), counts.get("layer", 0)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +170,7 @@ class TestAgreement:
 
     def agree(self, actual, **options):
         own = self.norm(self.x)
-        return proof.agree(actual, own, exact=lambda: self.norm(self.x.float()), **options)
+        return proof.agree(actual, own, truth=lambda: self.norm(self.x.float()), **options)
 
     def test_on_cpu_narrow_types_need_the_same_bits(self):
         assert self.agree(self.norm(self.x))

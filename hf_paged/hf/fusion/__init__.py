@@ -1,6 +1,6 @@
 """Faster forwards for modules of a patched model, active only inside a step of the engine.
 
-Only plain nn.Linear layers are merged or given another kernel unseen. Everything else is not chosen by a class's name
+Only plain nn.Linear layers, and quantized ones, are merged or given another kernel unseen. Everything else is not chosen by a class's name
 alone: it runs once beside the module's own forward on random inputs and is kept only if the results agree (proof.py).
 Outside a step, or when someone hooked a part that the fused form would bypass, the module's own forward runs.
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_paged_kernels import fused, ops
 
+from ..weights import float_parameter
 from .base import Fusions
 from .experts import fuse_experts
 from .layer import fuse_layers
@@ -38,11 +39,12 @@ def fuse(model: nn.Module, backend: str = "auto") -> Fusions:
     Args:
         backend: whose kernels to use: a name of `ops.BACKENDS` that can run on the model's device.
     """
-    parameter = next(model.parameters())
-    fusions = Fusions(ops.resolve_backend(backend, parameter.device))
+    parameter = float_parameter(model)
+    like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    fusions = Fusions(ops.resolve_backend(backend, like.device), like)
     try:
         with torch.no_grad():
-            _fuse_all(model, fusions, fused.why_unavailable(parameter, backend=backend))
+            _fuse_all(model, fusions, fused.why_unavailable(like, backend=backend))
     except BaseException:
         fusions.undo()
         raise

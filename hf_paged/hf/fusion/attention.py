@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from hf_paged_kernels import fused
 from hf_paged_kernels.norm import Norm
+from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...runtime.batch import active_context
 from ..attention import drops_softcap, implementation
 from ..swap import Swapped, can_swap
-from .base import Bypass, Fusions, Parts, idle_children, is_plain
+from .base import Bypass, Fusions, Parts, idle_children, is_plain, weight_of
 from .calls import Attended, Call
 from .linear import project
 from .merged import QKV, Merged, merged_of
@@ -105,9 +106,8 @@ class _Attention(Bypass):
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of x [1, T, H]."""
         Hq, Hkv, D, Dv = self.heads
         children = [self.module._modules[name] for name in self.projections]
-        joint = self.merged or (children[0] if len(children) == 1 and is_plain(children[0]) else None)
-        if joint is not None and self.direct.untouched():
-            projected = fused.linear(x, joint.weight, joint.bias, norm=norm, backend=self.backend)
+        if (joint := self._joint(children)) is not None:
+            projected = fused.linear(x, *joint, norm=norm, backend=self.backend)
         else:
             if norm is not None:
                 x = fused.rms_norm(x, *norm[:2], offset=norm.offset, cast=norm.cast, backend=self.backend)
@@ -118,6 +118,14 @@ class _Attention(Bypass):
             projected = parts[0][None]
         query, key, value = projected[0].split_with_sizes((Hq * D, Hkv * D, Hkv * Dv), dim=1)
         return query.unflatten(1, (Hq, D)), key.unflatten(1, (Hkv, D)), value.unflatten(1, (Hkv, Dv))
+
+    def _joint(self, children: list[nn.Module]) -> tuple[Tensor | QuantizedWeight, Tensor | None] | None:
+        """(weight, bias) of queries, keys and values in one, while one product may stand for what makes them."""
+        if not self.direct.untouched():
+            return None
+        if self.merged is not None:
+            return (self.merged.weight, self.merged.bias) if self.merged.joined else None
+        return (weight_of(children[0]), children[0].bias) if len(children) == 1 and is_plain(children[0]) else None
 
 
 class FusedAttention(Swapped):

@@ -6,8 +6,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+from hf_paged_kernels.quantized import QuantizedWeight
+
+from ...quant.linear import QuantLinear
 
 from ..swap import restore, swap
 from ..watch import is_hooked, only_recorders
@@ -44,19 +49,29 @@ def idle_children(module: nn.Module) -> set[str]:
     return {name for name, child in module._modules.items() if type(child) in (nn.Dropout, nn.Identity)}
 
 
+LINEAR = (nn.Linear, QuantLinear)
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` is no more than y = x W^T + b, which nobody watches."""
     from .linear import FusedLinear
 
-    known = type(layer) is nn.Linear or isinstance(layer, FusedLinear)
-    return known and has_float_weight(layer) and not is_hooked(layer)
+    known = type(layer) in LINEAR or isinstance(layer, FusedLinear)
+    return known and has_known_weight(layer) and not is_hooked(layer)
 
 
-def has_float_weight(layer: nn.Module) -> bool:
-    """Whether `layer.weight` is what it seems. Other packages put packed bytes, 8-bit floats or tensors of a type of
-    their own (bitsandbytes, transformers' FP8Linear, torchao) into linear layers, with products of their own."""
+def has_known_weight(layer: nn.Module) -> bool:
+    """Whether the weight of a linear layer is what it seems. Other packages put packed bytes, 8-bit floats or tensors of
+    a type of their own (bitsandbytes, transformers' FP8Linear, torchao) into linear layers, with products of their own."""
+    if isinstance(layer, QuantLinear):
+        return layer.is_packed
     weight = layer._parameters.get("weight")
     return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+
+
+def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:
+    """The weight of a linear layer, as the kernels take it."""
+    return layer.quantized if isinstance(layer, QuantLinear) else layer.weight
 
 
 @dataclass
@@ -65,6 +80,7 @@ class Fusions:
 
     Attributes:
         backend: whose kernels the fused forms call, resolved: "cpu", "triton" or "reference".
+        like: of the dtype and on the device of the model's hidden states.
         counts: kind -> fused modules.
         notes: slower paths and their reasons.
         expert_configs: configurations whose experts implementation is ours inside a step.
@@ -72,6 +88,7 @@ class Fusions:
     """
 
     backend: str = "reference"
+    like: Tensor = field(default_factory=lambda: torch.empty(0))
     swapped: list[nn.Module] = field(default_factory=list)
     merged: list = field(default_factory=list)
     unwrap: list[Callable[[], None]] = field(default_factory=list)

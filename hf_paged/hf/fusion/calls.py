@@ -14,6 +14,7 @@ from ...runtime.batch import activate
 from ..adapters import StateProbe
 from ..attention import attention_configs, paged_attention
 from ..swap import evaluating
+from ..weights import float_parameter
 from .proof import random_rows
 
 FARTHEST = 2**20  # where a model without a limit is tried; scales that grow with the position have begun by then
@@ -129,7 +130,7 @@ def calls_of(model: nn.Module, modules: list[nn.Module], limit: int, backend: st
     Args:
         limit: the most positions the model takes.
     """
-    parameter = next(model.parameters())
+    parameter = float_parameter(model)
     positions = spread_positions(limit, parameter.device)
     probe = LayerProbe(positions, parameter.dtype, backend, StateProbe(model))
     calls: dict[int, Call | None] = {}

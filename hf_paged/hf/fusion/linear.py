@@ -7,19 +7,20 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_paged_kernels import fused
 
+from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from .base import Fusions, has_float_weight, is_plain
+from .base import LINEAR, Fusions, has_known_weight, is_plain, weight_of
 from .proof import agree, in_fp32, random_rows
 
 
 class FusedLinear(Swapped):
-    """y = x W^T + b. State: the backend."""
+    """y = x W^T + b, W quantized or not. State: the backend."""
 
     def forward(self, input):
-        if active_context() is None or not has_float_weight(self):
+        if active_context() is None or not has_known_weight(self):
             return super().forward(input)
-        return fused.linear(input, self.weight, self.bias, backend=self._hf_paged)
+        return fused.linear(input, weight_of(self), self.bias, backend=self._hf_paged)
 
 
 class FusedConv1D(Swapped):
@@ -34,22 +35,26 @@ class FusedConv1D(Swapped):
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
     """residual + layer(x), in one call where `layer` is a plain linear layer."""
     if is_plain(layer):
-        return fused.linear(x, layer.weight, layer.bias, residual=residual, backend=backend)
+        return fused.linear(x, weight_of(layer), layer.bias, residual=residual, backend=backend)
     y = layer(x)
     return y if residual is None else residual + y
 
 
+def rows_for(layer: nn.Module, fusions: Fusions) -> Tensor:
+    """Random rows that a linear layer takes."""
+    return random_rows(layer.in_features, fusions.like if isinstance(layer, QuantLinear) else layer.weight)
+
+
 def fuse_linear(module: nn.Module, fusions: Fusions) -> None:
-    if not (isinstance(module, nn.Linear | Conv1D) and can_swap(module) and has_float_weight(module)):
+    if not (isinstance(module, (*LINEAR, Conv1D)) and can_swap(module) and has_known_weight(module)):
         return
-    if not fused.supports_linear(module.weight, backend=fusions.backend):
+    if not fused.supports_linear(weight_of(module), backend=fusions.backend):
         return
     if type(module) is Conv1D:
         if fusions.backend == "cpu":
             fusions.swap(module, FusedConv1D, None, "linear")
-    elif isinstance(module, nn.Linear):
-        if type(module) is nn.Linear or _only_linear(module, fusions.backend):
-            fusions.swap(module, FusedLinear, fusions.backend, "linear")
+    elif type(module) in LINEAR or isinstance(module, nn.Linear) and _only_linear(module, fusions.backend):
+        fusions.swap(module, FusedLinear, fusions.backend, "linear")
 
 
 def _only_linear(module: nn.Linear, backend: str) -> bool:
@@ -59,5 +64,5 @@ def _only_linear(module: nn.Linear, backend: str) -> bool:
     x = random_rows(module.in_features, module.weight)
     expected, actual = module(x), fused.linear(x, module.weight, module.bias, backend=backend)
     return isinstance(expected, Tensor) and agree(
-        actual, expected, tolerance=1e-5, backend=backend, exact=in_fp32(module, x)
+        actual, expected, tolerance=1e-5, backend=backend, truth=in_fp32(module, x)
     )

@@ -6,51 +6,86 @@ import torch
 from torch import nn
 
 from hf_paged_kernels import fused
+from hf_paged_kernels.quantized import QuantizedWeight, cat, same_layout, why_not_joined
 
+from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..watch import version_of
-from .base import Fusions
+from .base import LINEAR, Fusions
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 ALIGNMENT = 64  # bytes
+OWN = ("perm", "input_scale")  # tensors of a quantized weight that a layer does not share with its siblings
 
 
 class Merged:
-    """Several linear layers of one input as one weight [N, K]; the layers' parameters are views of it."""
+    """Several linear layers of one input as one weight [N, K]; the layers' parameters are views of it.
 
-    def __init__(self, layers: list[nn.Linear], backend: str):
+    Attributes:
+        weight: a tensor or a QuantizedWeight. Vectors along K that belong to a quantized one (the order of its columns,
+            the scale of its inputs) remain each layer's own.
+        joined: False while the layers are not of one kind, after something changed some of them. Then they run by
+            themselves.
+    """
+
+    def __init__(self, layers: list[nn.Linear] | list[QuantLinear], backend: str):
         self.layers = layers
         self.backend = backend
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = self._join([layer.weight for layer in layers])
-        self.bias = None if layers[0].bias is None else self._join([layer.bias for layer in layers])
+        self.rejoin()
 
-    def _join(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+    def rejoin(self) -> None:
+        """Merge again after something (an assigned parameter, `model.to`) took layers out of the storage."""
+        self.joined = _alike(self.layers)
+        if not self.joined:
+            self.separate()
+            return
+        self.weight = self._join_quantized() if _quantized(self.layers) else self._join("weight")
+        self.bias = None if self.layers[0].bias is None else self._join("bias")
+
+    def _join(self, name: str) -> torch.Tensor:
+        parameters = [getattr(layer, name) for layer in self.layers]
         merged = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, merged.split([p.shape[0] for p in parameters])):
+        for parameter, part in zip(parameters, merged.split(self.sizes)):
             parameter.data = part
+        return merged
+
+    def _join_quantized(self) -> QuantizedWeight:
+        merged = cat([layer.quantized for layer in self.layers])
+        for layer, part in zip(self.layers, merged.split(self.sizes)):
+            own = layer.quantized.tensors()
+            layer.quantized = part.with_tensors({name: own[name] for name in OWN if name in own})
         return merged
 
     def intact(self) -> bool:
         """Whether every layer's parameters still are the views they were made."""
-        return _follows(self.weight, [layer.weight for layer in self.layers]) and (
-            self.bias is None or _follows(self.bias, [layer.bias for layer in self.layers])
-        )
-
-    def rejoin(self) -> None:
-        """Merge again after something (an assigned parameter, `model.to`) took layers out of the storage."""
-        self.weight = self._join([layer.weight for layer in self.layers])
-        if self.bias is not None:
-            self.bias = self._join([layer.bias for layer in self.layers])
+        if not self.joined:
+            return False
+        if self.bias is not None and not _follows(self.bias, [layer.bias for layer in self.layers]):
+            return False
+        if not _quantized(self.layers):
+            return _follows(self.weight, [layer.weight for layer in self.layers])
+        parts = zip(self.layers, self.weight.split(self.sizes))
+        return all(_is_part(layer.quantized, part) for layer, part in parts)
 
     def separate(self) -> None:
         """Give every parameter its own storage back."""
+        self.joined = False
+        self.weight = self.bias = None
         for layer in self.layers:
-            layer.weight.data = layer.weight.data.clone()
+            if isinstance(layer, QuantLinear):
+                tensors = layer.quantized.tensors()
+                layer.quantized = layer.quantized.with_tensors({name: t.clone() for name, t in tensors.items()})
+            else:
+                layer.weight.data = layer.weight.data.clone()
             if layer.bias is not None:
                 layer.bias.data = layer.bias.data.clone()
+
+
+def _quantized(layers: list[nn.Module]) -> bool:
+    return isinstance(layers[0], QuantLinear)
 
 
 def _follows(merged: torch.Tensor, parameters) -> bool:
@@ -62,14 +97,24 @@ def _follows(merged: torch.Tensor, parameters) -> bool:
     return True
 
 
+def _is_part(weight: QuantizedWeight, part: QuantizedWeight) -> bool:
+    """Whether `weight` still is this part of the joint one."""
+    if not same_layout(weight, part):
+        return False
+    own = weight.tensors()
+    return all(
+        torch.equal(own[name], tensor) if name in OWN else own[name].data_ptr() == tensor.data_ptr()
+        for name, tensor in part.tensors().items()
+    )
+
+
 class MergedLinear(Swapped):
     """State: (Merged, index). The step's context keeps the last merged result for the siblings that follow."""
 
     def forward(self, input):
-        context = active_context()
-        if context is None:
+        context, (merged, index) = active_context(), self._hf_paged
+        if context is None or not merged.joined:
             return super().forward(input)
-        merged, index = self._hf_paged
         kept = context.shared
         same = kept.get("input") is input and kept.get("merged") is merged
         if not same or kept["version"] != version_of(input):  # a hook may have changed the input in place
@@ -116,21 +161,35 @@ def _tied_parameters(model: nn.Module) -> set[int]:
 
 
 def _mergeable(layers: list[nn.Module | None], tied: set[int]) -> bool:
-    if not all(type(layer) is nn.Linear and can_swap(layer) for layer in layers):
+    if not all(type(layer) in LINEAR and can_swap(layer) for layer in layers):
         return False
-    first = layers[0]
     for layer in layers:
-        same = (
-            layer.in_features == first.in_features
-            and layer.weight.dtype == first.weight.dtype
-            and layer.weight.device == first.weight.device
-            and (layer.bias is None) == (first.bias is None)
-        )
+        if any(parameter.data_ptr() in tied for parameter in layer.parameters(recurse=False)):
+            return False
+        if type(layer) is QuantLinear:
+            continue
         # a view begins where torch would allocate, or the layer's own forward might give other last bits
         aligned = layer.weight.numel() * layer.weight.element_size() % ALIGNMENT == 0
-        if not same or not aligned or layer.weight.data_ptr() in tied or type(layer.weight) is not nn.Parameter:
+        if not aligned or type(layer.weight) is not nn.Parameter:
             return False
-    return True
+    return _alike(layers)
+
+
+def _alike(layers: list[nn.Module]) -> bool:
+    """Whether one weight can hold these linear layers."""
+    first = layers[0]
+    if len({isinstance(layer, QuantLinear) for layer in layers}) > 1:
+        return False
+    if len({None if layer.bias is None else (layer.bias.dtype, layer.bias.device) for layer in layers}) > 1:
+        return False
+    if _quantized(layers):
+        return all(layer.is_packed for layer in layers) and not why_not_joined([layer.quantized for layer in layers])
+    return all(
+        layer.in_features == first.in_features
+        and layer.weight.dtype == first.weight.dtype
+        and layer.weight.device == first.weight.device
+        for layer in layers
+    )
 
 
 def _inner_layer(layer):

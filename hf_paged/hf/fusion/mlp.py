@@ -11,11 +11,11 @@ from hf_paged_kernels.norm import Norm
 
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from .base import Bypass, Fusions, Parts, has_float_weight, is_plain
-from .linear import project
+from .base import LINEAR, Bypass, Fusions, Parts, has_known_weight, is_plain, weight_of
+from .linear import project, rows_for
 from .merged import GATE_UP, Merged, merged_of
 from .norm import takes_one_input
-from .proof import agree, in_fp32, random_rows
+from .proof import stands_for
 
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 JOINED = "gate_up_proj"
@@ -38,15 +38,15 @@ class _MLP(Bypass):
     parts: Parts
 
     def untouched(self) -> bool:
-        return self.parts.untouched()
+        return self.parts.untouched() and (self.merged is None or self.merged.joined)
 
     def run(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """residual + down(act(gate(norm(x))) * up(norm(x)))."""
         children = self.module._modules
         gate_up = self.merged or children[JOINED]
         if self.merged is not None or is_plain(gate_up):
-            options = dict(norm=norm, activation=self.activation, backend=self.backend)
-            h = fused.linear(x, gate_up.weight, gate_up.bias, **options)
+            weight = gate_up.weight if self.merged is not None else weight_of(gate_up)
+            h = fused.linear(x, weight, gate_up.bias, norm=norm, activation=self.activation, backend=self.backend)
         else:
             if norm is not None:
                 x = fused.rms_norm(x, *norm[:2], offset=norm.offset, cast=norm.cast, backend=self.backend)
@@ -66,21 +66,20 @@ def fuse_mlp(module: nn.Module, fusions: Fusions) -> None:
     act = next((name for name in ("act_fn", "activation_fn") if children.get(name) is not None), None)
     kind = ACTIVATIONS.get(type(children.get(act)).__name__)
     down = getattr(children.get("down_proj"), "base_layer", children.get("down_proj"))
-    if kind is None or not isinstance(down, nn.Linear) or not can_swap(module) or not takes_one_input(module):
+    if kind is None or not isinstance(down, LINEAR) or not can_swap(module) or not takes_one_input(module):
         return
     merged = merged_of(module, GATE_UP)
     if merged is not None:
         first, names = children["gate_proj"], (*GATE_UP, act)
-    elif isinstance(children.get(JOINED), nn.Linear) and has_float_weight(children[JOINED]):
+    elif isinstance(children.get(JOINED), LINEAR) and has_known_weight(children[JOINED]):
         first, names = children[JOINED], (act,)
     else:
         if any(hasattr(children.get(name), "base_layer") for name in GATE_UP):
             fusions.notes[type(module).__name__] = "an adapter is on its gate_proj or up_proj"
         return
     state = _MLP(module, fusions.backend, kind, merged, Parts(module, *names))
-    x = random_rows(first.in_features, first.weight)
-    own, exact = module(x), in_fp32(module, x)
-    if agree(state.run(x), own, tolerance=1e-4, backend=fusions.backend, exact=exact):
+    x = rows_for(first, fusions)
+    if stands_for(lambda: state.run(x), module, x, tolerance=1e-4, backend=fusions.backend):
         fusions.swap(module, FusedMLP, state, "mlp")
     else:
         fusions.notes[type(module).__name__] = "its formula is not act(gate) * up"

@@ -71,7 +71,7 @@ def _fuse_rms_norm(module: nn.Module, fusions: Fusions) -> None:
             result = fused.rms_norm(x, module.weight, **options)
             results.append((_distance(result, expected), result, options))
     _, nearest, options = min(results, key=lambda entry: entry[0])
-    if agree(nearest, expected, backend=fusions.backend, exact=in_fp32(module, x)):
+    if agree(nearest, expected, backend=fusions.backend, truth=in_fp32(module, x)):
         fusions.swap(module, FusedNorm, options, "rms_norm")
     else:
         fusions.notes[type(module).__name__] = "its formula is not one of the RMSNorm kernel's"
@@ -88,7 +88,7 @@ def _fuse_layer_norm(module: nn.LayerNorm, fusions: Fusions) -> None:
         return
     x = random_rows(module.weight.shape[0], module.weight)
     result = fused.layer_norm(x, module.weight, module.bias, module.eps, backend=fusions.backend)
-    if agree(result, module(x), tolerance=1e-5, backend=fusions.backend, exact=in_fp32(module, x)):
+    if agree(result, module(x), tolerance=1e-5, backend=fusions.backend, truth=in_fp32(module, x)):
         fusions.swap(module, FusedLayerNorm, fusions.backend, "layer_norm")
 
 

@@ -11,6 +11,17 @@ What agreement is depends on what the fused form promises:
   in other places is as near; a wrong formula (another epsilon, an offset, a swapped half) is farther by orders of
   magnitude on some of the rows, whose sizes differ by a factor of a million. MARGIN is for the scatter of roundings:
   rows of 24 values were seen to come to 1.2 times the own error, and longer ones come nearer to 1.
+
+Quantized weights are part of the module, and of the truth: nothing above changes. But where a layer rounds its inputs to
+8 bits, inputs that differ in their last bit may fall on two sides of a tie, and results then differ by a step of that
+rounding, far more than a right formula is allowed above and about as much as some wrong ones. So two questions are put:
+
+- Is it the same formula? Both run with all layers multiplying inputs that are not rounded, and agree as above.
+- Do the kernels that round compute it? Both run as they are. If the results do not agree as above, the fused form's must
+  be as near to the truth (in fp32, no input rounded) as the module's, within MARGIN: a flipped tie leaves an input half a
+  step from its true value, as any other rounding does, so the errors are the same in size.
+
+What the second question alone would let pass (two kinds of GELU differ by less than a step) the first one does not.
 """
 
 from __future__ import annotations
@@ -20,6 +31,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .rounding import on_kernels, rounds_inputs, unrounded
 
 MARGIN = 1.5
 MAGNITUDES = (1e-4, 1e-2, 1.0, 1.0, 10.0, 100.0)
@@ -32,29 +45,55 @@ def random_rows(size: int, like: Tensor) -> Tensor:
     return rows.to(like)
 
 
+def stands_for(
+    run: Callable[[], Tensor], module: nn.Module, x: Tensor, *, tolerance: float = 2e-6, backend: str = "cpu"
+) -> bool:
+    """Whether what `run` gives may stand for module(x) [..., N]; see the module's docstring. Arguments as of `agree`."""
+    options = dict(tolerance=tolerance, backend=backend)
+    exact, rounds = in_fp32(module, x), rounds_inputs(module)
+    with unrounded(module):
+        if not agree(run(), module(x), truth=exact, **options):
+            return False
+        truth = exact() if rounds else None
+    if not rounds:
+        return True
+    with on_kernels(module, backend):
+        return agree_rounded(run(), module(x), truth=truth, **options)
+
+
 def agree(
     actual: Tensor,
     expected: Tensor,
     *,
     tolerance: float = 2e-6,
     backend: str = "cpu",
-    exact: Callable[[], Tensor] | None = None,
+    truth: Tensor | Callable[[], Tensor] | None = None,
 ) -> bool:
-    """Whether `actual` may stand for the module's own `expected` [..., N]; see the module's docstring.
+    """Whether `actual` may stand for the module's own `expected` [..., N], where no layer rounds its inputs to 8 bits.
 
     Args:
         tolerance: of fp32 results.
         backend: whose kernels gave `actual`.
-        exact: gives the module's result in fp32; asked for narrow types on Triton only.
+        truth: the module's result in fp32, or what gives it; used for narrow types on Triton only.
     """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
     if expected.dtype == torch.float32:
         scale = expected.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
         return bool(((actual - expected).abs() / scale).max() <= tolerance)
-    if backend != "triton" or exact is None or torch.equal(actual, expected):
+    if backend != "triton" or truth is None or torch.equal(actual, expected):
         return torch.equal(actual, expected)
-    truth = exact()
+    return _as_near(actual, expected, truth if isinstance(truth, Tensor) else truth())
+
+
+def agree_rounded(actual: Tensor, expected: Tensor, *, tolerance: float, backend: str, truth: Tensor) -> bool:
+    """The same where layers round their inputs. `truth`: in fp32, with no input rounded."""
+    same = agree(actual, expected, tolerance=tolerance, backend=backend)
+    bits = expected.dtype != torch.float32 and backend != "triton"  # there inputs, and so their roundings, are the same
+    return same or not bits and actual.shape == expected.shape and _as_near(actual, expected, truth)
+
+
+def _as_near(actual: Tensor, expected: Tensor, truth: Tensor) -> bool:
     one_rounding = torch.finfo(expected.dtype).eps / 8  # about the error of a row that is rounded once
     return error(actual, truth) <= MARGIN * max(error(expected, truth), one_rounding)
 

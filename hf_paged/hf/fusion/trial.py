@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ...runtime.batch import activate
 from ..attention import attention_configs, paged_attention
 from .calls import Attended, Call, LayerProbe
-from .proof import agree, plain_copy
+from .proof import agree, agree_rounded, plain_copy
+from .rounding import on_kernels, rounds_inputs, unrounded
 
 TOLERANCE = 1e-4  # of fp32 results, relative to a row's largest value: sums over thousands of terms in another order
 
@@ -52,24 +53,39 @@ class Trial:
 
     def difference(self, run: Callable) -> str | None:
         """What `run(context, x, position_embeddings)` gets otherwise than the module; None if it may take its place."""
+        if not rounds_inputs(self.module):
+            return self._compare(run, self._stock() if self._is_loose else self.own, self._truth, agree)
+        with unrounded(self.module):
+            truth = self._truth()
+            reason = self._compare(run, self._stock(), lambda: truth, agree)
+        return reason or self._compare(run, self._stock(), lambda: truth, agree_rounded)
+
+    @property
+    def _is_loose(self) -> bool:
+        """Whether fused forms may round otherwise than the module."""
+        return self._backend == "triton" and self.x.dtype != torch.float32
+
+    def _stock(self) -> Result | None:
+        return self._own(plain_copy(self.module) if self._is_loose else self.module, self.x)
+
+    def _truth(self) -> Result | None:
+        return self._own(plain_copy(self.module).float(), self.x.float())
+
+    def _compare(self, run: Callable, own: Result | None, truth: Callable, agree: Callable) -> str | None:
         fused = self._try(lambda context: run(context, self.x, self.call.arguments["position_embeddings"]))
         if fused is None:
             return "number of attentions"
-        own, exact = self.own.parts(), {}
-        if self._backend == "triton" and self.x.dtype != torch.float32:
-            plain = plain_copy(self.module)
-            narrow, wide = self._own(plain, self.x), self._own(plain.float(), self.x.float())
-            if narrow is None or wide is None:
-                return "copy in fp32"
-            own, exact = narrow.parts(), wide.parts()
+        exact = truth() if self._is_loose or agree is agree_rounded else None
+        if own is None or exact is None and self._is_loose:
+            return "copy"
+        expected, exact = own.parts(), {} if exact is None else exact.parts()
         for name, mine in fused.parts().items():
-            truth = exact.get(name)
-            if not agree(mine, own[name], tolerance=TOLERANCE, backend=self._backend, exact=lambda truth=truth: truth):
+            if not agree(mine, expected[name], tolerance=TOLERANCE, backend=self._backend, truth=exact.get(name)):
                 return name
         return None
 
     def _own(self, module: nn.Module, x: Tensor) -> Result | None:
-        with paged_attention(attention_configs(module)):
+        with paged_attention(attention_configs(module)), on_kernels(module, self._backend):
             try:
                 return self._try(lambda context: self._unpack(self.call.replay(module, x)))
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it wants more than it got
