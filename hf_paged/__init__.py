@@ -5,7 +5,8 @@
     hf_paged.unpatch(model)        # and this takes it all back
 
 Names load on first use, so importing hf_paged costs nothing. It makes transformers' `pipeline` know `backend="paged"`
-and its `from_pretrained` load quantized checkpoints with our layers, now or when transformers is imported.
+and its `from_pretrained` load quantized checkpoints with our layers, and PEFT put adapters on these; now, or when
+transformers or PEFT is imported.
 """
 
 from __future__ import annotations
@@ -61,5 +62,6 @@ def __dir__():
     return sorted(set(globals()) | set(__all__))
 
 
+when_imported("peft.tuners.lora.model", lambda: importlib.import_module(".hf.lora", __name__).install())
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
 when_imported("transformers.quantizers.auto", lambda: __getattr__("register_quantizers")())

@@ -2,7 +2,7 @@
 
 An adapter inside a layer is part of that layer's own forward, which is what runs here, so adapters that treat every
 token by itself need nothing from us. Those that look at rows of a batch, or at a prompt of their own, are refused by
-name. PEFT itself is never imported.
+name. This module does without importing PEFT.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def replaces_preparation(model: torch.nn.Module) -> bool:
 
 def _tuner(module: torch.nn.Module) -> str | None:
     """The package below peft.tuners that `module`'s class comes from, such as "lora"; None for everything else."""
-    home = type(module).__module__.split(".")
-    return home[2] if home[:2] == ["peft", "tuners"] and len(home) > 3 else None
+    homes = (kind.__module__.split(".") for kind in type(module).__mro__)
+    return next((home[2] for home in homes if home[:2] == ["peft", "tuners"] and len(home) > 3), None)
 
 
 def _value(peft_type) -> str:

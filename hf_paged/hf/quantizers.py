@@ -67,7 +67,7 @@ class PackedQuantizer(HfQuantizer):
     names: tuple[str, ...]  # tensors that only a quantized layer has
     own: type[HfQuantizer]  # transformers' quantizer for this method
 
-    def __new__(cls, quantization_config, pre_quantized: bool = True, **kwargs):
+    def __new__(cls, quantization_config=None, pre_quantized: bool = True, **kwargs):
         if not pre_quantized:
             return cls.own(quantization_config, pre_quantized=False, **kwargs)
         return super().__new__(cls)

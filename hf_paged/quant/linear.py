@@ -158,21 +158,30 @@ class QuantLinear(nn.Module):
         if self._weight is None:
             return super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         names = self.format.stored(self.out_features, self.in_features)
+        bias = {"bias"} if self.bias is not None else set()
         tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        try:
-            weight = self._checked_pack(tensors)
+        if strict:
+            unexpected += [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in {*names, *bias}]
+            required = bias if tensors else bias | {name for name, stored in names.items() if not stored.optional}
+            missing += [prefix + name for name in required if prefix + name not in state_dict]
+        try:  # without any, it is a part of a model's state, such as its adapters
+            weight = self._checked_pack(tensors) if tensors else None
         except InvalidArgument as error:
             errors.append(f"{prefix}{error}")
             return
         with torch.no_grad():
-            if same_layout(weight, self.quantized):
-                for name, tensor in weight.tensors().items():
-                    self._parameters[name].copy_(tensor)
-            else:  # say, zero points where there were none
-                device = self.quantized.device
-                self._adopt(weight.with_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()}))
+            if weight is not None:
+                self._take_values(weight)
             if self.bias is not None and prefix + "bias" in state_dict:
                 self.bias.copy_(state_dict[prefix + "bias"])
+
+    def _take_values(self, weight: QuantizedWeight) -> None:
+        if same_layout(weight, self.quantized):
+            for name, tensor in weight.tensors().items():
+                self._parameters[name].copy_(tensor)
+        else:  # say, zero points where there were none
+            device = self.quantized.device
+            self._adopt(weight.with_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()}))
 
 
 class _Product(torch.autograd.Function):
