@@ -15,7 +15,7 @@ A cache may be quantized: float8_e4m3fn or int8, with a float32 scale for every 
 
     k_scale, v_scale [num_blocks, Hkv, block_size]     x = scale * q, scale = max |x| / the type's largest number
 
-which every function takes beside the cache. The C++ kernels have no quantized caches.
+which every function takes beside the cache.
 
 Backends: "cpu" (C++, compiled on first use), "triton" (CUDA and ROCm; CPU tensors in Triton's interpreter) and
 "reference" (plain torch, any device). "auto" takes the device's own if it can run, else the reference. All of them
@@ -334,8 +334,7 @@ def why_unsupported(
     for dtype in dtypes:
         if dtype not in checks.FLOAT_DTYPES:
             return f"dtype {dtype} is not one of {checks.FLOAT_DTYPES}"
-    quantized = kv_dtype in checks.QUANTIZED_DTYPES
-    if kv_dtype is not None and not quantized and kv_dtype not in checks.FLOAT_DTYPES:
+    if kv_dtype is not None and kv_dtype not in checks.FLOAT_DTYPES + checks.QUANTIZED_DTYPES:
         return f"{kv_dtype} is not one of {checks.FLOAT_DTYPES + checks.QUANTIZED_DTYPES}"
     if backend == "auto":
         backend = resolve_backend(backend, device)
@@ -349,8 +348,6 @@ def why_unsupported(
         return None
     if torch.device(device).type != "cpu":
         return "it runs on CPU tensors only"
-    if quantized:
-        return "the C++ kernels have no quantized caches; the backend 'reference' has"
     from .cpu import build
 
     return build.why_unavailable()

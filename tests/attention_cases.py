@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 import hf_paged_kernels as kernels
+from hf_paged_kernels.ref.quantize import LIMITS, quantize
 
 NAN = float("nan")
 MIXED = [(1, 1), (1, 16), (1, 300), (5, 5), (33, 40), (17, 300), (40, 40), (1, 17), (70, 530)]  # (new, total) tokens
@@ -108,7 +109,7 @@ class Case:
         out, lse = [], []
         for query, key, value in zip(self.queries, self.keys, self.values, strict=True):
             group = self.heads[0] // self.heads[1]
-            key, value = (x.to(self.cache_dtype).double().repeat_interleave(group, 1) for x in (key, value))
+            key, value = (rounded(x, self.cache_dtype).repeat_interleave(group, 1) for x in (key, value))
             s = torch.einsum("qhd,khd->hqk", query.double(), key) * self.options["scale"]
             if self.softcap:
                 s = self.softcap * torch.tanh(s / self.softcap)
@@ -125,6 +126,14 @@ class Case:
             sink = self.options["sinks"].double().exp()[:, None, None] if self.sinks else 0.0
             out.append(torch.einsum("hqk,khd->qhd", weights / (weights.sum(-1, keepdim=True) + sink), value))
         return torch.cat(out), torch.cat(lse)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [..., D] in float64, as a cache of `dtype` keeps it."""
+    if dtype not in LIMITS:
+        return x.to(dtype).double()
+    q, scale = quantize(x, dtype)
+    return q.double() * scale.double()[..., None]
 
 
 def stale(cache: torch.Tensor) -> None:

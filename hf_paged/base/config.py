@@ -27,7 +27,7 @@ class EngineConfig:
             what the model, everybody else and the largest step, which is measured, leave of it. In (0, 1).
         kv_dtype: "float32", "bfloat16" or "float16"; default the model's own dtype. "fp8" (e4m3) and "int8" take about
             half of the 16-bit types' memory, at a small loss: every key and value of a head is rounded to 8 bits with a scale
-            of its own. Not with the C++ kernels.
+            of its own.
         max_batch_tokens: token budget of one step, decodes and prefill chunks together. Exceeded by prompts that the model
             cannot compute in chunks (`explain` tells).
         max_num_seqs: most sequences running at once.

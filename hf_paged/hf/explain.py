@@ -169,12 +169,15 @@ def explain_patch(model, patch, config) -> Explanation:
         limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")
     if any(layer.quantized.activations == "fp8" for layer in _quantized(model)) and multiplies == "cpu":
         limits.append("inputs of fp8 layers are not rounded to fp8, as they are on a GPU")
+    dtype = str(adapter.dtype).removeprefix("torch.")
+    if config.kv_dtype not in (None, "float32", dtype):
+        limits.append(f"keys and values are rounded to {config.kv_dtype}: tokens may differ from the unpatched model's")
     implementation = model.config._attn_implementation
     if getattr(text_config(model), "attn_logit_softcapping", None) and drops_softcap(implementation):
         limits.append(f"softcap is ignored, as this transformers' {implementation!r} attention does; load with 'eager'")
     return Explanation(
         model=type(model).__name__,
-        dtype=str(adapter.dtype).removeprefix("torch."),
+        dtype=dtype,
         device=str(adapter.device),
         layers=layers,
         fused=dict(patch.fusions.counts),

@@ -10,11 +10,15 @@
 // kSplit absolute positions. In a split, every row gets its maximum m, its sum l and its weighted values, and the
 // splits are merged in ascending order. Small batches spread a tile's splits over threads and merge at the end.
 //
+// Of a quantized cache the scores are multiplied by the keys' scales, and the weights by the values'. Tiles of many rows
+// widen a split's numbers to float32 once, which is exact.
+//
 // The bits of a row depend on that row and its keys only, because every one of these steps has one order: a score is
 // a chain of fma over ascending dims; lane i of l takes keys i, i + lanes, ...; a weighted value is a chain of fma
 // over ascending keys; a masked key adds exact zeros; splits start at multiples of kSplit. Tile shapes, threads and
 // block ids change none of it.
 
+#include "attention_store.h"
 #include "attention_tiles.h"
 
 #include <atomic>
@@ -24,51 +28,11 @@ namespace hf_paged {
 namespace {
 
 constexpr int64_t kTileRows = 48;                // rows of a prefill tile
+constexpr int64_t kWidenRows = 2 * kRows;        // tiles of more rows than these widen a quantized split first
 constexpr int64_t kMaxPartialFloats = 16 << 20;  // bound on the memory for splits merged at the end
 constexpr double kSmallWork = 1 << 18;           // multiply-adds (some 5 us) not worth waking other threads for
 
-// The C interface; `attention.py` packs the same fields in the same order.
-struct Args {
-  const void *query, *key, *value;
-  void *out, *k_cache, *v_cache;
-  const int32_t *cu_seqlens_q, *seq_lens, *block_table;
-  const int64_t* slot_mapping;
-  const float *sinks, *alibi_slopes;
-  int64_t query_dtype, new_dtype, cache_dtype;
-  int64_t num_tokens, num_seqs, table_width, num_blocks, block_size;
-  int64_t num_heads, num_kv_heads, k_dim, v_dim;
-  int64_t query_stride[2], key_stride[2], value_stride[2];  // of tokens and heads; the last dim is contiguous
-  int64_t k_cache_stride[2], v_cache_stride[2];             // of blocks and heads; the rest is contiguous
-  int64_t window, chunk;                                    // 0: none; at most one of them is set
-  double scale, softcap;                                    // softcap 0: none
-};
-
 enum Error : int64_t { kOk = 0, kBadLengths = 1, kBadBlock = 2, kBadSlot = 3 };
-
-// ---- writing keys and values -------------------------------------------------------------------------------------
-
-template <class Cache, class New>
-void store_tokens(const Args& a, int64_t head, int64_t begin, int64_t end) {
-  for (int64_t token = begin; token < end; ++token) {
-    const int64_t slot = a.slot_mapping[token];
-    if (slot < 0) continue;
-    const int64_t block = slot / a.block_size, offset = slot % a.block_size;
-    const New* key = static_cast<const New*>(a.key) + token * a.key_stride[0] + head * a.key_stride[1];
-    const New* value = static_cast<const New*>(a.value) + token * a.value_stride[0] + head * a.value_stride[1];
-    Cache* k = static_cast<Cache*>(a.k_cache) + block * a.k_cache_stride[0] + head * a.k_cache_stride[1] + offset;
-    Cache* v = static_cast<Cache*>(a.v_cache) + block * a.v_cache_stride[0] + head * a.v_cache_stride[1] +
-               offset * a.v_dim;
-    for (int64_t d = 0; d < a.k_dim; ++d) k[d * a.block_size] = static_cast<Cache>(static_cast<float>(key[d]));
-    for (int64_t d = 0; d < a.v_dim; ++d) v[d] = static_cast<Cache>(static_cast<float>(value[d]));
-  }
-}
-
-template <class Cache>
-void store_tokens(const Args& a, int64_t head, int64_t begin, int64_t end) {
-  if (a.new_dtype == kFloat32) return store_tokens<Cache, float>(a, head, begin, end);
-  if (a.new_dtype == kBFloat16) return store_tokens<Cache, c10::BFloat16>(a, head, begin, end);
-  return store_tokens<Cache, c10::Half>(a, head, begin, end);
-}
 
 // ---- a tile ------------------------------------------------------------------------------------------------------
 
@@ -81,6 +45,14 @@ struct Tile {
 
 struct Item {
   int64_t tile, split;  // split -1: all of the tile
+};
+
+// One split of a sequence as one KV head keeps it, by chunks of 16 keys; null where there are none.
+template <class E>
+struct Pages {
+  const E *k[kChunks] = {}, *v[kChunks] = {};
+  int64_t dim_stride = 0;                              // of k
+  const float *k_scales = nullptr, *v_scales = nullptr;  // [kSplit] of a quantized cache
 };
 
 // What rows have accumulated: values [rows][stride], then m [rows], then l [rows].
@@ -110,10 +82,15 @@ class Kernel {
   }
   int64_t state_floats(int64_t rows) const { return rows * (v_stride + 2); }
   void load_queries(const Tile& tile, float* q) const;
-  void run_split(const Tile& tile, int64_t split, const float* q, float* scores, const State& result) const;
-  template <int M>
-  void run_rows(const Tile& tile, int64_t split, int64_t row, const T* const* k_chunks, const T* const* v_chunks,
-                const float* q, float* scores, const State& result) const;
+  int64_t wide_floats() const { return kIsQuantized<T> ? kSplit * (a.k_dim + a.v_dim + 2) : 0; }
+  void run_split(const Tile& tile, int64_t split, const float* q, float* scores, float* wide, const State& result) const;
+  Pages<float> widen(const Pages<T>& pages, float* to) const;
+  template <class E>
+  void attend_split(const Tile& tile, int64_t split, const Pages<E>& pages, const float* q, float* scores,
+                    const State& result) const;
+  template <int M, class E>
+  void run_rows(const Tile& tile, int64_t split, int64_t row, const Pages<E>& pages, const float* q, float* scores,
+                const State& result) const;
   void merge(const State& part, const State& total, int64_t rows, bool first) const;
   void finish(const Tile& tile, const State& total) const;
   void run_item(const Item& item, float* scratch) const;
@@ -199,9 +176,9 @@ void Kernel<T>::load_queries(const Tile& tile, float* q) const {
 
 // Rows [row, row + M) of the tile against one split.
 template <class T>
-template <int M>
-void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const T* const* k_chunks,
-                         const T* const* v_chunks, const float* q, float* scores, const State& result) const {
+template <int M, class E>
+void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const Pages<E>& pages, const float* q,
+                         float* scores, const State& result) const {
   const int64_t base = split * kSplit;
   const int64_t first = tile.position + row / group, last = tile.position + (row + M - 1) / group;
   const Range keys{std::max<int64_t>(lowest_key(first) - base, 0), std::min(last + 1 - base, kSplit)};
@@ -211,45 +188,84 @@ void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const T* 
     return;
   }
   const Range chunks{keys.begin / kChunk, (keys.end + kChunk - 1) / kChunk};
-  score_rows<M>(q + row * q_stride, q_stride, k_chunks, chunks.begin, chunks.end, a.block_size, a.k_dim, scores);
+  score_rows<M>(q + row * q_stride, q_stride, pages.k, chunks.begin, chunks.end, pages.dim_stride, a.k_dim, scores);
   for (int r = 0; r < M; ++r) {
     const int64_t position = tile.position + (row + r) / group, head = tile.head * group + (row + r) % group;
     const Range visible{lowest_key(position) - base, position + 1 - base};
     const RowRule rule{static_cast<float>(a.scale), static_cast<float>(a.softcap),
                        a.alibi_slopes ? a.alibi_slopes[head] : 0.0f, position - base};
-    result.m[row + r] =
-        softmax_row(scores + r * kScoreStride, k_chunks, chunks, visible, rule, &result.l[row + r]);
+    result.m[row + r] = softmax_row<kIsQuantized<T>>(scores + r * kScoreStride, pages.k, chunks, visible, rule,
+                                                     pages.k_scales, pages.v_scales, &result.l[row + r]);
   }
   std::memset(values, 0, M * v_stride * sizeof(float));
-  value_rows<M>(scores, v_chunks, a.v_dim, keys.begin, keys.end, values, v_stride);
+  value_rows<M>(scores, pages.v, a.v_dim, keys.begin, keys.end, values, v_stride);
 }
 
 template <class T>
-void Kernel<T>::run_split(const Tile& tile, int64_t split, const float* q, float* scores, const State& result) const {
-  const T *k_chunks[kChunks] = {}, *v_chunks[kChunks] = {};
-  const int64_t length = a.seq_lens[tile.seq];
-  for (int64_t c = 0; c < kChunks; ++c) {
-    const int64_t key = split * kSplit + c * kChunk, offset = key % a.block_size;
-    if (key >= length) break;
-    const int64_t block = a.block_table[tile.seq * a.table_width + key / a.block_size];
-    if (block < 0) continue;
-    k_chunks[c] = static_cast<const T*>(a.k_cache) + block * a.k_cache_stride[0] + tile.head * a.k_cache_stride[1] +
-                  offset;
-    v_chunks[c] = static_cast<const T*>(a.v_cache) + block * a.v_cache_stride[0] + tile.head * a.v_cache_stride[1] +
-                  offset * a.v_dim;
-  }
+template <class E>
+void Kernel<T>::attend_split(const Tile& tile, int64_t split, const Pages<E>& pages, const float* q, float* scores,
+                             const State& result) const {
   const int64_t rows = tile.num_tokens * group, count = (rows + kRows - 1) / kRows;
   for (int64_t i = 0; i < count; ++i) {  // register tiles of nearly equal height
     const int64_t row = rows * i / count;
     switch (rows * (i + 1) / count - row) {
-      case 1: run_rows<1>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
-      case 2: run_rows<2>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
-      case 3: run_rows<3>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
-      case 4: run_rows<4>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
-      case 5: run_rows<5>(tile, split, row, k_chunks, v_chunks, q, scores, result); break;
-      default: run_rows<6>(tile, split, row, k_chunks, v_chunks, q, scores, result);
+      case 1: run_rows<1>(tile, split, row, pages, q, scores, result); break;
+      case 2: run_rows<2>(tile, split, row, pages, q, scores, result); break;
+      case 3: run_rows<3>(tile, split, row, pages, q, scores, result); break;
+      case 4: run_rows<4>(tile, split, row, pages, q, scores, result); break;
+      case 5: run_rows<5>(tile, split, row, pages, q, scores, result); break;
+      default: run_rows<6>(tile, split, row, pages, q, scores, result);
     }
   }
+}
+
+// What a number was multiplied by; NaN of a row that held a NaN or an infinity, whatever its numbers became.
+inline void load_scales(const float* from, float unit, float* to) {
+  for (int64_t i = 0; i < kChunk; ++i) to[i] = from[i] * unit + from[i] * 0.0f;
+}
+
+template <class T>
+void Kernel<T>::run_split(const Tile& tile, int64_t split, const float* q, float* scores, float* wide,
+                          const State& result) const {
+  Pages<T> pages;
+  pages.dim_stride = a.block_size;
+  pages.k_scales = wide, pages.v_scales = wide + kSplit;
+  const int64_t base = split * kSplit, end = std::min(base + kSplit, tile.position + tile.num_tokens);
+  for (int64_t key = std::max(base, lowest_key(tile.position)) / kChunk * kChunk; key < end; key += kChunk) {
+    const int64_t block = a.block_table[tile.seq * a.table_width + key / a.block_size];
+    if (block < 0) continue;
+    const int64_t c = (key - base) / kChunk, offset = key % a.block_size;
+    pages.k[c] = static_cast<const T*>(a.k_cache) + block * a.k_cache_stride[0] + tile.head * a.k_cache_stride[1] +
+                 offset;
+    pages.v[c] = static_cast<const T*>(a.v_cache) + block * a.v_cache_stride[0] + tile.head * a.v_cache_stride[1] +
+                 offset * a.v_dim;
+    if constexpr (kIsQuantized<T>) {
+      const int64_t at = block * a.scale_stride[0] + tile.head * a.scale_stride[1] + offset;
+      load_scales(a.k_scale + at, Quantized<T>::kUnit, wide + c * kChunk);
+      load_scales(a.v_scale + at, Quantized<T>::kUnit, wide + kSplit + c * kChunk);
+    }
+  }
+  if constexpr (kIsQuantized<T>)
+    if (tile.num_tokens * group > kWidenRows)
+      return attend_split(tile, split, widen(pages, wide + 2 * kSplit), q, scores, result);
+  attend_split(tile, split, pages, q, scores, result);
+}
+
+template <class T>
+Pages<float> Kernel<T>::widen(const Pages<T>& pages, float* to) const {
+  Pages<float> wide;
+  wide.dim_stride = kChunk;
+  wide.k_scales = pages.k_scales, wide.v_scales = pages.v_scales;
+  for (int64_t c = 0; c < kChunks; ++c) {
+    if (!pages.k[c]) continue;
+    wide.k[c] = to;
+    for (int64_t d = 0; d < a.k_dim; ++d, to += kChunk)
+      for (int64_t i = 0; i < kChunk; i += kLanes) load(pages.k[c] + d * pages.dim_stride + i).store(to + i);
+    wide.v[c] = to;
+    for (int64_t i = 0; i < kChunk * a.v_dim; i += kLanes) load(pages.v[c] + i).store(to + i);
+    to += kChunk * a.v_dim;
+  }
+  return wide;
 }
 
 // total <- total and part. Rows that saw nothing in the part stay as they are.
@@ -302,16 +318,17 @@ void Kernel<T>::run_item(const Item& item, float* scratch) const {
   const int64_t rows = tile.num_tokens * group;
   float* q = scratch;
   float* scores = q + max_rows * q_stride;
-  float* after = scores + kRows * kScoreStride;
+  float* wide = scores + kRows * kScoreStride;
+  float* after = wide + wide_floats();
   load_queries(tile, q);
   if (item.split >= 0) {
     float* slot = const_cast<Scratch&>(partials).get(0) + tile.partials +
                   (item.split - tile.split_begin) * state_floats(rows);
-    return run_split(tile, item.split, q, scores, State(slot, rows, v_stride));
+    return run_split(tile, item.split, q, scores, wide, State(slot, rows, v_stride));
   }
   const State part(after, rows, v_stride), total(after + state_floats(rows), rows, v_stride);
   for (int64_t s = tile.split_begin; s < tile.split_end; ++s) {
-    run_split(tile, s, q, scores, part);
+    run_split(tile, s, q, scores, wide, part);
     merge(part, total, rows, s == tile.split_begin);
   }
   finish(tile, total);
@@ -339,7 +356,8 @@ void Kernel<T>::store_new(int64_t thread, int64_t num_threads) const {
 
 template <class T>
 void Kernel<T>::run() {
-  const int64_t scratch_floats = max_rows * q_stride + kRows * kScoreStride + 2 * state_floats(max_rows);
+  const int64_t scratch_floats =
+      max_rows * q_stride + kRows * kScoreStride + wide_floats() + 2 * state_floats(max_rows);
   std::atomic<size_t> next_item{0}, next_merge{0};
 #pragma omp parallel if (work > kSmallWork && !at::in_parallel_region() && at::get_num_threads() > 1)
   {
@@ -380,7 +398,11 @@ int64_t attend(const Args& args) {
 HF_PAGED_EXPORT int64_t hf_paged_attention(const void* packed) {
   hf_paged::Args args;
   std::memcpy(&args, packed, sizeof args);
-  if (args.cache_dtype == hf_paged::kFloat32) return hf_paged::attend<float>(args);
-  if (args.cache_dtype == hf_paged::kBFloat16) return hf_paged::attend<c10::BFloat16>(args);
-  return hf_paged::attend<c10::Half>(args);
+  switch (args.cache_dtype) {
+    case hf_paged::kFloat32: return hf_paged::attend<float>(args);
+    case hf_paged::kBFloat16: return hf_paged::attend<c10::BFloat16>(args);
+    case hf_paged::kFloat16: return hf_paged::attend<c10::Half>(args);
+    case hf_paged::kInt8: return hf_paged::attend<int8_t>(args);
+    default: return hf_paged::attend<hf_paged::E4m3>(args);
+  }
 }

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import build
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ARGS = struct.Struct("@12P 12q 10q 2q 2d")  # struct Args in attention.cpp
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+_ARGS = struct.Struct("@14P 12q 12q 2q 2d")  # struct Args in attention.cpp
 _ERRORS = {
     1: "cu_seqlens_q, seq_lens and block_table do not fit together at sequence {}",
     2: "block_table has a block id at or above the cache's number of blocks in sequence {}",
@@ -25,15 +25,13 @@ def attention_(
     alibi_slopes=None, k_scale=None, v_scale=None, out=None, lse=None, split_size=None,
 ) -> Tensor:  # fmt: skip
     """See `ops.attention_`. `split_size` changes nothing: no row's bits depend on the batch."""
-    if k_scale is not None:
-        raise ValueError("k_scale and v_scale: the C++ kernels have no quantized caches; backend='reference' has")
     if lse is not None or out is not None and out.dtype != query.dtype:
         raise ValueError(f"lse must be None and out of the query's dtype {query.dtype} with the C++ kernels")
     num_tokens, num_heads, k_dim = query.shape
     num_blocks, num_kv_heads, block_size, v_dim = v_cache.shape
     if out is None:
         out = query.new_empty(num_tokens, num_heads, v_dim)
-    _run(query, key, value, k_cache, v_cache, out,
+    _run(query, key, value, k_cache, v_cache, k_scale, v_scale, out,
          metadata.cu_seqlens_q.data_ptr(), metadata.seq_lens.data_ptr(), metadata.block_table.data_ptr(),
          metadata.slot_mapping.data_ptr(), sinks, alibi_slopes,
          (num_tokens, metadata.block_table.shape[0], metadata.block_table.shape[1], num_blocks, block_size, num_heads,
@@ -45,16 +43,14 @@ def store_kv(
     key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, k_scale=None, v_scale=None
 ) -> None:
     """See `ops.store_kv`: a batch of no sequences, which is written and attended by nobody."""
-    if k_scale is not None:
-        raise ValueError("k_scale and v_scale: the C++ kernels have no quantized caches; backend='reference' has")
     num_blocks, num_kv_heads, block_size, v_dim = v_cache.shape
-    _run(key, key, value, k_cache, v_cache, None, 0, 0, 0, slot_mapping.data_ptr(), None, None,
+    _run(key, key, value, k_cache, v_cache, k_scale, v_scale, None, 0, 0, 0, slot_mapping.data_ptr(), None, None,
          (key.shape[0], 0, 0, num_blocks, block_size, num_kv_heads, num_kv_heads, key.shape[2], v_dim), 0, 0, 1.0,
          0.0)  # fmt: skip
 
 
-def _run(query, key, value, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block_table, slot_mapping, sinks,
-         alibi_slopes, sizes, window, chunk, scale, softcap):  # fmt: skip
+def _run(query, key, value, k_cache, v_cache, k_scale, v_scale, out, cu_seqlens_q, seq_lens, block_table, slot_mapping,
+         sinks, alibi_slopes, sizes, window, chunk, scale, softcap):  # fmt: skip
     global _entry
     if _entry is None:
         entry = build.load().hf_paged_attention
@@ -78,17 +74,22 @@ def _run(query, key, value, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block
     k_strides, v_strides = k_cache.stride(), v_cache.stride()
     if k_strides[2:] != (sizes[4], 1) or v_strides[2:] != (sizes[8], 1):
         raise ValueError("k_cache and v_cache must be contiguous within a block's head")
+    k_scale_at = v_scale_at = 0
+    scale_strides = (0, 0)
+    if k_scale is not None:
+        k_scale_at, v_scale_at, scale_strides = k_scale.data_ptr(), v_scale.data_ptr(), k_scale.stride()
     if sinks is not None:
         sinks = sinks.float().contiguous()
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.float().contiguous()
     packed = _ARGS.pack(
         query.data_ptr(), key_at, value_at, 0 if out is None else out.data_ptr(), k_cache.data_ptr(),
-        v_cache.data_ptr(), cu_seqlens_q, seq_lens, block_table, slot_mapping,
+        v_cache.data_ptr(), k_scale_at, v_scale_at, cu_seqlens_q, seq_lens, block_table, slot_mapping,
         0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(),
         _DTYPE_CODES[query.dtype], new_dtype, _DTYPE_CODES[k_cache.dtype], *sizes,
         query_strides[0], query_strides[1], key_strides[0], key_strides[1], value_strides[0], value_strides[1],
-        k_strides[0], k_strides[1], v_strides[0], v_strides[1], window, chunk, scale, softcap,
+        k_strides[0], k_strides[1], v_strides[0], v_strides[1], scale_strides[0], scale_strides[1], window, chunk,
+        scale, softcap,
     )  # fmt: skip
     failed = _entry(packed)
     if failed:

@@ -2,7 +2,7 @@
 // one order of operations per row, whatever the number of rows (attention.cpp says why).
 #pragma once
 
-#include "common.h"
+#include "quantized_cache.h"
 
 #include <cmath>
 #include <limits>
@@ -141,10 +141,11 @@ inline Vec finish_score(Vec s, const RowRule& rule, int64_t first_key) {
 }
 
 // Turns the scores of chunks [chunks.begin, chunks.end) into weights exp(s - m); returns m, and l in *sum. Keys
-// outside `visible` and of missing chunks get weight 0. m is -inf if nothing is visible.
-template <class T>
+// outside `visible` and of missing chunks get weight 0. m is -inf if nothing is visible. With scales of keys and values
+// the scores are multiplied by the ones first, and the weights by the others in the end.
+template <bool Scaled, class T>
 float softmax_row(float* scores, const T* const* blocks, Range chunks, Range visible, const RowRule& rule,
-                  float* sum) {
+                  const float* k_scales, const float* v_scales, float* sum) {
   const int64_t begin = chunks.begin * kChunk, end = chunks.end * kChunk;
   Vec highest(kMinusInf);
   for (int64_t j = begin; j < end; j += kLanes) {
@@ -152,7 +153,9 @@ float softmax_row(float* scores, const T* const* blocks, Range chunks, Range vis
     if (!blocks[j / kChunk] || j >= visible.end || j + kLanes <= visible.begin) {
       s = Vec(kMinusInf);
     } else {
-      s = finish_score(load(scores + j), rule, j);
+      s = load(scores + j);
+      if constexpr (Scaled) s = s * load(k_scales + j);
+      s = finish_score(s, rule, j);
       if (j < visible.begin || j + kLanes > visible.end) {
         alignas(64) float lanes[kLanes];
         s.store(lanes);
@@ -173,7 +176,8 @@ float softmax_row(float* scores, const T* const* blocks, Range chunks, Range vis
   }
   for (int64_t j = begin; j < end; j += kLanes) {
     const Vec w = exp(load(scores + j) - Vec(m));
-    w.store(scores + j);
+    if constexpr (Scaled) (w * load(v_scales + j)).store(scores + j);
+    else w.store(scores + j);
     total = total + w;
   }
   *sum = sum_lanes(total);

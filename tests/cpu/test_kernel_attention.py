@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import NAN, Case
+from attention_cases import NAN, Case, rounded
 
 import hf_paged_kernels as kernels
 
@@ -12,6 +12,7 @@ BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")),
     "reference",
 ]
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
 needs_cpu = pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")
 
 
@@ -54,6 +55,14 @@ CASES = {
     "bf16_model": Case(dtype=torch.bfloat16, cache_dtype=torch.bfloat16),
     "fp16_model": Case(dtype=torch.float16, cache_dtype=torch.float16, sinks=True),
     "bf16_model_fp32_cache": Case(dtype=torch.bfloat16),
+    "int8_cache": Case(cache_dtype=INT8),
+    "int8_cache_bf16_model": Case(cache_dtype=INT8, dtype=torch.bfloat16, k_dim=128, v_dim=128, heads=(4, 1)),
+    "int8_cache_window": Case(cache_dtype=INT8, window=100, k_dim=72, v_dim=40, sinks=True),
+    "int8_cache_multi_query": Case(cache_dtype=INT8, heads=(7, 1), block_size=48, chunk=300),
+    "fp8_cache": Case(cache_dtype=FP8),
+    "fp8_cache_fp16_model": Case(cache_dtype=FP8, dtype=torch.float16, block_size=64),
+    "fp8_cache_latent_mla": Case(cache_dtype=FP8, heads=(16, 1), k_dim=144, v_dim=128, lengths=[(1, 300), (3, 20)]),
+    "fp8_cache_everything": Case(cache_dtype=FP8, window=50, softcap=8.0, sinks=True, alibi=True, k_dim=7, v_dim=13),
     "large_scores": Case(spread=60.0),
 }
 
@@ -154,6 +163,8 @@ INVARIANT = {
     "everything": Case(lengths=[(300, 560)], window=270, softcap=8.0, sinks=True, alibi=True, k_dim=24, v_dim=40),
     "bf16_cache": Case(lengths=[(300, 560), (9, 9)], cache_dtype=torch.bfloat16, heads=(7, 1), v_dim=128),
     "block_64": Case(lengths=[(290, 290), (31, 600)], block_size=64, k_dim=80, v_dim=80),
+    "int8_cache": Case(lengths=[(300, 560), (9, 9)], cache_dtype=INT8, heads=(6, 2), window=200, block_size=32),
+    "fp8_cache": Case(lengths=[(290, 290), (31, 600)], cache_dtype=FP8, k_dim=80, v_dim=24, sinks=True),
 }
 
 
@@ -209,13 +220,15 @@ def test_bits_do_not_depend_on_threads(name):
 @needs_cpu
 def test_bits_do_not_depend_on_the_strides_of_the_cache_or_head_neighbours():
     """The first KV head alone, as one rank of a tensor-parallel group would hold it."""
-    case = Case(heads=(6, 2))
-    query, key, value, k_cache, v_cache, metadata = case.batch()
-    want = kernels.attention_(query, key, value, k_cache.clone(), v_cache.clone(), metadata, **case.options,
-                              backend="cpu")  # fmt: skip
-    got = kernels.attention_(query[:, :3], key[:, :1], value[:, :1], k_cache[:, :1], v_cache[:, :1], metadata,
-                             **case.options, backend="cpu")  # fmt: skip
-    assert torch.equal(got, want[:, :3])
+    for dtype in (torch.float32, INT8):
+        case = Case(heads=(6, 2), cache_dtype=dtype)
+        query, key, value, k_cache, v_cache, metadata = case.batch()
+        want = kernels.attention_(query, key, value, k_cache.clone(), v_cache.clone(), metadata, **case.options,
+                                  **case.scales, backend="cpu")  # fmt: skip
+        first = {name: scale if scale is None else scale[:, :1] for name, scale in case.scales.items()}
+        got = kernels.attention_(query[:, :3], key[:, :1], value[:, :1], k_cache[:, :1], v_cache[:, :1], metadata,
+                                 **case.options, **first, backend="cpu")  # fmt: skip
+        assert torch.equal(got, want[:, :3])
 
 
 # ---- the cache ----------------------------------------------------------------------------------------------------
@@ -241,13 +254,75 @@ def test_store_then_gather_gives_the_rounded_keys_back(backend, dtype, cache_dty
     assert (k_cache[5, :, :, 2:] == 7).all() and (v_cache[5, :, 2:] == 7).all()
 
 
-def test_copy_blocks():
-    k_cache, v_cache = kernels.allocate_kv(5, 2, 8, 8, 16, torch.float32, "cpu")
-    k_cache.normal_(), v_cache.normal_()
-    before = k_cache.clone(), v_cache.clone()
-    kernels.copy_blocks(k_cache, v_cache, torch.tensor([[0, 3], [1, 4]]))
-    for cache, old in zip((k_cache, v_cache), before, strict=True):
-        assert torch.equal(cache, old[[0, 1, 2, 0, 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, INT8, FP8])
+def test_copy_blocks(dtype):
+    caches = kernels.allocate_kv(5, 2, 8, 8, 16, dtype, "cpu")
+    scales = dict(zip(("k_scale", "v_scale"), kernels.allocate_scales(caches[1])))
+    kernels.store_kv(*torch.randn(2, 80, 2, 8), *caches, torch.arange(80), **scales)
+    before = [kernels.gather_kv(*caches, torch.tensor([0, 1, 2, 0, 1]), 80, **scales)]
+    kernels.copy_blocks(*caches, torch.tensor([[0, 3], [1, 4]]), **scales)
+    for got, want in zip(kernels.gather_kv(*caches, torch.arange(5), 80, **scales), *before, strict=True):
+        assert torch.equal(got, want)
+
+
+# ---- quantized caches ---------------------------------------------------------------------------------------------
+
+
+def hard_rows(dim: int) -> torch.Tensor:
+    """[T, 1, dim]: of every size, ties between two steps, zeros, and what is no number."""
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(40, dim, generator=generator) * 10.0 ** torch.arange(-36, 36, 1.8)[:, None]
+    ties = torch.arange(dim).float() + 0.5
+    ties[0] = 127  # the scale is 1: these are halves of int8's step, and of several of e4m3's
+    eighths = torch.arange(dim).float() / 16
+    eighths[0] = 448
+    odd = torch.zeros(5, dim)
+    odd[1, 3], odd[2, 0], odd[3, dim - 1], odd[4] = NAN, float("inf"), -float("inf"), 3e38
+    odd[3, 0] = 1
+    return torch.cat([normal, torch.stack([ties, -ties, eighths, eighths * 2**-6, -eighths * 2**-8]), odd])[:, None]
+
+
+@needs_cpu
+@pytest.mark.parametrize("new_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+@pytest.mark.parametrize("dim", [64, 37])
+def test_rows_are_rounded_as_the_reference_rounds_them(dim, dtype, new_dtype):
+    rows = hard_rows(dim).to(new_dtype)
+    stored = []
+    for backend in ("cpu", "reference"):
+        caches = kernels.allocate_kv(4, 1, dim, dim, 16, dtype, "cpu")
+        scales = kernels.allocate_scales(caches[1])
+        for tensor in (*caches, *scales):
+            tensor.view(torch.uint8).fill_(7)
+        kernels.store_kv(rows, rows.flip(0), *caches, torch.arange(len(rows)), k_scale=scales[0], v_scale=scales[1],
+                         backend=backend)  # fmt: skip
+        stored.append([tensor.view(torch.uint8) for tensor in (*caches, *scales)])
+    for got, want in zip(*stored, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+@pytest.mark.parametrize("what", ["key", "value"])
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+def test_what_is_no_number_reaches_those_who_see_it_and_no_other_head_or_sequence(bad, what, dtype, backend):
+    """Each sequence attends to one bad row, in a decode, in a prompt of few rows and in one of many."""
+    case = Case(lengths=[(1, 40), (3, 30), (60, 60), (1, 40)], heads=(4, 2), cache_dtype=dtype)
+    clean = case.run(backend)
+    for seq, position in ((0, 7), (1, 9), (2, 50)):
+        (case.keys if what == "key" else case.values)[seq][position, 1, 2] = bad
+    got = case.run(backend)
+    assert got[:4, 2:].isnan().all() and got[54:64, 2:].isnan().all()
+    assert torch.equal(got[:, :2], clean[:, :2]) and torch.equal(got[64:], clean[64:])
+
+
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+def test_rounding_to_8_bits_costs_no_more_than_the_type_has(dtype):
+    case = Case(cache_dtype=dtype)
+    for rows in (*case.keys, *case.values):
+        error = (rounded(rows, dtype) - rows).abs()
+        step = rows.abs().amax(-1, keepdim=True) / 254 if dtype == INT8 else rows.abs() / 16 + 1e-4
+        assert (error <= step * 1.001).all()
 
 
 # ---- wrong arguments ----------------------------------------------------------------------------------------------
@@ -371,7 +446,7 @@ def test_metadata_of_the_wrong_type_is_refused():
         kernels.AttentionMetadata(**{**good, "block_table": torch.zeros(2, 1, dtype=torch.int32)})
 
 
-@pytest.mark.parametrize("bad", [dict(block_size=20), dict(block_size=0), dict(num_blocks=0), dict(dtype=torch.int8)])
+@pytest.mark.parametrize("bad", [dict(block_size=20), dict(block_size=0), dict(num_blocks=0), dict(dtype=torch.int16)])
 def test_allocate_kv_names_a_wrong_size(bad):
     sizes = dict(num_blocks=2, num_kv_heads=2, k_head_dim=8, v_head_dim=8, block_size=16, dtype=torch.float32)
     with pytest.raises(ValueError, match=next(iter(bad))):

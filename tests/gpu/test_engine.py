@@ -8,7 +8,6 @@ from tiny_models import tiny_model
 
 import hf_paged
 from hf_paged import Engine, EngineConfig, SamplingParams
-from hf_paged.base.errors import KernelUnavailable
 
 NUM_NEW = 5
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
@@ -88,8 +87,3 @@ def test_generate_of_a_patched_model_with_beams(model):
         assert "triton" in text
     finally:
         hf_paged.unpatch(model)
-
-
-def test_the_cpp_kernels_have_no_quantized_cache():
-    with pytest.raises(KernelUnavailable, match="kv_dtype='int8' with attention_backend 'cpu'"):
-        hf_paged.patch(tiny_model("llama"), kv_dtype="int8", attention_backend="cpu")

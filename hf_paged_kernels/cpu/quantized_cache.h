@@ -1,0 +1,81 @@
+// The 8-bit types of a quantized cache: int8 and float8 e4m3, rounded to and widened from float32.
+#pragma once
+
+#include "common.h"
+
+#include <c10/util/Float8_e4m3fn.h>
+
+#include <cmath>
+
+namespace hf_paged {
+
+struct E4m3 {
+  uint8_t bits;
+};
+
+inline Vec load(const int8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = p[i];
+  return Vec::loadu(lanes);
+#endif
+}
+
+// 2^-8 of the numbers: exponent and mantissa lie in fp16 as they do in e4m3, whose bias is 8 less. NaN gives +-1.875.
+inline Vec load(const E4m3* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0xBFFFu)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(0xBFFFu)));
+#else
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    lanes[i] = c10::Half((p[i].bits & 0x80) << 8 | (p[i].bits & 0x7F) << 7, c10::Half::from_bits());
+  return Vec::loadu(lanes);
+#endif
+}
+
+// How numbers are rounded to 8 bits, and `kUnit`, the factor between what `load` gives and the number.
+template <class T>
+struct Quantized;
+
+template <>
+struct Quantized<int8_t> {
+  static constexpr float kLargest = 127.0f, kUnit = 1.0f;
+  static void round(const Vec& x, int8_t* to) {  // NaN becomes 0
+    alignas(64) float lanes[kLanes];
+    x.store(lanes);
+    for (int i = 0; i < kLanes; ++i) to[i] = lanes[i] == lanes[i] ? static_cast<int8_t>(std::nearbyint(lanes[i])) : 0;
+  }
+};
+
+template <>
+struct Quantized<E4m3> {
+  static constexpr float kLargest = 448.0f, kUnit = 256.0f;
+  static void round(const Vec& x, E4m3* to) {
+    alignas(64) float lanes[kLanes];
+    x.store(lanes);
+    for (int i = 0; i < kLanes; ++i) to[i].bits = c10::Float8_e4m3fn(lanes[i]).x;
+  }
+};
+
+template <class T>
+constexpr bool kIsQuantized = std::is_same_v<T, int8_t> || std::is_same_v<T, E4m3>;
+
+// The first `count` lanes; nothing past them is read.
+template <class T>
+  requires kIsQuantized<T>
+inline Vec load(const T* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
+}
+
+}  // namespace hf_paged
