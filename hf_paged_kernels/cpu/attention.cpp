@@ -241,8 +241,8 @@ void Kernel<T>::run_split(const Tile& tile, int64_t split, const float* q, float
                  offset * a.v_dim;
     if constexpr (kIsQuantized<T>) {
       const int64_t at = block * a.scale_stride[0] + tile.head * a.scale_stride[1] + offset;
-      load_scales(a.k_scale + at, Quantized<T>::kUnit, wide + c * kChunk);
-      load_scales(a.v_scale + at, Quantized<T>::kUnit, wide + kSplit + c * kChunk);
+      load_scales(a.k_scale + at, Rounding<T>::kUnit, wide + c * kChunk);
+      load_scales(a.v_scale + at, Rounding<T>::kUnit, wide + kSplit + c * kChunk);
     }
   }
   if constexpr (kIsQuantized<T>)
@@ -402,7 +402,7 @@ HF_PAGED_EXPORT int64_t hf_paged_attention(const void* packed) {
     case hf_paged::kFloat32: return hf_paged::attend<float>(args);
     case hf_paged::kBFloat16: return hf_paged::attend<c10::BFloat16>(args);
     case hf_paged::kFloat16: return hf_paged::attend<c10::Half>(args);
-    case hf_paged::kInt8: return hf_paged::attend<int8_t>(args);
+    case hf_paged::kInt8Cache: return hf_paged::attend<int8_t>(args);
     default: return hf_paged::attend<hf_paged::E4m3>(args);
   }
 }

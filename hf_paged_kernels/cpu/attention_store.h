@@ -40,11 +40,11 @@ float store_quantized(const New* x, int64_t dims, Cache* to, int64_t stride) {
     highest = at::vec::maximum(highest, load(x + d, std::min<int64_t>(kLanes, dims - d)).abs());
   float peak = max_lanes(highest);
   if (peak != peak) peak = std::numeric_limits<float>::infinity();
-  const float scale = std::max(peak, 1e-30f) / Quantized<Cache>::kLargest;
+  const float scale = std::max(peak, 1e-30f) / Rounding<Cache>::kLargest;
   for (int64_t d = 0; d < dims; d += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, dims - d);
     Cache lanes[kLanes];
-    Quantized<Cache>::round(load(x + d, count) / Vec(scale), lanes);
+    Rounding<Cache>::round(load(x + d, count) / Vec(scale), lanes);
     for (int64_t i = 0; i < count; ++i) to[(d + i) * stride] = lanes[i];
   }
   return scale;

@@ -15,7 +15,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int kLanes = Vec::size();
 
 // Dtype codes of the C interface.
-enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8 = 4 };
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
 

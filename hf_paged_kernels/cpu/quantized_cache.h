@@ -9,6 +9,9 @@
 
 namespace hf_paged {
 
+// Dtype codes of the C interface, after those of `Dtype`.
+enum CacheDtype : int64_t { kInt8Cache = 3, kE4m3Cache = 4 };
+
 struct E4m3 {
   uint8_t bits;
 };
@@ -43,10 +46,10 @@ inline Vec load(const E4m3* p) {
 
 // How numbers are rounded to 8 bits, and `kUnit`, the factor between what `load` gives and the number.
 template <class T>
-struct Quantized;
+struct Rounding;
 
 template <>
-struct Quantized<int8_t> {
+struct Rounding<int8_t> {
   static constexpr float kLargest = 127.0f, kUnit = 1.0f;
   static void round(const Vec& x, int8_t* to) {  // NaN becomes 0
     alignas(64) float lanes[kLanes];
@@ -56,7 +59,7 @@ struct Quantized<int8_t> {
 };
 
 template <>
-struct Quantized<E4m3> {
+struct Rounding<E4m3> {
   static constexpr float kLargest = 448.0f, kUnit = 256.0f;
   static void round(const Vec& x, E4m3* to) {
     alignas(64) float lanes[kLanes];
