@@ -64,4 +64,4 @@ def __dir__():
 
 when_imported("peft.tuners.lora.model", lambda: importlib.import_module(".hf.lora", __name__).install())
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
-when_imported("transformers.quantizers.auto", lambda: __getattr__("register_quantizers")())
+when_imported("transformers.quantizers.auto", lambda: importlib.import_module(".hf.quantizers", __name__))

@@ -1,6 +1,6 @@
 """Quantized checkpoints in transformers: its loader fills our layers, and they are packed one after the other.
 
-transformers looks quantizers up by the checkpoint's `quant_method`. `register_quantizers` puts ours there; they need no
+transformers looks quantizers up by the checkpoint's `quant_method`. Importing this module puts ours there; they need no
 other package. What is quantized on the fly, rather than loaded so, still goes to transformers' own.
 """
 
@@ -222,3 +222,6 @@ def _dequantize(model, dtype: torch.dtype) -> None:
             plain.weight = nn.Parameter(layer.dequantize(dtype))
             plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
             model.set_submodule(name, plain)
+
+
+register_quantizers()  # once, with the first import; hf_paged imports this module as soon as transformers can be told

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,6 +224,13 @@ def test_registration():
     finally:
         hf_paged.register_quantizers()
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__module__ == "hf_paged.hf.quantizers"
+
+
+def test_registration_may_be_what_imports_transformers():
+    code = "import hf_paged; hf_paged.register_quantizers"
+    code += "; from transformers.quantizers import auto; print(auto.AUTO_QUANTIZER_MAPPING['gptq'].__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["hf_paged.hf.quantizers"]
 
 
 def test_quantizing_while_loading_is_left_to_transformers():
