@@ -116,7 +116,10 @@ class PackedQuantizer(HfQuantizer):
             with _naming(name):
                 _check_loaded(layer)
                 vars(layer).pop("weight", None)
+                loaded = {name: tensor for name, tensor in layer.named_parameters() if name != "bias"}
                 layer.pack_()
+                kept = {tensor.untyped_storage().data_ptr() for tensor in layer.parameters()}
+                checkpoints.give_back(t for t in loaded.values() if t.untyped_storage().data_ptr() not in kept)
             if name in self._surplus_biases and not layer.bias.any():
                 layer.bias = None  # auto-gptq gives every layer a bias
         if hasattr(model.config, "transformers_weights"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_paged_kernels.quantized import QuantizedWeight
+from hf_paged_kernels.quantized import QuantizedWeight, pack, words_of
 
 from ...base.errors import InvalidArgument
 
@@ -68,3 +69,21 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise InvalidArgument(f"{name} has values that are not finite")
     return tensor
+
+
+def packed_rows(bits: int, N: int, K: int, values: Callable[[slice], Tensor], device: torch.device) -> Tensor:
+    """The data of a QuantizedWeight of kind int2, int3, int4 or int8, from `values`: rows -> uint8 [rows, K], of 8 bits
+    128 too much. A few rows at a time, so that little more memory is needed than for the result."""
+    step = max(1, (1 << 20) // K)
+    width, dtype = (K, torch.int8) if bits == 8 else (words_of(f"int{bits}", K), torch.int32)
+    data = torch.empty(N, width, dtype=dtype, device=device)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        found = values(rows)
+        data[rows] = (found ^ 0x80).view(torch.int8) if bits == 8 else pack(found, f"int{bits}")
+    return data
+
+
+def unsigned(weight: QuantizedWeight) -> Tensor:
+    """q [N, K] of a weight of `packed_rows`, uint8, of 8 bits 128 too much again."""
+    return weight.values() if weight.is_packed else weight.data.view(torch.uint8) ^ 0x80

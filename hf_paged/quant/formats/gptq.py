@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from hf_paged_kernels.quantized import QuantizedWeight
-from hf_paged_kernels.quantized import pack as pack_rows
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, require_finite
+from .base import FLOATS, Format, Stored, packed_rows, require_finite, unsigned
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
@@ -76,28 +75,28 @@ class GPTQ(Format):
         scales = require_finite("scales", tensors["scales"])
         size = self._group_size(K)
         perm = None if "g_idx" not in tensors else _order(tensors["g_idx"], size)
-        values = words.unpack(tensors["qweight"].T, self.bits)
-        if perm is not None:
-            values = values[:, perm.long()]
-        middle = 1 << self.bits - 1
+        qweight = tensors["qweight"].T
+
+        def values(rows: slice) -> Tensor:
+            found = words.unpack(qweight[rows], self.bits)
+            return found if perm is None else found[:, perm.long()]
+
+        data = packed_rows(self.bits, N, K, values, scales.device)
         zeros = self._zeros(tensors["qzeros"])
-        shared = dict(in_features=K, scales=scales.contiguous(), block=(1, size), perm=perm)
         if self.bits == 8:
-            zeros -= middle
-            data = (values.to(torch.int16) - middle).to(torch.int8)
-            return QuantizedWeight("int8", data=data, zeros=zeros if zeros.any() else None, **shared)
-        kind = f"int{self.bits}"
-        return QuantizedWeight(
-            kind, data=pack_rows(values, kind), zeros=zeros if (zeros != middle).any() else None, **shared
+            zeros -= 128
+        weight = QuantizedWeight(
+            f"int{self.bits}", in_features=K, data=data, scales=scales.contiguous(), block=(1, size), perm=perm
         )
+        return weight if (zeros == weight.zero_point()).all() else weight.with_tensors({"zeros": zeros})
 
     def unpack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        size, middle = weight.block[1], 1 << self.bits - 1
-        values, zeros = weight.values(), weight.zeros
+        size, zeros = weight.block[1], weight.zeros
         if zeros is None:
             zeros = weight.scales.new_full(weight.scales.shape, weight.zero_point(), dtype=torch.int16)
         if self.bits == 8:
-            values, zeros = values.to(torch.int16) + middle, zeros + middle
+            zeros = zeros + 128
+        values = unsigned(weight)
         g_idx = torch.arange(weight.in_features, dtype=torch.int32, device=weight.device) // size
         if weight.perm is not None:
             order = weight.perm.long()
