@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_paged.quant.linear import QuantLinear
+
 
 def bit_stream(values: Tensor, bits: int) -> Tensor:
     """Values [rows, n] -> int32 [rows, bits n / 32]: the bits of a row one after the other, lowest first."""
@@ -55,6 +57,29 @@ def gptq_layer(
         "g_idx": g_idx.to(torch.int32),
     }
     return tensors, (scales.float()[g_idx] * (q - z[g_idx])).T
+
+
+def awq_layer(
+    N: int, K: int, *, group_size: int = 16, sym: bool = False, version: str = "gemm", dtype=torch.float16
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(tensors, W [N, K])"""
+    size = K if group_size == -1 else group_size
+    groups = K // size
+    q = torch.randint(16, (K, N))
+    z = torch.full((groups, N), 8) if sym else torch.randint(16, (groups, N))
+    scales = random_scales(groups, N, of=K, dtype=dtype)
+    weight = (scales.float().repeat_interleave(size, 0) * (q - z.repeat_interleave(size, 0))).T
+    if version == "gemm":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]  # the column in each field
+
+        def along_columns(values: Tensor) -> Tensor:
+            return bit_stream(values.reshape(len(values), -1, 8)[:, :, order].reshape(values.shape), 4)
+
+        return {"qweight": along_columns(q), "qzeros": along_columns(z), "scales": scales}, weight
+    multiple = {32: 32, 64: 16}.get(size, 8)
+    padding = (0, -groups % multiple)
+    zeros, scales = (torch.nn.functional.pad(tensor.T, padding) for tensor in (z, scales))
+    return {"qweight": bit_stream(q.T, 4), "qzeros": bit_stream(zeros, 4), "scales": scales}, weight
 
 
 Maker = Callable[[str, int, int], "tuple[dict[str, Tensor], Tensor] | None"]
@@ -102,6 +127,29 @@ def save_files(state: dict[str, Tensor], folder: Path, shards: int = 1) -> None:
         save_file({name: state[name] for name in mine}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def packed_layer(format, tensors: dict[str, Tensor], N: int, K: int) -> QuantLinear:
+    """A layer that these tensors were loaded into."""
+    layer = QuantLinear(K, N, False, format, like=tensors)
+    layer.load_state_dict(tensors, assign=True)
+    layer.pack_()
+    return layer
+
+
+def assert_layer(format, tensors: dict[str, Tensor], weight: Tensor) -> QuantLinear:
+    """The layer of these tensors stands for `weight`, multiplies by it, and gives the same tensors back."""
+    N, K = weight.shape
+    layer = packed_layer(format, tensors, N, K)
+    assert torch.equal(layer.dequantize(), weight)
+    state = layer.state_dict()
+    assert state.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert same_bits(state[name], tensor), name
+    if layer.quantized.activations is None:
+        x = torch.randn(3, K)
+        torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-5, rtol=1e-5)
+    return layer
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as configs
 
 from ..base.errors import InvalidArgument, UnsupportedOption
+from ..quant.formats.awq import AWQ
 from ..quant.formats.base import Format
 from ..quant.formats.gptq import GPTQ
 from ..quant.linear import QuantLinear
@@ -55,6 +56,12 @@ class GPTQConfig(_Stored, configs.GPTQConfig):
         if "bits" not in stored:
             raise InvalidArgument("quantization_config: bits is missing")
         return stored
+
+
+class AwqConfig(_Stored, configs.AwqConfig):
+    @classmethod
+    def arguments(cls, stored):
+        return stored | {"version": None}  # transformers would only take those it knows
 
 
 class PackedQuantizer(HfQuantizer):
@@ -158,7 +165,23 @@ class GPTQQuantizer(PackedQuantizer):
         return GPTQ(stored["bits"], stored.get("group_size", -1), version, whole_words="gptqmodel" in writers)
 
 
-_OURS: dict[str, tuple[type[PackedQuantizer], type]] = {"gptq": (GPTQQuantizer, GPTQConfig)}
+class AWQQuantizer(PackedQuantizer):
+    names = ("qweight", "qzeros", "scales")
+    own = auto.AwqQuantizer
+
+    def layer_format(self, name, tensors):
+        stored = self.quantization_config.stored
+        bits = stored.get("bits", stored.get("w_bit", 4))
+        if bits != 4:
+            raise InvalidArgument(f"bits must be 4, not {bits!r}")
+        version = stored.get("version") or stored.get("checkpoint_format") or stored.get("format") or "gemm"
+        return AWQ(stored.get("group_size", stored.get("q_group_size", 128)), str(version).lower())
+
+
+_OURS: dict[str, tuple[type[PackedQuantizer], type]] = {
+    "awq": (AWQQuantizer, AwqConfig),
+    "gptq": (GPTQQuantizer, GPTQConfig),
+}
 _THEIRS: dict[str, tuple[type, type]] = {}
 
 

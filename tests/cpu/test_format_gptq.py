@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized_checkpoints import gptq_layer, same_bits
+from quantized_checkpoints import assert_layer, gptq_layer, packed_layer, same_bits
 
 from hf_paged import InvalidArgument
 from hf_paged.quant.formats.gptq import GPTQ
 from hf_paged.quant.linear import QuantLinear
-
-
-def loaded(format, tensors, N, K):
-    layer = QuantLinear(K, N, False, format, like=tensors)
-    layer.load_state_dict(tensors, assign=True)
-    layer.pack_()
-    return layer
 
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
@@ -26,14 +19,8 @@ def loaded(format, tensors, N, K):
 def test_every_kind(bits, group_size, sym, act_order, version):
     N, K = 64, 192
     tensors, weight = gptq_layer(N, K, bits=bits, group_size=group_size, sym=sym, act_order=act_order, version=version)
-    layer = loaded(GPTQ(bits, group_size, version), tensors, N, K)
-    assert torch.equal(layer.dequantize(), weight)
+    layer = assert_layer(GPTQ(bits, group_size, version), tensors, weight)
     assert (layer.quantized.zeros is None) == sym
-    state = layer.state_dict()
-    assert state.keys() == tensors.keys()
-    assert all(same_bits(state[name], tensor) for name, tensor in tensors.items())
-    x = torch.randn(3, K)
-    torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -44,10 +31,10 @@ def test_words_that_gptqmodel_subtracted_from(bits):
     ones = sum(1 << bits * field for field in range(32 // bits))
     words = (tensors["qzeros"].long() - ones) % 2**32
     tensors["qzeros"] = (words - (words >> 31) * 2**32).to(torch.int32)
-    layer = loaded(GPTQ(bits, 32, whole_words=True), tensors, N, K)
+    layer = packed_layer(GPTQ(bits, 32, whole_words=True), tensors, N, K)
     assert torch.equal(layer.dequantize(), weight)
     assert same_bits(layer.state_dict()["qzeros"], tensors["qzeros"])
-    assert not torch.equal(loaded(GPTQ(bits, 32), tensors, N, K).dequantize(), weight)
+    assert not torch.equal(packed_layer(GPTQ(bits, 32), tensors, N, K).dequantize(), weight)
 
 
 def test_three_bits_as_gptqmodel_stores_them():
@@ -57,7 +44,7 @@ def test_three_bits_as_gptqmodel_stores_them():
     offsets = torch.tensor([0o4444444444, 0o22222222222, 0o11111111111]).repeat(3)
     words = (tensors["qzeros"].long() - offsets) % 2**32
     tensors["qzeros"] = (words - (words >> 31) * 2**32).to(torch.int32)
-    layer = loaded(GPTQ(3, 32, whole_words=True), tensors, N, K)
+    layer = packed_layer(GPTQ(3, 32, whole_words=True), tensors, N, K)
     assert torch.equal(layer.dequantize(), weight)
     assert same_bits(layer.state_dict()["qzeros"], tensors["qzeros"])
 
@@ -65,20 +52,20 @@ def test_three_bits_as_gptqmodel_stores_them():
 def test_no_g_idx():
     tensors, weight = gptq_layer(64, 64)
     del tensors["g_idx"]
-    layer = loaded(GPTQ(4, 16), tensors, 64, 64)
+    layer = packed_layer(GPTQ(4, 16), tensors, 64, 64)
     assert torch.equal(layer.dequantize(), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_keep_their_type(dtype):
     tensors, weight = gptq_layer(64, 64, dtype=dtype)
-    layer = loaded(GPTQ(4, 16), tensors, 64, 64)
+    layer = packed_layer(GPTQ(4, 16), tensors, 64, 64)
     assert torch.equal(layer.dequantize(), weight)
     assert layer.state_dict()["scales"].dtype == dtype
 
 
 def test_state_dict_goes_from_layer_to_layer():
-    first, second = (loaded(GPTQ(4, 16), gptq_layer(64, 64, act_order=True)[0], 64, 64) for _ in range(2))
+    first, second = (packed_layer(GPTQ(4, 16), gptq_layer(64, 64, act_order=True)[0], 64, 64) for _ in range(2))
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.dequantize(), second.dequantize())
     with pytest.raises(RuntimeError, match=r"qweight has shape \[8, 32\]"):
@@ -134,4 +121,4 @@ def corrupted(name: str):
 )
 def test_bad_tensors(name, message):
     with pytest.raises(InvalidArgument, match=f"^{message}"):
-        loaded(GPTQ(4, 16), corrupted(name), 64, 64)
+        packed_layer(GPTQ(4, 16), corrupted(name), 64, 64)

@@ -15,7 +15,7 @@ import hf_paged  # noqa: F401  (registers the quantizers)
 from hf_paged.quant.linear import QuantLinear
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "checkpoints.tar.xz"
-NAMES = ["autogptq-g64-sym"]
+NAMES = ["autoawq-g64-gemm", "autogptq-g64-sym"]
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,8 @@ def require_finite(name: str, tensor: Tensor) -> Tensor:
 
 def packed_rows(bits: int, N: int, K: int, values: Callable[[slice], Tensor], device: torch.device) -> Tensor:
     """The data of a QuantizedWeight of kind int2, int3, int4 or int8, from `values`: rows -> uint8 [rows, K], of 8 bits
-    128 too much. A few rows at a time, so that little more memory is needed than for the result."""
-    step = max(1, (1 << 20) // K)
+    128 too much. A few rows at a time (a multiple of 8), so that little more memory is needed than for the result."""
+    step = max(8, (1 << 17) // K * 8)
     width, dtype = (K, torch.int8) if bits == 8 else (words_of(f"int{bits}", K), torch.int32)
     data = torch.empty(N, width, dtype=dtype, device=device)
     for start in range(0, N, step):
