@@ -11,7 +11,7 @@ from quantized_checkpoints import same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import hf_paged  # noqa: F401  (registers the quantizers)
+import hf_paged
 from hf_paged.quant.linear import QuantLinear
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "checkpoints.tar.xz"
@@ -59,3 +59,16 @@ def test_saved_again(golden, name, tmp_path):
     again = load(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(reference["input_ids"]).logits, model(reference["input_ids"]).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens(golden, name):
+    """The paged engine's greedy tokens are the reference's, and those of stock `generate` on the dequantized model."""
+    reference = load_file(golden / name / "reference.safetensors")
+    ids, options = reference["input_ids"], dict(max_new_tokens=16, do_sample=False, pad_token_id=0)
+    plain = load(golden / name).dequantize()
+    stock = plain.generate(ids, **options)
+    assert torch.equal(stock[:, ids.shape[1] :], reference["greedy"])
+    model = hf_paged.patch(load(golden / name))
+    assert torch.equal(model.generate(ids, **options), stock)
+    hf_paged.unpatch(model)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from quantized_checkpoints import gptq_layer, save_quantized
+from quantized_checkpoints import awq_layer, gptq_layer, save_quantized
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -95,8 +95,11 @@ def test_dtype_is_that_of_everything_else(stored, dtype):
     model = load(folder, dtype=dtype)
     assert model.dtype == dtype and model.model.embed_tokens.weight.dtype == dtype
     assert model.model.layers[0].mlp.up_proj.quantized.scales.dtype == torch.float16
-    difference = (logits(model).float() - logits(expected)).abs().max() / logits(expected).abs().max()
-    assert difference < (1e-5 if dtype == torch.float32 else 0.05)
+    exact = logits(expected)
+    if dtype == torch.float32:
+        return assert_same_model(model, expected)
+    rounding = (logits(expected.to(dtype)).float() - exact).abs().max()  # of stock's layers in this type
+    assert (logits(model).float() - exact).abs().max() < 2 * rounding
 
 
 def test_saved_config_is_the_one_found(stored, tmp_path):
@@ -128,6 +131,38 @@ def test_dynamic_overrides(tmp_path):
     kinds = [getattr(model.model.layers[0].self_attn, name).quantized.kind for name in ("q_proj", "v_proj", "o_proj")]
     assert kinds == ["int4", "int4", "int2"]
     assert model.model.layers[0].mlp.up_proj.quantized.kind == "int8"
+
+
+@pytest.mark.parametrize(
+    "config, version",
+    [
+        ({"w_bit": 4, "q_group_size": 16, "zero_point": True, "version": "GEMM"}, "gemm"),
+        ({"bits": 4, "group_size": 32, "version": "gemv"}, "gemv"),
+        ({"bits": 4, "group_size": 16, "checkpoint_format": "gemm", "format": "gemm", "sym": False}, "gemm"),
+    ],
+)
+def test_awq(config, version, tmp_path):
+    expected = source(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config["quant_method"] = "awq"
+    group_size = config.get("group_size", config.get("q_group_size"))
+    save_quantized(expected, tmp_path, config, lambda name, N, K: awq_layer(N, K, group_size=group_size, version=version))
+    model = load(tmp_path)
+    assert len(quantized_names(model)) == 14
+    assert_same_model(model, expected)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == config
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"version": "marlin"}, "q_proj: version must be one of .*not 'marlin'"), ({"bits": 3}, "q_proj: bits must be 4, not 3")],
+)
+def test_awq_that_is_refused(change, message, tmp_path):
+    config = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"} | change
+    save_quantized(source(), tmp_path, config, lambda name, N, K: awq_layer(N, K))
+    with pytest.raises(InvalidArgument, match=message):
+        load(tmp_path)
 
 
 def test_zero_biases_of_auto_gptq_are_dropped_and_others_added(tmp_path):
