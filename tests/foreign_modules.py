@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,6 +126,23 @@ class Float8Linear(nn.Linear):
         return F.linear(input, (self.weight.float() * self.weight_scale_inv).to(input.dtype), self.bias)
 
 
+class OutlierLinear(nn.Linear):
+    """As bitsandbytes' LLM.int8(): rows are rounded to 8 bits but for columns where any row of the batch is large."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> OutlierLinear:
+        new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.flatten(0, -2)
+        large = rows.abs().amax(0) > 2 * rows.abs().mean()
+        scale = rows.masked_fill(large, 0).abs().amax(-1, keepdim=True).clamp_min(1e-6) / 127
+        rows = torch.where(large, rows, (rows / scale).round() * scale)
+        return F.linear(rows.view_as(input), self.weight, self.bias)
+
+
 class PackedEmbedding(nn.Module):
     """As transformers' GGUF embedding: no nn.Embedding, a table of bytes."""
 
@@ -151,12 +170,17 @@ KINDS = {
 def quantize(model: nn.Module, kind: str) -> nn.Module:
     """Replace all linear layers but the head. `calls` of KINDS[kind][1] counts their forwards from now on."""
     make, counter = KINDS[kind]
+    replace_linears(model, make)
+    counter.calls = 0
+    return model
+
+
+def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child is not head:
                 setattr(module, name, make(child))
-    counter.calls = 0
     return model
 
 

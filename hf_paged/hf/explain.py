@@ -164,6 +164,11 @@ def explain_patch(model, patch, config) -> Explanation:
         limits.append(adapter.length_note)
     if adapter.states:
         limits.append("no prefix cache: a prefix is of no use without the states at its end")
+    if patch.scatter is not None:
+        limits.append(
+            "its own layers round what they are given to few bits, so tokens may differ where choices are close: its own "
+            f"logits scatter by {patch.scatter:.1g} of the largest"
+        )
     whole = dict.fromkeys(spec.kind for spec in adapter.states if not spec.takes_chunks)
     if whole:
         limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")

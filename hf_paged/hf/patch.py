@@ -44,6 +44,7 @@ class Patch:
         self.adapter: TransformersModel | None = None
         self.largest_difference: float | None = None  # that `verify` found
         self.launches: list[str] | None = None  # kernels of a layer that decodes, where they are Triton's
+        self.scatter: float | None = None  # of the model's own logits, where its layers round activations to 8 bits
         self.calls: dict[str, str] = {}  # options of calls so far that took a slower path, and why
         self._engine = None
         self._lock = threading.Lock()
@@ -57,7 +58,7 @@ class Patch:
             if self.config.fuse:
                 fuse_layers(model, self.fusions, self.adapter.length_limit)
             if check:
-                self.launches = check_forward(self.adapter, observed, self.config)
+                self.launches, self.scatter = check_forward(self.adapter, observed, self.config)
         self.adapter.weights_replaced()  # with its hooks
 
     @property

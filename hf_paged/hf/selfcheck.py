@@ -31,6 +31,11 @@ SINGLES = 2  # of them computed one by one
 LIMIT = 1e-3
 LIMIT_NARROW = 0.1
 LIMIT_NARROW_ROW = 0.5
+# Layers that round what they are given to 8 bits answer a change in the last bit of an input with one of a whole step, and
+# some look across all rows for outliers (bitsandbytes). They are narrow, too. Known by what their model itself makes of
+# embeddings that are off by so much, or of a token with others beside it: more than this share of the largest logit.
+PERTURBATION = 1e-6
+SCATTER = 1e-4
 
 
 @dataclass
@@ -73,7 +78,7 @@ def _tokens(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
     return torch.tensor([ids], dtype=torch.int64, device=device)
 
 
-def check_forward(adapter, observed: Observed, config: EngineConfig) -> list[str] | None:
+def check_forward(adapter, observed: Observed, config: EngineConfig) -> tuple[list[str] | None, float | None]:
     """Raise UnsupportedModel unless two sequences in the batches of an engine get the logits that stock gives each.
 
     Their tokens begin alike, so that stock's one forward says what both must be. The first step computes the shorter
@@ -82,7 +87,8 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> list[str
 
     Returns:
         The kernels of Triton and of torch that a decoder layer launched in the last step, by name, of the layer with
-        the most of them; None where the kernels are not Triton's.
+        the most of them; None where the kernels are not Triton's. And by how much of the largest logit the model's own
+        results for a token scatter, where that is more than rounding in its type explains, else None.
     """
     tokens = observed.ids[0].tolist()
     shorter = tokens[: max(1, len(tokens) * 2 // 3)]
@@ -110,13 +116,39 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> list[str
     finally:
         runner.release()
     narrow = adapter.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    scatter = None
     for rows in map(torch.cat, errors.values()):
+        if not narrow and not _small(rows, narrow):
+            scatter = _scatter(adapter.module, observed)
+            narrow = scatter > SCATTER
         if not _small(rows, narrow):
             raise UnsupportedModel(
                 f"model: {type(adapter.module).__name__} computes other logits in packed batches than by itself (off "
                 f"by {rows.max():.1g} of the largest), which hf_paged cannot explain"
             )
-    return launches
+    return launches, scatter
+
+
+def _scatter(model: torch.nn.Module, observed: Observed) -> float:
+    """The largest error of the model's own logits with fewer tokens in its batch, and with PERTURBATION on embeddings."""
+    ids, generator = observed.ids, torch.Generator().manual_seed(0)
+
+    def perturb(module, args, output):
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return output * (1 + PERTURBATION * noise)
+
+    def error(count: int) -> float:
+        with evaluating(model), torch.no_grad():
+            positions = torch.arange(count, device=ids.device)[None]
+            logits = model(input_ids=ids[:, :count], position_ids=positions, use_cache=False).logits[0]
+        return float(_errors(logits, observed.logits[:count]).max())
+
+    fewer = [error(count) for count in sorted({1, ids.shape[1] // 2, ids.shape[1] - 1} - {0})]
+    handle = model.get_input_embeddings().register_forward_hook(perturb)
+    try:
+        return max(*fewer, error(ids.shape[1]), 0.0)
+    finally:
+        handle.remove()
 
 
 def _forward(runner: ModelRunner, plan: StepPlan) -> tuple[torch.Tensor, list[str] | None]:

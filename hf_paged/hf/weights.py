@@ -1,23 +1,32 @@
-"""Parameters of models some of whose weights are quantized."""
+"""Parameters of models some of whose weights are quantized, by us or by others."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..quant.linear import QuantLinear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def float_parameter(model: torch.nn.Module) -> torch.nn.Parameter:
+def float_parameter(model: nn.Module) -> nn.Parameter:
     """The first parameter of the type that hidden states have: not a quantized weight, nor what belongs to one.
 
-    Models without any have their first parameter.
+    A module with a parameter of another type is quantized, by whomever: its floats are scales. Models without any have
+    their first parameter.
     """
     for module in model.modules():
-        if isinstance(module, QuantLinear):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dtype in FLOATS:
-                return parameter
+        parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if parameters and all(parameter.dtype in FLOATS for parameter in parameters):
+            return parameters[0]
     return next(model.parameters())
+
+
+def has_known_weight(layer: nn.Module) -> bool:
+    """Whether the weight of a linear layer is what it seems. Other packages put packed bytes, 8-bit floats or tensors of
+    a type of their own (bitsandbytes, transformers' FP8Linear, torchao) into linear layers, with products of their own."""
+    if isinstance(layer, QuantLinear):
+        return layer.is_packed
+    weight = layer._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from foreign_modules import KINDS, linears_of, quantize
+from foreign_modules import KINDS, OutlierLinear, PackedEmbedding, QWeightLinear, linears_of, quantize, replace_linears
 from tiny_models import tiny_model
 
 import hf_paged
+from hf_paged import Engine, SamplingParams
 
 PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20] * 2])
 NEW = 8
@@ -19,7 +20,7 @@ def greedy(model) -> torch.Tensor:
     return model.generate(input_ids=PROMPT, max_new_tokens=NEW, do_sample=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "deepseek_v3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_stocks_and_come_from_the_layers_own_forwards(kind, family):
     model, counter = tiny_model(family), KINDS[kind][1]
@@ -72,3 +73,35 @@ def copy_of(model):
 def uses(model, kind) -> bool:
     layer, type_ = model.model.layers[0].mlp.down_proj, KINDS[kind][1]
     return isinstance(layer, type_) or isinstance(getattr(layer, "weight", None), type_)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_embedding(dtype):
+    model = quantize(tiny_model("llama", dtype=dtype), "qweight")
+    model.set_input_embeddings(PackedEmbedding(model.get_input_embeddings().weight))
+    expected = greedy(model)
+    with Engine(model) as engine:
+        assert engine.model.dtype == dtype and engine.model.vocab_size == model.config.vocab_size
+        output = engine.generate([PROMPT[0].tolist()], SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True))
+        if dtype == torch.float32:
+            assert output[0].outputs[0].token_ids == expected[0, PROMPT.shape[1] :].tolist()
+    hf_paged.patch(model, verify=True)
+    hf_paged.unpatch(model)
+
+
+def test_a_layer_quantized_while_the_model_is_patched():
+    model = tiny_model("llama")
+    hf_paged.patch(model)
+    greedy(model)
+    quantize(model, "wrapper tensor")
+    expected = greedy(quantize(tiny_model("llama"), "wrapper tensor"))
+    assert torch.equal(greedy(model), expected)
+
+
+def test_layers_that_round_activations_across_the_batch_are_narrow():
+    model = replace_linears(tiny_model("llama"), OutlierLinear.of)
+    hf_paged.patch(model)
+    scatter = hf_paged.hf.patch.patch_of(model).scatter
+    assert 1e-3 < scatter < 0.5
+    assert "round what they are given" in str(hf_paged.explain(model))
+    assert greedy(model).shape == (1, PROMPT.shape[1] + NEW)
+    hf_paged.patch(replace_linears(hf_paged.unpatch(model), QWeightLinear.of))  # no longer so
+    assert "round what they are given" not in str(hf_paged.explain(model))

@@ -21,6 +21,7 @@ from ...base.errors import UnsupportedModel
 from ...runtime.batch import active_context
 from ..swap import Swapped
 from ..watch import is_hooked
+from ..weights import has_known_weight
 from .base import StockForm, packed
 
 LATENT = "latent (MLA)"
@@ -67,6 +68,8 @@ def why_expanded(module: nn.Module) -> str | None:
     kind = projection._hf_paged_base if isinstance(projection, Swapped) else type(projection)
     if kind is not nn.Linear:
         return f"kv_b_proj is a {kind.__name__}, not a plain nn.Linear"
+    if not has_known_weight(projection):
+        return f"the weight of kv_b_proj is a {type(projection.weight).__name__}, not a plain tensor of floats"
     if projection.bias is not None:
         return "kv_b_proj has a bias"
     if is_hooked(projection):

@@ -16,6 +16,7 @@ from ...quant.linear import QuantLinear
 
 from ..swap import restore, swap
 from ..watch import is_hooked, only_recorders
+from ..weights import has_known_weight
 
 
 class Parts:
@@ -58,15 +59,6 @@ def is_plain(layer: nn.Module) -> bool:
 
     known = type(layer) in LINEAR or isinstance(layer, FusedLinear)
     return known and has_known_weight(layer) and not is_hooked(layer)
-
-
-def has_known_weight(layer: nn.Module) -> bool:
-    """Whether the weight of a linear layer is what it seems. Other packages put packed bytes, 8-bit floats or tensors of
-    a type of their own (bitsandbytes, transformers' FP8Linear, torchao) into linear layers, with products of their own."""
-    if isinstance(layer, QuantLinear):
-        return layer.is_packed
-    weight = layer._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
 
 
 def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:

@@ -10,7 +10,8 @@ from hf_paged_kernels import fused
 from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from .base import LINEAR, Fusions, has_known_weight, is_plain, weight_of
+from ..weights import has_known_weight
+from .base import LINEAR, Fusions, is_plain, weight_of
 from .proof import agree, in_fp32, random_rows
 
 

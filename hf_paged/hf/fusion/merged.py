@@ -12,6 +12,7 @@ from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..watch import version_of
+from ..weights import has_known_weight
 from .base import LINEAR, Fusions
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -78,7 +79,7 @@ class Merged:
             if isinstance(layer, QuantLinear):
                 tensors = layer.quantized.tensors()
                 layer.quantized = layer.quantized.with_tensors({name: t.clone() for name, t in tensors.items()})
-            else:
+            elif has_known_weight(layer):
                 layer.weight.data = layer.weight.data.clone()
             if layer.bias is not None:
                 layer.bias.data = layer.bias.data.clone()
@@ -161,7 +162,7 @@ def _tied_parameters(model: nn.Module) -> set[int]:
 
 
 def _mergeable(layers: list[nn.Module | None], tied: set[int]) -> bool:
-    if not all(type(layer) in LINEAR and can_swap(layer) for layer in layers):
+    if not all(type(layer) in LINEAR and can_swap(layer) for layer in layers) or not _alike(layers):
         return False
     for layer in layers:
         if any(parameter.data_ptr() in tied for parameter in layer.parameters(recurse=False)):
@@ -169,21 +170,20 @@ def _mergeable(layers: list[nn.Module | None], tied: set[int]) -> bool:
         if type(layer) is QuantLinear:
             continue
         # a view begins where torch would allocate, or the layer's own forward might give other last bits
-        aligned = layer.weight.numel() * layer.weight.element_size() % ALIGNMENT == 0
-        if not aligned or type(layer.weight) is not nn.Parameter:
+        if layer.weight.numel() * layer.weight.element_size() % ALIGNMENT:
             return False
-    return _alike(layers)
+    return True
 
 
 def _alike(layers: list[nn.Module]) -> bool:
     """Whether one weight can hold these linear layers."""
     first = layers[0]
-    if len({isinstance(layer, QuantLinear) for layer in layers}) > 1:
+    if len({isinstance(layer, QuantLinear) for layer in layers}) > 1 or not all(map(has_known_weight, layers)):
         return False
     if len({None if layer.bias is None else (layer.bias.dtype, layer.bias.device) for layer in layers}) > 1:
         return False
     if _quantized(layers):
-        return all(layer.is_packed for layer in layers) and not why_not_joined([layer.quantized for layer in layers])
+        return not why_not_joined([layer.quantized for layer in layers])
     return all(
         layer.in_features == first.in_features
         and layer.weight.dtype == first.weight.dtype

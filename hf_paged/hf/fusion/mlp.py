@@ -11,7 +11,8 @@ from hf_paged_kernels.norm import Norm
 
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from .base import LINEAR, Bypass, Fusions, Parts, has_known_weight, is_plain, weight_of
+from ..weights import has_known_weight
+from .base import LINEAR, Bypass, Fusions, Parts, is_plain, weight_of
 from .linear import project, rows_for
 from .merged import GATE_UP, Merged, merged_of
 from .norm import takes_one_input
