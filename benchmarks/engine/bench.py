@@ -21,6 +21,7 @@ from tqdm import tqdm
 import hf_paged
 from hf_paged.benchmarks import schema
 from hf_paged.hf.build import load_model
+from hf_paged.hf.quantize.spot import check_kind
 
 from . import systems, workload
 from .report import draw_chart, print_report
@@ -42,6 +43,7 @@ class Options:
     stock_sample: int | None = None
     max_num_seqs: int = 64
     speculation: str | None = None
+    quantization: str | None = None
     threads: int = 2
     dtype: str = "float32"
     device: str | None = None
@@ -55,6 +57,7 @@ class Options:
                     raise ValueError(f"{name} has no {value!r}; there are {', '.join(known)}")
         if self.speculation not in (None, "ngram"):
             raise ValueError(f"speculation must be ngram or left out, got {self.speculation!r}")
+        check_kind(self.quantization)
         for name in ("rounds", "threads", "max_num_seqs", "stock_sample"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -98,10 +101,11 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
             )
         profile = None
         if "paged" in options.systems:
-            with _engine(paged_model, tokenizer, PROFILE_SEQS) as engine:
+            with _engine(paged_model, tokenizer, PROFILE_SEQS, options.quantization) as engine:
                 _warm_up(engine, works[0])
                 profile = _profile(engine, stock, workload.mixed(tokenizer, seed=options.seed))
-            engine = stack.enter_context(_engine(paged_model, tokenizer, options.max_num_seqs, options.speculation))
+            more = options.quantization, options.speculation
+            engine = stack.enter_context(_engine(paged_model, tokenizer, options.max_num_seqs, *more))
             _warm_up(engine, works[0])
         else:
             engine = None
@@ -124,8 +128,9 @@ def _load(options: Options):
 
 
 @contextmanager
-def _engine(model, tokenizer, max_num_seqs: int, speculation: str | None = None):
-    hf_paged.patch(model, tokenizer=tokenizer, max_num_seqs=max_num_seqs, speculation=speculation)
+def _engine(model, tokenizer, max_num_seqs: int, quantization: str | None, speculation: str | None = None):
+    options = {"max_num_seqs": max_num_seqs, "speculation": speculation}
+    hf_paged.patch(model, tokenizer=tokenizer, quantization=quantization, **options)
     try:
         yield hf_paged.engine_of(model)
     finally:
@@ -164,7 +169,7 @@ def _measure(work: workload.Workload, stock, engine, options: Options) -> Result
                     stock_slice(system, batch, plan[system][turn])
         if PAGED in runs and stock_runs:
             paged(options.rounds)
-    compared, differences = _compare(work, stock, runs, stock_runs)
+    compared, differences = _compare(work, stock, runs, stock_runs, skip={PAGED} if options.quantization else set())
     return Result(work, runs, _ratios(runs), compared, differences)
 
 
@@ -199,10 +204,11 @@ def _ratios(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
     }
 
 
-def _compare(work, stock, runs, stock_runs) -> tuple[dict[str, int], dict[str, list[Difference]]]:
+def _compare(work, stock, runs, stock_runs, skip: set[str]) -> tuple[dict[str, int], dict[str, list[Difference]]]:
     """How many requests of each system were compared with stock one at a time, and those that differ.
 
-    Without one-at-a-time runs, hf_paged is compared with the padded batches.
+    Without one-at-a-time runs, hf_paged is compared with the padded batches. Systems in `skip`, which have weights of
+    their own, are not compared.
     """
     truth_system = STOCK_ONE if STOCK_ONE in runs else STOCK_BATCH
     if truth_system not in runs:
@@ -214,7 +220,7 @@ def _compare(work, stock, runs, stock_runs) -> tuple[dict[str, int], dict[str, l
     }
     compared, differences = {}, {}
     for system in runs:
-        if system == truth_system:
+        if system == truth_system or system in skip:
             continue
         everything = range(len(work.requests))
         orders = stock_runs.get(system) or [everything] * len(runs[system])
@@ -290,6 +296,7 @@ def _measures(results: list[Result], profile: Profile | None, options: Options, 
             "seed": options.seed,
             "max_num_seqs": options.max_num_seqs,
             "speculation": options.speculation,
+            "quantization": options.quantization,
         }
         for system, runs in result.runs.items():
             here = common | {"workload": result.work.name, "system": system}

@@ -71,8 +71,10 @@ def _ratio(ratios: list[float] | None) -> str:
 
 
 def _equality(result: Result, system: str) -> str:
+    if system == PAGED and system not in result.compared:
+        return "other weights" if len(result.runs) > 1 else ""
     if system not in result.compared:
-        return "the measure" if result.compared else ""
+        return "the measure" if len(result.runs) > 1 else ""
     compared, different = result.compared[system], len(result.differences[system])
     return f"{compared - different} of {compared}"
 

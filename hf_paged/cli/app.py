@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, DraftModel, Dtype, Model, Speculation, Threads, guard
+from .common import Device, DraftModel, Dtype, Model, Quantization, Speculation, Threads, guard
 
 app = typer.Typer(
     name="hf-paged",
@@ -61,6 +61,7 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     speculation: Speculation = None,
     draft_model: DraftModel = None,
+    quantization: Quantization = None,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -70,7 +71,7 @@ def generate(
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
-    loading |= {"speculation": speculation, "draft_model": draft_model}
+    loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
     raise typer.Exit(run_generate(prompt or [], file, chat, sampling, json_lines, loading))
 
 
@@ -85,6 +86,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     speculation: Speculation = None,
     draft_model: DraftModel = None,
+    quantization: Quantization = None,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -94,18 +96,21 @@ def chat(
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
-    loading |= {"speculation": speculation, "draft_model": draft_model}
+    loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
     run_chat(prompt, system, sampling, loading)
 
 
 @app.command()
-def explain(model: Model = None, dtype: Dtype = None, device: Device = None) -> None:
+def explain(
+    model: Model = None, quantization: Quantization = None, dtype: Dtype = None, device: Device = None
+) -> None:
     """Show what the engine would run for each layer of a model, and the reason for any slower path."""
     import hf_paged
 
     from .common import open_engine
 
-    with open_engine(model=model, dtype=dtype, device=device, threads=None, progress=False) as (patched, _, _):
+    loading = {"model": model, "dtype": dtype, "device": device, "threads": None, "progress": False}
+    with open_engine(quantization=quantization, **loading) as (patched, _, _):
         typer.echo(str(hf_paged.explain(patched)))
 
 
@@ -133,6 +138,9 @@ def bench(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences hf_paged runs at once.")] = 64,
     speculation: Annotated[str | None, typer.Option(help="ngram: hf_paged guesses tokens ahead.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int4 or int8: hf_paged rounds its weights; stock's stay as they are.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
@@ -155,6 +163,7 @@ def bench(
             stock_sample=stock_sample,
             max_num_seqs=max_num_seqs,
             speculation=speculation,
+            quantization=quantization,
             threads=threads,
             dtype=dtype_name(dtype),
             device=device,

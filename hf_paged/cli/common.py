@@ -23,6 +23,10 @@ DraftModel = Annotated[
     str | None,
     typer.Option(help="Hub id or local folder of a smaller model with the same vocabulary, to guess tokens ahead."),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Round the linear layers' weights to int4 or int8 after loading. Checkpoints are loaded as they are."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -95,14 +99,19 @@ def load(*, model: str | None, dtype: str | None, device: str | None, threads: i
 
 
 @contextmanager
-def open_engine(*, speculation: str | None = None, draft_model: str | None = None, **loading) -> Iterator[tuple]:
+def open_engine(
+    *, speculation: str | None = None, draft_model: str | None = None, quantization: str | None = None, **loading
+) -> Iterator[tuple]:
     """(patched model, tokenizer, engine); everything is undone afterwards."""
     import hf_paged
 
+    from hf_paged.hf.quantize.spot import check_kind
+
     config = hf_paged.EngineConfig(speculation=speculation)  # a mistake shows before the weights are read
+    check_kind(quantization)
     model, tokenizer = load(**loading)
     draft = None if draft_model is None else load(**loading | {"model": draft_model})[0]
-    hf_paged.patch(model, config, tokenizer=tokenizer, draft_model=draft)
+    hf_paged.patch(model, config, tokenizer=tokenizer, draft_model=draft, quantization=quantization)
     try:
         yield model, tokenizer, hf_paged.engine_of(model)
     finally:

@@ -12,6 +12,7 @@ from ..base.errors import KernelUnavailable
 from ..engine.build import wants_graphs
 from ..quant.linear import QuantLinear
 from .attention import drops_softcap
+from .quantize.targets import left_plain, smaller_groups
 from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
 
@@ -58,6 +59,7 @@ class Explanation:
     Attributes:
         weights: the quantized linear layers, by format, shape of their scales and kernel.
         fused: kernel -> modules it stands in for.
+        plain: linear layers of a quantized model's decoder layers that are not quantized -> why.
         fallbacks: every slower path that this model takes on this machine, with its reason.
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
@@ -77,6 +79,7 @@ class Explanation:
     device: str
     layers: list[LayerExplanation]
     fused: dict[str, int]
+    plain: dict[str, str] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     calls: dict[str, str] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
@@ -103,6 +106,7 @@ class Explanation:
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
         lines += [f"weights {weights}" for weights in self.weights]
+        lines += [f"plain   {name}: {reason}" for name, reason in self.plain.items()]
         lines += [f"alone   {name}: {reason}" for name, reason in self.alone.items()]
         if self.launches is not None:
             lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
@@ -169,6 +173,8 @@ def explain_patch(model, patch, config) -> Explanation:
             "its own layers round what they are given to few bits, so tokens may differ where choices are close: its own "
             f"logits scatter by {patch.scatter:.1g} of the largest"
         )
+    if groups := smaller_groups(model):
+        limits.append(groups)
     whole = dict.fromkeys(spec.kind for spec in adapter.states if not spec.takes_chunks)
     if whole:
         limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")
@@ -186,6 +192,7 @@ def explain_patch(model, patch, config) -> Explanation:
         device=str(adapter.device),
         layers=layers,
         fused=dict(patch.fusions.counts),
+        plain=left_plain(model),
         fallbacks=fallbacks,
         calls=dict(patch.calls),
         off=_resting(model, patch, config),

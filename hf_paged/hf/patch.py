@@ -18,6 +18,7 @@ from .fusion import Fusions, fuse, fuse_layers
 from .generation import PagedMixin
 from .model import TransformersModel
 from .peft import base_model
+from .quantize.spot import quantize_on_the_spot
 from .selfcheck import check_forward, observe
 from .spec import check_supported
 from .swap import ATTRIBUTE, Swapped, evaluating, restore, swap
@@ -111,6 +112,7 @@ def patch(
     tokenizer=None,
     draft_model: torch.nn.Module | None = None,
     verify: bool = False,
+    quantization: str | None = None,
     **overrides,
 ):
     """Make `model.generate` run through a paged, continuously batching engine. Returns the same object.
@@ -127,26 +129,35 @@ def patch(
             patched while the engine lives and gets a KV cache of its own, within the same limits.
         verify: run the model before and after patching, on two short sequences in chunks and four decode steps, and
             compare the outputs of its layers and its logits. Sliding windows beyond 512 tokens are not reached.
+        quantization: "int4" (groups of up to 128 input features share a scale) or "int8" (rows do): round the weights of
+            the linear layers, but not the head's or routers', to nearest, and let go of them. This is for good: `unpatch`
+            leaves the layers quantized, and `save_pretrained` writes a GPTQ checkpoint. `verify` compares with the
+            quantized model.
 
     Raises:
         UnsupportedModel: this model's own tokens cannot be promised, or `draft_model` cannot run; the message says why.
-        InvalidArgument: an option is unknown or wrong.
+        InvalidArgument: an option is unknown or wrong; or the model cannot be quantized because it is so already, has
+            adapters or is in training mode.
         VerificationFailed: what `verify` compared differs. The model is left unpatched.
     """
     if config is not None and not isinstance(config, EngineConfig):
         raise InvalidArgument(f"config must be an EngineConfig, got {type(config).__name__}")
     config = draft_config((config or EngineConfig()).replace(**overrides), draft_model)
-    _patch(base_model(model), config, tokenizer, base_model(draft_model), verify)
+    _patch(base_model(model), config, tokenizer, base_model(draft_model), verify, quantization)
     return model
 
 
-def _patch(model: torch.nn.Module, config: EngineConfig, tokenizer, draft_model, verify: bool) -> None:
+def _patch(
+    model: torch.nn.Module, config: EngineConfig, tokenizer, draft_model, verify: bool, quantization: str | None
+) -> None:
     if is_patched(model):
         tokenizer = tokenizer or patch_of(model).tokenizer
         unpatch(model)
     check_supported(model)
     if draft_model is not None:
         check_draft(model, draft_model)
+    if quantization is not None:
+        quantize_on_the_spot(model, quantization)
     with as_in_a_step(next(model.parameters()).device):
         verification = Verification(model) if verify else None
         undo = Patch(model, config, tokenizer, draft_model)

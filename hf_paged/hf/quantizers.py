@@ -200,6 +200,20 @@ def unregister_quantizers() -> None:
     _THEIRS.clear()
 
 
+def mark_quantized(model, stored: dict) -> None:
+    """Make a model that has got `QuantLinear`s since it was loaded one that was loaded with them.
+
+    Args:
+        stored: the `quantization_config` of the checkpoint that it is saved as from now on.
+    """
+    quantizer_class, config_class = _OURS[stored["quant_method"]]
+    config = config_class.from_dict(stored)
+    model.hf_quantizer = quantizer_class(config)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model.config.quantization_config = config
+    model.config._is_quantized = model.config.get_text_config(decoder=True)._is_quantized = True
+
+
 class _naming:
     """Scope in which an error gets the name of the layer it is about."""
 

@@ -17,6 +17,7 @@ from ..base.errors import InvalidArgument
 WIDTHS = (2, 3, 4, 8)  # bits
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that readers of GPTQ and AWQ checkpoints take, besides -1
 FP8_LARGEST = 448.0  # of float8_e4m3fn
+LEAST_SCALE = 2.0**-24  # above 0 in fp16
 CHUNK = 1 << 22  # values that are rounded at a time, so that little memory is needed beside the weight
 # By how much a grid may be narrower than its values: what is beyond it is cut off, and all the rest is finer.
 SHRINKS = tuple(1 - 0.04 * step for step in range(9))
@@ -162,5 +163,5 @@ def largest_group(K: int, most: int) -> int | None:
 
 def _storable(scales: Tensor) -> Tensor:
     """As fp16 has them, and none of them 0: a group of zeros gets 1."""
-    scales = torch.where(scales > 0, scales, 1.0).clamp(torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max)
+    scales = torch.where(scales > 0, scales, 1.0).clamp(LEAST_SCALE, torch.finfo(torch.float16).max)
     return scales.to(torch.float16).float()

@@ -85,6 +85,7 @@ def engine(monkeypatch):
     def open_engine(**loading):
         common.dtype_name(loading["dtype"])
         engine.guesses_by = loading["speculation"], loading["draft_model"]
+        engine.quantization = loading["quantization"]
         yield model, tokenizer, engine
 
     monkeypatch.setattr(generate, "open_engine", open_engine)
@@ -137,6 +138,19 @@ def test_an_unknown_way_to_guess_is_refused_before_a_model_is_loaded(monkeypatch
     monkeypatch.setattr(common, "load", lambda **loading: pytest.fail("loaded"))
     assert run("generate", "-p", "a", "--speculation", "psychic") == 2
     assert "speculation must be" in capsys.readouterr().err
+
+
+def test_quantization_is_asked_for(engine):
+    assert run("generate", "-p", "a", "--quantization", "int4", "--max-tokens", "1") == 0
+    assert engine.quantization == "int4"
+    assert run("chat", "--prompt", "hi", "--quantization", "int8", "--max-tokens", "1") == 0
+    assert engine.quantization == "int8"
+
+
+def test_an_unknown_quantization_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(common, "load", lambda **loading: pytest.fail("loaded"))
+    assert run("generate", "-p", "a", "--quantization", "int5") == 2
+    assert "quantization must be one of int4, int8" in capsys.readouterr().err
 
 
 def test_prompts_from_standard_input(engine, monkeypatch, capsys):

@@ -58,7 +58,7 @@ class BloomAttention(_RoundedBias):
                 "model: with config.slow_but_exact and pretraining_tp > 1 BLOOM computes its projections in slices; "
                 "set slow_but_exact to False"
             )
-        slopes = _slopes("bloom", module.num_heads, module.query_key_value.weight.device)
+        slopes = _slopes("bloom", module.num_heads, next(module.parameters()).device)
         return Layer(module.layer_idx, module.inv_norm_factor, kind=ALIBI, slopes=slopes, shift_free=True)
 
     def forward(self, hidden_states, residual, alibi, attention_mask, *args, **kwargs):
@@ -80,7 +80,7 @@ class MptAttention(PagedAttention):
     @classmethod
     def describe(cls, module, index):
         file = sys.modules["transformers.models.mpt.modeling_mpt"]
-        bias = file.build_mpt_alibi_tensor(module.n_heads, 2, device=module.Wqkv.weight.device)  # of keys p - 1 and p
+        bias = file.build_mpt_alibi_tensor(module.n_heads, 2, device=next(module.parameters()).device)  # of keys p - 1 and p
         return Layer(
             module.layer_idx,
             module.softmax_scale,
@@ -114,7 +114,7 @@ class FalconAttention(_RoundedBias):
                 f"model: Falcon with ALiBi gives other tokens with attn_implementation={implementation!r} than with "
                 "'sdpa'; load it with attn_implementation='sdpa'"
             )
-        slopes = _slopes("falcon", module.num_heads, module.query_key_value.weight.device)
+        slopes = _slopes("falcon", module.num_heads, next(module.parameters()).device)
         return Layer(module.layer_idx, module.inv_norm_factor, kind=ALIBI, slopes=slopes.bfloat16())
 
     def forward(self, hidden_states, alibi, *args, position_embeddings=None, **kwargs):

@@ -21,7 +21,7 @@ from ...quant.linear import QuantLinear
 from ..spec import decoder_layers, text_config
 
 MULTIPLE = 16  # of rows and columns: the smallest group, and what packs into whole words
-MULTIPLE_OF_3_BITS = 32
+LARGEST_GROUP = 128  # input features that share a scale, by default
 
 
 @dataclass
@@ -48,6 +48,15 @@ def find_targets(model: nn.Module, *, multiple: int = MULTIPLE) -> Targets:
         UnsupportedModel: it has no such layer.
     """
     check_quantizable(model)
+    targets = sort_linears(model, multiple)
+    if not targets.linears:
+        reasons = "; ".join(dict.fromkeys(targets.kept.values())) or "its decoder layers have none"
+        raise UnsupportedModel(f"model: {type(model).__name__} has no linear layer to quantize: {reasons}")
+    return targets
+
+
+def sort_linears(model: nn.Module, multiple: int = MULTIPLE) -> Targets:
+    """As `find_targets`, of any model: those that are quantized already do not count."""
     targets = Targets()
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     router_sizes = _numbers_of_experts(model)
@@ -60,9 +69,6 @@ def find_targets(model: nn.Module, *, multiple: int = MULTIPLE) -> Targets:
                 targets.linears[name] = module
             else:
                 targets.kept[name] = reason
-    if not targets.linears:
-        reasons = "; ".join(dict.fromkeys(targets.kept.values())) or "its decoder layers have none"
-        raise UnsupportedModel(f"model: {type(model).__name__} has no linear layer to quantize: {reasons}")
     return targets
 
 
@@ -70,7 +76,7 @@ def check_quantizable(model: nn.Module) -> None:
     """Raises InvalidArgument, beginning with "quantization", for a model in the wrong state."""
     name = type(model).__name__
     method = getattr(model, "quantization_method", None) or getattr(model.config, "quantization_config", None)
-    if method is not None or any(isinstance(module, QuantLinear) for module in model.modules()):
+    if method is not None or _quantized(model):
         raise InvalidArgument(f"quantization: this {name} is quantized already ({_method(method)})")
     if any(type(module).__module__.startswith("peft.tuners") for module in model.modules()):
         raise InvalidArgument(
@@ -101,15 +107,30 @@ def group_size_for(targets: Targets, most: int) -> int:
     return size
 
 
-def summary(kept: dict[str, str]) -> dict[str, str]:
-    """Reason -> layers it holds for, numbers of decoder layers left out."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in kept.items():
-        short = re.sub(r"\.\d+\.", ".*.", name)
-        names = by_reason.setdefault(reason, [])
-        if short not in names:
-            names.append(short)
-    return {reason: ", ".join(names) for reason, names in by_reason.items()}
+def left_plain(model: nn.Module) -> dict[str, str]:
+    """Linear layers of a quantized model's decoder layers that are not quantized -> why. Empty for other models.
+
+    Layers of the same name in several decoder layers are one entry, with a star for the number.
+    """
+    if not _quantized(model):
+        return {}
+    targets = sort_linears(model)
+    kept = targets.kept | dict.fromkeys(targets.linears, "the checkpoint leaves it as it is")
+    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in kept.items()}
+
+
+def smaller_groups(model: nn.Module) -> str | None:
+    """Why a scale is for fewer than the usual 128 input features, where that is the layers' sizes' doing."""
+    weights = [layer.quantized for layer in _quantized(model)]
+    sizes = {weight.block[1] for weight in weights if weight.is_packed}
+    odd = sorted({weight.in_features for weight in weights if weight.in_features % LARGEST_GROUP})
+    if not sizes or min(sizes) >= LARGEST_GROUP or not odd:
+        return None
+    return f"weights are in groups of {min(sizes)}, as {LARGEST_GROUP} does not divide {', '.join(map(str, odd))} input features"
+
+
+def _quantized(model: nn.Module) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
 def replace(model: nn.Module, name: str, weight: QuantizedWeight, format: Format) -> None:
@@ -152,8 +173,9 @@ def _with_parents(layer: nn.Module, prefix: str):
 
 def _why_kept(module, name: str, parents: tuple, owners: Counter, router_sizes: set[int], multiple: int) -> str | None:
     N, K = weight_of(module).shape
-    if type(module) not in (nn.Linear, Conv1D) and not _computes_linear(module):
-        return f"{type(module).__name__} computes more than a linear layer"
+    kind = getattr(module, "_hf_paged_base", type(module))  # in a patched model its class is swapped
+    if kind not in (nn.Linear, Conv1D) and not _computes_linear(module):
+        return f"{kind.__name__} computes more than a linear layer"
     if "forward" in module.__dict__:
         return "its forward was replaced on the module"
     if owners[id(module.weight)] > 1:
