@@ -150,7 +150,7 @@ class QuantLinear(nn.Module):
         if self._weight is None:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.format.unpack(with_block(self.quantized, self._block)).items():
-            destination[prefix + name] = tensor
+            destination[prefix + name] = tensor.contiguous()  # of joined layers, scales are parts of rows
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
