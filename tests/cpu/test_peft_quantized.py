@@ -200,6 +200,18 @@ def test_what_needs_the_float_weight_is_refused(model, config, message):
 
 
 @pytest.mark.slow
+def test_a_model_is_quantized_on_the_spot_before_adapters_not_after():
+    adapted = lora(tiny_model("llama", **SIZES), target_modules=["q_proj"]).eval()
+    with pytest.raises(InvalidArgument, match="quantization: this LlamaForCausalLM has PEFT adapters on it"):
+        hf_paged.patch(adapted, quantization="int8")
+    assert not any(isinstance(module, QuantLinear) for module in adapted.modules())
+    model = tiny_model("llama", **SIZES)
+    hf_paged.patch(model, quantization="int8")
+    hf_paged.unpatch(model)
+    adapted = lora(model, target_modules=["q_proj"])
+    assert any(isinstance(module, LoraQuantLinear) for module in adapted.modules())
+
+
 def test_peft_may_be_imported_after_hf_paged():
     code = "import hf_paged, peft; print(hasattr(peft.LoraModel._create_new_module, '__wrapped__'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -173,19 +173,6 @@ def test_verify_compares_with_the_quantized_model():
     assert hf_paged.explain(model).largest_difference < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own
-def test_adapters_come_after():
-    from peft import LoraConfig, get_peft_model
-
-    model = source()
-    adapted = get_peft_model(source(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(InvalidArgument, match="quantization: this LlamaForCausalLM has PEFT adapters on it"):
-        hf_paged.patch(adapted.eval(), quantization="int8")
-    assert not quantized(adapted)
-    hf_paged.patch(model, quantization="int8")
-    assert len(quantized(model)) == 14
-
-
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
