@@ -19,6 +19,7 @@ from transformers.utils import quantization_config as configs
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..quant.formats.awq import AWQ
 from ..quant.formats.base import Format
+from ..quant.formats.fp8 import INPUT_SCALES, SCALES, fp8_format
 from ..quant.formats.gptq import GPTQ
 from ..quant.linear import QuantLinear
 from . import checkpoint as checkpoints
@@ -64,6 +65,10 @@ class AwqConfig(_Stored, configs.AwqConfig):
         return stored | {"version": None}  # transformers would only take those it knows
 
 
+class FineGrainedFP8Config(_Stored, configs.FineGrainedFP8Config):
+    pass
+
+
 class PackedQuantizer(HfQuantizer):
     """Loads a quantized checkpoint into `QuantLinear`s.
 
@@ -79,12 +84,15 @@ class PackedQuantizer(HfQuantizer):
             return cls.own(quantization_config, pre_quantized=False, **kwargs)
         return super().__new__(cls)
 
-    def layer_format(self, name: str, tensors: dict[str, Tensor]) -> Format:
-        """The format of the layer that the checkpoint calls `name` and has these tensors of."""
+    def layer_format(self, name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Format:
+        """The format of the layer that the checkpoint calls `name` and has these tensors of, in place of `module`."""
         raise NotImplementedError
 
-    def is_quantized_layer(self, tensors: dict[str, Tensor]) -> bool:
-        return any(name in tensors for name in self.names)
+    def is_quantized(self, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
+        """Whether the checkpoint has quantized tensors of this module: in 8 bits, or with the names of one that is."""
+        if "weight" in tensors and tensors["weight"].dtype.itemsize == 1:
+            return True
+        return _is_linear(module) and any(name in tensors for name in self.names)
 
     def update_dtype(self, dtype):
         return torch.bfloat16 if dtype.itemsize == 1 else dtype  # an 8-bit type is only the weights'
@@ -95,12 +103,14 @@ class PackedQuantizer(HfQuantizer):
         checkpoint = checkpoints.read(model, checkpoint_files)
         self._surplus_biases = []
         for name, module in list(model.named_modules()):
-            if isinstance(module, (nn.Linear, Conv1D)) and self.is_quantized_layer(checkpoint.layers[name]):
+            if self.is_quantized(module, checkpoint.layers[name]):
                 with _naming(name):
                     model.set_submodule(name, self._layer(name, module, checkpoint))
 
     def _layer(self, name: str, module: nn.Module, checkpoint: checkpoints.Checkpoint) -> QuantLinear:
         """The layer that takes a module's place, with nothing loaded yet."""
+        if not _is_linear(module):
+            raise UnsupportedOption(f"{type(module).__name__} cannot be quantized, only linear layers")
         N, K = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         tensors = dict(checkpoint.layers[name])
         bias = tensors.pop("bias", None)
@@ -110,7 +120,10 @@ class PackedQuantizer(HfQuantizer):
             raise InvalidArgument("bias is missing")
         if module.bias is None and bias is not None:
             self._surplus_biases.append(name)
-        format = self.layer_format(checkpoint.names[name], tensors)
+        format = self.layer_format(checkpoint.names[name], module, tensors)
+        surplus = tensors.keys() - format.stored(N, K).keys()
+        if surplus:
+            raise UnsupportedOption(f"{', '.join(sorted(surplus))}: no tensor of {format}")
         layer = QuantLinear(K, N, bias is not None, format, dtype=module.weight.dtype, like=tensors)
         if "weight" not in tensors:
             layer.weight = _stand_in()
@@ -150,7 +163,7 @@ class GPTQQuantizer(PackedQuantizer):
     names = ("qweight", "qzeros", "scales", "g_idx")
     own = auto.GptqHfQuantizer
 
-    def layer_format(self, name, tensors):
+    def layer_format(self, name, module, tensors):
         stored = dict(self.quantization_config.stored)
         for pattern, overrides in (stored.get("dynamic") or {}).items():
             if re.match(pattern.removeprefix("+:"), name):
@@ -169,7 +182,7 @@ class AWQQuantizer(PackedQuantizer):
     names = ("qweight", "qzeros", "scales")
     own = auto.AwqQuantizer
 
-    def layer_format(self, name, tensors):
+    def layer_format(self, name, module, tensors):
         stored = self.quantization_config.stored
         bits = stored.get("bits", stored.get("w_bit", 4))
         if bits != 4:
@@ -178,8 +191,17 @@ class AWQQuantizer(PackedQuantizer):
         return AWQ(stored.get("group_size", stored.get("q_group_size", 128)), str(version).lower())
 
 
+class FP8Quantizer(PackedQuantizer):
+    names = SCALES + INPUT_SCALES
+    own = auto.FineGrainedFP8HfQuantizer
+
+    def layer_format(self, name, module, tensors):
+        return fp8_format(self.quantization_config.stored, tensors)
+
+
 _OURS: dict[str, tuple[type[PackedQuantizer], type]] = {
     "awq": (AWQQuantizer, AwqConfig),
+    "fp8": (FP8Quantizer, FineGrainedFP8Config),
     "gptq": (GPTQQuantizer, GPTQConfig),
 }
 _THEIRS: dict[str, tuple[type, type]] = {}
@@ -226,6 +248,10 @@ class _naming:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, InvalidArgument):
             raise type(error)(f"{self._layer}: {error}") from error
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _stand_in() -> Tensor:

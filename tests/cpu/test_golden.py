@@ -15,7 +15,7 @@ import hf_paged
 from hf_paged.quant.linear import QuantLinear
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "checkpoints.tar.xz"
-NAMES = ["autoawq-g64-gemm", "autogptq-g64-sym"]
+NAMES = ["autoawq-g64-gemm", "autogptq-g64-sym", "fp8-block64"]
 
 
 @pytest.fixture(scope="module")
