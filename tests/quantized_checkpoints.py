@@ -82,6 +82,63 @@ def awq_layer(
     return {"qweight": bit_stream(q.T, 4), "qzeros": bit_stream(zeros, 4), "scales": scales}, weight
 
 
+def fields(values: Tensor, bits: int, offset: int) -> Tensor:
+    """Values [rows, n] plus `offset` -> int32 [rows, words], as many whole fields in a word as there is room for."""
+    count = 32 // bits
+    padded = torch.nn.functional.pad(values + offset, (0, -values.shape[1] % count)).reshape(len(values), -1, count)
+    words = (padded.long() << bits * torch.arange(count)).sum(-1)
+    return (words - (words >> 31) * 2**32).to(torch.int32)
+
+
+def packed_layer_of_ct(
+    N: int, K: int, *, bits: int = 4, group_size: int = 16, sym: bool = True, act_order: bool = False, dtype=torch.bfloat16
+) -> tuple[dict[str, Tensor], Tensor]:
+    """compressed-tensors' pack-quantized: (tensors, W [N, K])"""
+    size = K if group_size == -1 else group_size
+    half = 1 << bits - 1
+    q, scale = torch.randint(-half, half, (N, K)), random_scales(N, K // size, of=K, dtype=torch.float32) * 2.0 ** (4 - bits)
+    scale = scale.to(dtype)
+    z = torch.zeros(N, K // size, dtype=torch.long) if sym else torch.randint(-half, half, (N, K // size))
+    g_idx = torch.arange(K) // size
+    tensors = {"weight_packed": fields(q, bits, half), "weight_scale": scale, "weight_shape": torch.tensor([N, K])}
+    if act_order:
+        g_idx = g_idx[torch.randperm(K)]
+        tensors["weight_g_idx"] = g_idx.to(torch.int32)
+    if not sym:
+        tensors["weight_zero_point"] = fields(z.T, bits, half).T.contiguous()
+    return tensors, scale.float()[:, g_idx] * (q - z[:, g_idx])
+
+
+def eight_bit_layer(
+    N: int,
+    K: int,
+    *,
+    kind: str = "fp8",
+    block: tuple[int | None, int | None] = (1, None),
+    name: str = "weight_scale",
+    shape: tuple[int, ...] | None = None,
+    asym: bool = False,
+    dtype=torch.float32,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(tensors, W [N, K]) with a scale for each `block`, stored in `shape` (None: [blocks of rows, blocks of columns])."""
+    rows, columns = block[0] or N, block[1] or K
+    grid = -(-N // rows), -(-K // columns)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
+
+    q = torch.randint(-127, 128, (N, K)) if kind == "int8" else torch.randn(N, K) * 60
+    q = q.to(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    scale = (random_scales(*grid, of=K, dtype=torch.float32) / 16).to(dtype)
+    weight = q.float()
+    tensors = {"weight": q, name: scale.reshape(grid if shape is None else shape)}
+    if asym:
+        z = torch.randint(-20, 20, grid)
+        tensors["weight_zero_point"] = z.to(torch.int8)
+        weight = weight - spread(z)
+    return tensors, spread(scale.float()) * weight
+
+
 Maker = Callable[[str, int, int], "tuple[dict[str, Tensor], Tensor] | None"]
 
 

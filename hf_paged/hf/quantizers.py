@@ -18,6 +18,7 @@ from transformers.utils import quantization_config as configs
 
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..quant.formats.awq import AWQ
+from ..quant.formats import compressed_tensors
 from ..quant.formats.base import Format
 from ..quant.formats.fp8 import INPUT_SCALES, SCALES, fp8_format
 from ..quant.formats.gptq import GPTQ
@@ -67,6 +68,14 @@ class AwqConfig(_Stored, configs.AwqConfig):
 
 class FineGrainedFP8Config(_Stored, configs.FineGrainedFP8Config):
     pass
+
+
+class CompressedTensorsConfig(_Stored, configs.CompressedTensorsConfig):
+    def __init__(self, dequantize: bool = False, use_optimized_inference: bool = False, **kwargs):
+        """Without the package that transformers has parse the rest."""
+        self.quantization_config = None
+        self.dequantize, self.use_optimized_inference = dequantize, use_optimized_inference
+        self.quant_method = configs.QuantizationMethod.COMPRESSED_TENSORS
 
 
 class PackedQuantizer(HfQuantizer):
@@ -199,8 +208,18 @@ class FP8Quantizer(PackedQuantizer):
         return fp8_format(self.quantization_config.stored, tensors)
 
 
+class CompressedTensorsQuantizer(PackedQuantizer):
+    names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
+    own = auto.CompressedTensorsHfQuantizer
+
+    def layer_format(self, name, module, tensors):
+        classes = [cls.__name__ for cls in type(module).__mro__]
+        return compressed_tensors.layer_format(self.quantization_config.stored, name, classes, tensors)
+
+
 _OURS: dict[str, tuple[type[PackedQuantizer], type]] = {
     "awq": (AWQQuantizer, AwqConfig),
+    "compressed-tensors": (CompressedTensorsQuantizer, CompressedTensorsConfig),
     "fp8": (FP8Quantizer, FineGrainedFP8Config),
     "gptq": (GPTQQuantizer, GPTQConfig),
 }
@@ -208,7 +227,7 @@ _THEIRS: dict[str, tuple[type, type]] = {}
 
 
 def register_quantizers() -> None:
-    """Load gptq checkpoints with hf_paged's layers. Importing hf_paged does it."""
+    """Load GPTQ, AWQ, FP8 and compressed-tensors checkpoints with hf_paged's layers. Importing hf_paged does it."""
     for method, classes in _OURS.items():
         if method not in _THEIRS:
             _THEIRS[method] = auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]

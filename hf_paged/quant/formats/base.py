@@ -87,3 +87,21 @@ def packed_rows(bits: int, N: int, K: int, values: Callable[[slice], Tensor], de
 def unsigned(weight: QuantizedWeight) -> Tensor:
     """q [N, K] of a weight of `packed_rows`, uint8, of 8 bits 128 too much again."""
     return weight.values() if weight.is_packed else weight.data.view(torch.uint8) ^ 0x80
+
+
+def in_groups(name: str, g_idx: Tensor, size: int) -> Tensor | None:
+    """The stable order that brings the groups together, int32 [K]; None if they are.
+
+    Raises InvalidArgument if not every group has `size` members.
+    """
+    groups = len(g_idx) // size
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise InvalidArgument(f"{name} has groups {int(g_idx.min())} to {int(g_idx.max())} where there are {groups}")
+    counts = torch.bincount(g_idx, minlength=groups)
+    if (counts != size).any():
+        raise InvalidArgument(
+            f"{name} puts {int(counts.min())} to {int(counts.max())} features in a group; only groups of equal sizes "
+            f"(here {size}) are supported"
+        )
+    order = torch.argsort(g_idx, stable=True).to(torch.int32)
+    return None if (order == torch.arange(len(order), device=order.device)).all() else order

@@ -18,7 +18,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, packed_rows, require_finite, unsigned
+from .base import FLOATS, Format, Stored, in_groups, packed_rows, require_finite, unsigned
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
@@ -74,7 +74,7 @@ class GPTQ(Format):
     def pack(self, tensors: dict[str, Tensor], N: int, K: int) -> QuantizedWeight:
         scales = require_finite("scales", tensors["scales"])
         size = self._group_size(K)
-        perm = None if "g_idx" not in tensors else _order(tensors["g_idx"], size)
+        perm = None if "g_idx" not in tensors else in_groups("g_idx", tensors["g_idx"], size)
         qweight = tensors["qweight"].T
 
         def values(rows: slice) -> Tensor:
@@ -128,20 +128,3 @@ class GPTQ(Format):
         shifted = (qzeros.long() + sign * offsets) & 0xFFFFFFFF
         return (shifted - (shifted >> 31 << 32)).to(torch.int32)
 
-
-def _order(g_idx: Tensor, size: int) -> Tensor | None:
-    """The stable order that brings the groups together, int32 [K]; None if they are.
-
-    Raises InvalidArgument if not every group has `size` members.
-    """
-    groups = len(g_idx) // size
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise InvalidArgument(f"g_idx has groups {int(g_idx.min())} to {int(g_idx.max())} where there are {groups}")
-    counts = torch.bincount(g_idx, minlength=groups)
-    if (counts != size).any():
-        raise InvalidArgument(
-            f"g_idx puts {int(counts.min())} to {int(counts.max())} features in a group; only groups of equal sizes "
-            f"(here {size}) are supported"
-        )
-    order = torch.argsort(g_idx, stable=True).to(torch.int32)
-    return None if (order == torch.arange(len(order), device=order.device)).all() else order
