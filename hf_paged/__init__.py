@@ -34,6 +34,7 @@ _HOMES = {
     "RequestOutput": "base.types",
     "RequestTooLarge": "base.errors",
     "SamplingParams": "base.sampling_params",
+    "StructuredOutputsParams": "base.structured",
     "UnsupportedModel": "base.errors",
     "UnsupportedOption": "base.errors",
     "VerificationFailed": "base.errors",

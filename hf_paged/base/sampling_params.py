@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 from .errors import InvalidArgument
+from .structured import StructuredOutputsParams
 
 MAX_N = 10_000
 MAX_STOP_STRINGS = 64
@@ -42,6 +43,8 @@ class SamplingParams:
         logit_bias: {token id: value added to its logit}.
         bad_words: strings that must not appear; the last token of each is forbidden where it would complete it.
         allowed_token_ids: only these tokens may be sampled.
+        structured_outputs: the form the output must have, such as JSON of a schema; a StructuredOutputsParams or a dict of
+            its fields. It needs a tokenizer and the package llguidance.
         skip_special_tokens, spaces_between_special_tokens: as in `tokenizer.decode`.
         include_stop_str_in_output: leave the stop string (or stop token) in the text.
         detokenize: make text at all. `stop` needs it.
@@ -66,6 +69,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     bad_words: Iterable[str] | None = None
     allowed_token_ids: Iterable[int] | None = None
+    structured_outputs: StructuredOutputsParams | dict | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -83,6 +87,7 @@ class SamplingParams:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_structured()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidArgument(f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})")
         if self.stop and not self.detokenize:
@@ -119,6 +124,18 @@ class SamplingParams:
         ):
             if getattr(self, name) is not None:
                 self._set(name, _integer(name, getattr(self, name), low, high))
+
+    def _check_structured(self) -> None:
+        form = self.structured_outputs
+        if isinstance(form, dict):
+            unknown = sorted(map(str, form.keys() - StructuredOutputsParams.__dataclass_fields__.keys()))
+            if unknown:
+                raise InvalidArgument(f"structured_outputs has no field {unknown[0]!r}")
+            self._set("structured_outputs", StructuredOutputsParams(**form))
+        elif form is not None and not isinstance(form, StructuredOutputsParams):
+            raise InvalidArgument(f"structured_outputs must be a StructuredOutputsParams or a dict, got {form!r}")
+        if form is not None and self.ignore_eos:
+            raise InvalidArgument("structured_outputs and ignore_eos exclude each other: EOS ends the form")
 
     def _check_collections(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop

@@ -57,6 +57,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of each request's own sampling.")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="Answers are JSON that follows this file's schema.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Answers match this regular expression.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="Answers are one of these; to be repeated.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object per request.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     speculation: Speculation = None,
@@ -70,6 +73,9 @@ def generate(
     from .generate import run_generate
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    form = {"json": json_schema and json_schema.read_text(encoding="utf-8"), "regex": regex, "choice": choice}
+    if any(value is not None for value in form.values()):
+        sampling["structured_outputs"] = form
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
     raise typer.Exit(run_generate(prompt or [], file, chat, sampling, json_lines, loading))

@@ -19,6 +19,7 @@ from ..base.types import RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Request, Sequence
 from ..runtime.batch import StepContext
+from ..runtime.constraint import Constraints
 from ..runtime.graphs import DecodeGraphs
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
@@ -66,6 +67,7 @@ class BatchEngine:
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._requests = OpenRequests(self._scheduler, self._forget)
+        self._constraints = Constraints(tokenizer, model.vocab_size)
         self._executor = StepExecutor(self._runner, self._scheduler)
         self._stepper = Stepper(
             model,
@@ -155,6 +157,8 @@ class BatchEngine:
         text, ids = prompt_tokens(prompt, self.tokenizer, self.model.vocab_size)
         check_options(deadline, priority, cache_salt, self.config.policy)
         bad_words = checked_params(params, self.tokenizer, self.model.vocab_size)
+        form = params.structured_outputs
+        constraint = None if form is None else self._constraints.compile(form, self.model.eos_token_ids)
         now = time.monotonic()
         with self._lock:
             self._check_open()
@@ -187,6 +191,7 @@ class BatchEngine:
                 tokenizer=self.tokenizer,
                 seed=derive_seed(self.config.seed, self._count) if params.seed is None else params.seed,
                 bad_words_ids=bad_words,
+                constraint=constraint,
                 hooks=hooks,
                 callback=on_output,
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ..base.sampling_params import SamplingParams
 from ..base.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from ..core.request import Request, Sequence
+from ..runtime.constraint import Constraint
 from ..runtime.sampler import SampleRow, derive_seed
 from .text import IncrementalDetokenizer, StopStringMatcher
 
@@ -75,6 +76,7 @@ class RequestState:
         tokenizer,
         seed: int,
         bad_words_ids: list[list[int]],
+        constraint: Constraint | None,
         hooks: RowHooks,
         callback: Callable[[RequestOutput], None] | None,
     ):
@@ -84,6 +86,7 @@ class RequestState:
         self.callback = callback
         self.seed = seed
         self.bad_words_ids = bad_words_ids
+        self.constraint = constraint
         self.tokenizer = tokenizer
         self.sequences: dict[int, SequenceState] = {}
         self.prompt_rows_done = 1  # the first prompt token has no log-probability
@@ -112,6 +115,7 @@ class RequestState:
             seed=derive_seed(self.seed, sequence.index),
             eos_token_ids=request.eos_token_ids,
             bad_words_ids=self.bad_words_ids,
+            constraint=None if self.constraint is None else self.constraint.fork(),
             processors=self.hooks.processors,
             use_torch_rng=self.hooks.torch_rng,
             capture=self.hooks.capture,

@@ -1,4 +1,4 @@
-"""Rules on logits before sampling: bias, allowed tokens, penalties, bad words, minimum length. All in place.
+"""Rules on logits before sampling: bias, allowed tokens, penalties, bad words, minimum length, form. All in place.
 
 Rows without a rule cost nothing; token lists of all rows are flattened into one index over the [R, V] logits, so
 the work is a few gathers and scatters whatever the number of rows.
@@ -27,6 +27,7 @@ def has_rules(row) -> bool:
         or bool(params.logit_bias)
         or params.allowed_token_ids is not None
         or row.num_output < params.min_tokens
+        or row.constraint is not None
     )
 
 
@@ -37,6 +38,7 @@ def apply_rules(logits_RV: torch.Tensor, rows: list, errors: list[Exception | No
     _repetition(logits_RV, rows)
     _presence_and_frequency(logits_RV, rows)
     _forbid(logits_RV, rows, errors)
+    _constrain(logits_RV, rows, errors)
 
 
 def _flat_index(token_lists: list[tuple[int, Iterable[int]]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,6 +147,26 @@ def _forbid(logits_RV: torch.Tensor, rows: list, errors: list) -> None:
     if lists:
         flat, _ = _flat_index(lists, vocab_size)
         logits_RV.view(-1).index_fill_(0, flat.to(logits_RV.device), _NEG_INF)
+
+
+def _constrain(logits_RV: torch.Tensor, rows: list, errors: list) -> None:
+    """Only tokens after which the output can still have its form."""
+    places, allowed = [], []
+    for index, row in enumerate(rows):
+        if row.constraint is None or errors[index] is not None:
+            continue
+        try:
+            mask = row.constraint.allowed(row.token_ids[row.num_prompt :], guessed=len(row.guesses))
+        except InvalidArgument as error:
+            errors[index] = error
+            continue
+        if mask is not None:
+            places.append(index)
+            allowed.append(mask)
+    if places:
+        index = torch.tensor(places).to(logits_RV.device)
+        forbidden = ~torch.stack(allowed).to(logits_RV.device)
+        logits_RV[index] = logits_RV[index].masked_fill(forbidden, _NEG_INF)
 
 
 def _completions(words: list[list[int]], token_ids, eos_token_ids) -> list[int]:

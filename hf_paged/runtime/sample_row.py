@@ -9,6 +9,7 @@ import torch
 
 from ..base.sampling_params import SamplingParams
 from ..base.types import Logprob
+from .constraint import Constraint
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -23,6 +24,7 @@ class SampleRow:
             sampled it; else None.
         eos_token_ids: forbidden, with the stop tokens, until `min_tokens` (unless `ignore_eos`).
         bad_words_ids: token sequences of `bad_words`.
+        constraint: the form of the output; this sequence's own.
         processors: `(token_ids: list[int], logits [V] fp32) -> logits [V]`, called in order on a copy of the row.
         use_torch_rng: draw with `torch.multinomial` on probabilities [1, V] from torch's default generator.
         capture: keep raw and processed logits.
@@ -35,6 +37,7 @@ class SampleRow:
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_ids: list[list[int]] = field(default_factory=list)
+    constraint: Constraint | None = None
     processors: tuple[Callable, ...] = ()
     use_torch_rng: bool = False
     capture: bool = False
@@ -48,8 +51,8 @@ class SampleRow:
 
     @property
     def hosted(self) -> bool:
-        """Whether the host has a hand in choosing the token: code of the user's, torch's generator, kept logits."""
-        return bool(self.processors) or self.use_torch_rng or self.capture
+        """Whether the host has a hand in choosing the token: a form, code of the user's, torch's generator, kept logits."""
+        return self.constraint is not None or bool(self.processors) or self.use_torch_rng or self.capture
 
     @property
     def has_history_rules(self) -> bool:

@@ -1,6 +1,6 @@
 """From logits to tokens, every row with its own options: rules, user processors, warpers, draw, log-probabilities.
 
-Order, as in transformers: bias, allowed tokens, repetition, presence and frequency, bad words, minimum length, the
+Order, as in transformers: bias, allowed tokens, repetition, presence and frequency, bad words, minimum length, form, the
 user's processors; then for sampled rows temperature, top-k, top-p, min-p. Rows never share arithmetic, so a row's
 token and log-probabilities are bitwise the same in every batch. Rows whose processor raises, or whose logits cannot
 be sampled, get an error; the others go on.
@@ -41,7 +41,7 @@ class Sampler:
 
     def reads_tokens(self, row: SampleRow) -> bool:
         """Whether the host must know every token of the row before the next can be sampled, so that none may be pending."""
-        if row.processors:
+        if row.processors or row.constraint is not None:
             return True
         if self._device_sampler is not None and not row.hosted:
             return False

@@ -134,6 +134,17 @@ def test_guessing_is_asked_for_and_reported(engine, capsys):
     assert engine.guesses_by == (None, "small")
 
 
+def test_a_form_is_asked_for(engine, tmp_path, capsys):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "integer"}')
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "own", "structured_outputs": {"regex": "c+"}}')
+    assert run("generate", "-p", "a", "--json-schema", str(schema), "-f", str(lines), "--max-tokens", "1", "-q") == 0
+    assert [params.structured_outputs.form for params in engine.params.values()] == ["json", "regex"]
+    assert run("generate", "-p", "a", "--choice", "yes", "--choice", "no", "--max-tokens", "1") == 0
+    assert engine.params["2"].structured_outputs.choice == ("yes", "no")
+
+
 def test_an_unknown_way_to_guess_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(common, "load", lambda **loading: pytest.fail("loaded"))
     assert run("generate", "-p", "a", "--speculation", "psychic") == 2
@@ -179,6 +190,8 @@ def test_progress_goes_to_stderr(engine, capsys):
         (["generate", "-f", "/no/such/file"], "/no/such/file: No such file"),
         (["generate", "-p", "x", "--temperature", "-1"], "temperature"),
         (["generate", "-p", "x", "--max-tokens", "0"], "max_tokens"),
+        (["generate", "-p", "x", "--regex", "a", "--choice", "b"], "it has regex and choice"),
+        (["generate", "-p", "x", "--json-schema", "/no/such/schema"], "/no/such/schema: No such file"),
         (["generate", "-p", "x", "--dtype", "int3"], "--dtype must be one of"),
         (["generate", "-p", "x", "--no-such-option"], "No such option"),
         (["chat", "--temperature", "-1"], "temperature"),

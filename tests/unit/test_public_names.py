@@ -9,7 +9,7 @@ import hf_paged
 from hf_paged.base import errors
 
 DOCUMENTED = {
-    *("AsyncEngine", "Engine", "EngineConfig", "SamplingParams"),
+    *("AsyncEngine", "Engine", "EngineConfig", "SamplingParams", "StructuredOutputsParams"),
     *("CompletionOutput", "Logprob", "RequestOutput"),
     *("current_batch", "engine_of", "explain", "patch", "unpatch"),
     *("register_quantizers", "unregister_quantizers"),

@@ -33,6 +33,7 @@ WRONG = {
                    {token: 0.0 for token in range(4097)}],
     "bad_words": ["word", [""], [3], ["a"] * 1025],
     "allowed_token_ids": [[], [-1], [1.5], [True], "12", 3],
+    "structured_outputs": ["json", {}, {"regex": ""}, {"choice": [1]}, {"form": "json"}, [("regex", "a")]],
     "skip_special_tokens": [1, None],
     "spaces_between_special_tokens": [0, "x"],
     "include_stop_str_in_output": [1, None],
