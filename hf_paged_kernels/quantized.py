@@ -12,7 +12,7 @@ row is filled up with fields of 0 to whole blocks; kernels give those no weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -23,6 +23,7 @@ BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
 FIELDS = {"int2": 16, "int3": 10, "int4": 8}  # of an int32 word
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of data that is not packed
 ACTIVATIONS = (None, "int8", "fp8")
+_SHARED = ("perm", "input_scale")  # by all experts
 
 
 def words_of(kind: str, K: int) -> int:
@@ -145,6 +146,11 @@ class QuantizedWeight:
             tensors["zeros"] = self.zeros.narrow(-1, first, count)
         return self.with_tensors(tensors)
 
+    def expert(self, index: int) -> QuantizedWeight:
+        """W of one of E experts, as views."""
+        own = {name: tensor[index] for name, tensor in self.tensors().items() if name not in _SHARED}
+        return self.with_tensors(own)
+
     def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
         """Consecutive rows of W, as views; undoes `cat`."""
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -195,6 +201,40 @@ def cat(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(weights[0], block=(rows, columns), **tensors)
 
 
+def why_not_stacked(weights: Sequence[QuantizedWeight]) -> str | None:
+    """Why `stack` cannot stack these weights [N, K], or None if it can."""
+    first = weights[0]
+    for weight in weights[1:]:
+        if {**_layout(weight), "zeros": None} != {**_layout(first), "zeros": None}:
+            return "they have different layouts"
+        for name in _SHARED:
+            mine, other = getattr(first, name), getattr(weight, name)
+            if mine is not None and not torch.equal(mine, other):
+                return f"{name} differs"
+    return None
+
+
+def stack(weights: Iterable[QuantizedWeight], count: int) -> QuantizedWeight:
+    """The `count` weights [N, K], of which `why_not_stacked` says nothing, as one [count, N, K] in new memory.
+
+    They are taken one after the other, and not kept.
+    """
+    result = None
+    for index, weight in enumerate(weights):
+        if result is None:
+            own = {name: tensor for name, tensor in weight.tensors().items() if name not in _SHARED}
+            result = weight.with_tensors({name: t.new_empty(count, *t.shape) for name, t in own.items()})
+        if weight.zeros is not None and result.zeros is None:
+            zeros = weight.zeros.new_full((count, *weight.zeros.shape), weight.zero_point())
+            result = result.with_tensors({"zeros": zeros})
+        elif weight.zeros is None and result.zeros is not None:
+            result.zeros[index] = weight.zero_point()
+        for name, tensor in weight.tensors().items():
+            if name not in _SHARED:
+                getattr(result, name)[index] = tensor
+    return result
+
+
 def with_block(weight: QuantizedWeight, block: tuple[int, int]) -> QuantizedWeight:
     """A weight whose block `cat` made one row high, with a scale for as many rows as before: those of a block agree."""
     if weight.block == block:
@@ -205,9 +245,12 @@ def with_block(weight: QuantizedWeight, block: tuple[int, int]) -> QuantizedWeig
 
 def same_layout(weight: QuantizedWeight, other: QuantizedWeight) -> bool:
     """Whether the two differ in nothing but their values."""
-    mine, its = ({name: (t.shape, t.dtype) for name, t in each.tensors().items()} for each in (weight, other))
-    names = ("kind", "in_features", "block", "activations")
-    return mine == its and all(getattr(weight, name) == getattr(other, name) for name in names)
+    return _layout(weight) == _layout(other)
+
+
+def _layout(weight: QuantizedWeight) -> dict:
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {name: (v.shape, v.dtype) if isinstance(v, Tensor) else v for name, v in values.items()}
 
 
 def _joint_block(weights: Sequence[QuantizedWeight]) -> tuple[int, int] | None:

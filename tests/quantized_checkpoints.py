@@ -142,6 +142,13 @@ def eight_bit_layer(
 Maker = Callable[[str, int, int], "tuple[dict[str, Tensor], Tensor] | None"]
 
 
+# What a checkpoint calls the parts of an expert (gate, up, down), and the layer of experts.
+EXPERTS = {
+    "mixtral": ("w1", "w3", "w2", "block_sparse_moe"),
+    "": ("gate_proj", "up_proj", "down_proj", "mlp"),
+}
+
+
 def save_quantized(model, folder: Path, config: dict, make: Maker, *, shards: int = 1, biases: bool = False) -> None:
     """Save a model with the tensors of `make(name, N, K)` in place of its linear layers' weights (None: as it is).
 
@@ -166,12 +173,33 @@ def save_quantized(model, folder: Path, config: dict, make: Maker, *, shards: in
             state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
             if biases and module.bias is None:
                 state[f"{name}.bias"] = torch.zeros(len(weight))
+    state = _with_experts_apart(model, state, make)
     folder.mkdir(exist_ok=True)
     save_files(state, folder, shards)
     model.config.architectures = [type(model).__name__]
     settings = model.config.to_dict() | {"quantization_config": config}
     (folder / "config.json").write_text(json.dumps(settings))
     model.generation_config.save_pretrained(folder)
+
+
+def _with_experts_apart(model, state: dict[str, Tensor], make: Maker) -> dict[str, Tensor]:
+    """Stacked experts as checkpoints have them, one by one."""
+    *parts, layer = EXPERTS.get(model.config.model_type, EXPERTS[""])
+    stacks = {name: module for name, module in model.named_modules() if hasattr(module, "gate_up_proj")}
+    for name, module in stacks.items():
+        if not isinstance(module.gate_up_proj, nn.Parameter):
+            continue
+        half = module.gate_up_proj.shape[1] // 2
+        for expert in range(len(module.gate_up_proj)):
+            gate_up, down = module.gate_up_proj.data[expert], module.down_proj.data[expert]
+            for part, own in zip(parts, (gate_up[:half], gate_up[half:], down)):
+                made = make(f"{name}.{expert}.{part}", *own.shape)
+                tensors = {"weight": own.clone()} if made is None else made[0]
+                state |= {f"{name}.{expert}.{part}.{key}": tensor for key, tensor in tensors.items()}
+                if made is not None:
+                    own.copy_(made[1])
+        del state[f"{name}.gate_up_proj"], state[f"{name}.down_proj"]
+    return {name.replace(".mlp.", f".{layer}."): tensor for name, tensor in state.items()}
 
 
 def save_files(state: dict[str, Tensor], folder: Path, shards: int = 1) -> None:

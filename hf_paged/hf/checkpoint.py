@@ -29,12 +29,10 @@ class Checkpoint:
 def read(model, files: list[str]) -> Checkpoint:
     """Raises InvalidArgument naming a file that cannot be read."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
     from transformers.modeling_utils import load_state_dict
 
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     modules = {name for name, _ in model.named_modules()}
     checkpoint = Checkpoint()
     for file in files:
@@ -43,12 +41,10 @@ def read(model, files: list[str]) -> Checkpoint:
         except Exception as error:
             raise InvalidArgument(f"{file} cannot be read: {error}") from error
         for key, tensor in tensors.items():
-            renamed, converted = rename_source_key(key, renamings, converters)
-            if converted is None:
-                module, _, name = renamed.rpartition(".")
-                module = _own_name(module, modules, model.base_model_prefix)
-                checkpoint.layers[module][name] = tensor
-                checkpoint.names[module] = key.rpartition(".")[0]
+            module, _, name = rename_source_key(key, renamings, [])[0].rpartition(".")
+            module = _own_name(module, modules, model.base_model_prefix)
+            checkpoint.layers[module][name] = tensor
+            checkpoint.names[module] = key.rpartition(".")[0]
     return checkpoint
 
 
@@ -71,7 +67,12 @@ def give_back(tensors: Iterable[Tensor]) -> None:
 
 def _own_name(module: str, modules: set[str], prefix: str) -> str:
     """The model's name of a module that may be stored with or without the base model's prefix."""
-    if f"{prefix}.{module}" in modules:
+
+    def known(name: str) -> bool:
+        experts, one_of_them, _ = name.partition(".experts.")  # they may be one module in the model
+        return name in modules or bool(one_of_them) and f"{experts}.experts" in modules
+
+    if known(f"{prefix}.{module}"):
         return f"{prefix}.{module}"
     bare = module.removeprefix(f"{prefix}.")
-    return bare if module not in modules and bare in modules else module
+    return bare if not known(module) and known(bare) else module

@@ -10,7 +10,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable
 from ..engine.build import wants_graphs
-from ..quant.linear import QuantLinear
+from ..quant.packed import Packed
 from .attention import drops_softcap
 from .quantize.targets import left_plain, smaller_groups
 from .spec import NO_LIMIT, text_config
@@ -206,8 +206,8 @@ def explain_patch(model, patch, config) -> Explanation:
     )
 
 
-def _quantized(model) -> list[QuantLinear]:
-    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+def _quantized(model) -> list[Packed]:
+    return [module for module in model.modules() if isinstance(module, Packed)]
 
 
 def _weights(model, backend: str) -> list[WeightsExplanation]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +110,23 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:
             raise UnsupportedOption("state_dict: a quantized model is loaded from its checkpoint's files")
+        from .experts import QuantizedExperts  # needs what is imported after this module
+
         checkpoint = checkpoints.read(model, checkpoint_files)
         self._surplus_biases = []
+
+        def make(name: str, module: nn.Linear) -> QuantLinear:
+            with _naming(name):
+                return self._layer(name, module, checkpoint)
+
+        plain = nn.Linear(1, 1, device="meta")
+        self._experts = QuantizedExperts(model, checkpoint.layers, partial(self.is_quantized, plain), make)
         for name, module in list(model.named_modules()):
             if self.is_quantized(module, checkpoint.layers[name]):
-                with _naming(name):
-                    model.set_submodule(name, self._layer(name, module, checkpoint))
+                model.set_submodule(name, make(name, module))
+
+    def update_weight_conversions(self, weight_conversions, *args):
+        return super().update_weight_conversions(self._experts.without_merging(weight_conversions), *args)
 
     def _layer(self, name: str, module: nn.Module, checkpoint: checkpoints.Checkpoint) -> QuantLinear:
         """The layer that takes a module's place, with nothing loaded yet."""
@@ -129,7 +141,7 @@ class PackedQuantizer(HfQuantizer):
             raise InvalidArgument("bias is missing")
         if module.bias is None and bias is not None:
             self._surplus_biases.append(name)
-        format = self.layer_format(checkpoint.names[name], module, tensors)
+        format = self.layer_format(checkpoint.names.get(name, name), module, tensors)
         surplus = tensors.keys() - format.stored(N, K).keys()
         if surplus:
             raise UnsupportedOption(f"{', '.join(sorted(surplus))}: no tensor of {format}")
@@ -151,6 +163,7 @@ class PackedQuantizer(HfQuantizer):
                 checkpoints.give_back(t for t in loaded.values() if t.untyped_storage().data_ptr() not in kept)
             if name in self._surplus_biases and not layer.bias.any():
                 layer.bias = None  # auto-gptq gives every layer a bias
+        self._experts.stack(model)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # saved, the file has another name
         if getattr(self.quantization_config, "dequantize", False):
@@ -301,6 +314,9 @@ def _check_plain(model) -> None:
 
 
 def _dequantize(model, dtype: torch.dtype) -> None:
+    from .experts import dequantize_experts
+
+    dequantize_experts(model, dtype)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

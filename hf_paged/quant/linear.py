@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged_kernels import fused
-from hf_paged_kernels.quantized import QuantizedWeight, same_layout, with_block
+from hf_paged_kernels.quantized import QuantizedWeight
 
 from ..base.errors import InvalidArgument
 from .formats.base import Format
+from .packed import Packed, product
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Packed):
     """y = x W^T + b with a quantized W [N, K].
 
     A new layer has parameters of the checkpoint's names and shapes, for a loader to fill. `pack_` brings them into the
@@ -20,9 +21,6 @@ class QuantLinear(nn.Module):
     and the state dict still has the checkpoint's tensors: it is saved and loaded in the format it came in.
 
     The weight is not trained. The gradient of the input is that of the dequantized layer, so adapters can be.
-
-    Attributes:
-        backend: whose kernels multiply.
 
     Args:
         format: what the checkpoint stores for a layer of these sizes.
@@ -33,8 +31,6 @@ class QuantLinear(nn.Module):
     Raises:
         InvalidArgument: the format has no layer of these sizes, or `like` is not what it has of one.
     """
-
-    backend = "auto"
 
     def __init__(
         self,
@@ -49,16 +45,12 @@ class QuantLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
-        self._weight: QuantizedWeight | None = None
-        self._places: list[tuple[str, int]] = []  # of its tensors: (name, address)
-        self._block = (1, 0)  # of the weight as it was packed
         if like is not None:
             format.check(like, out_features, in_features)
         for name, stored in format.stored(out_features, in_features).items():
             if like is None or name in like:
                 found = stored.dtypes[0] if like is None else like[name].dtype
                 self._set(name, torch.empty(stored.shape, dtype=found, device=device))
-        self.register_parameter("bias", None)
         if bias:
             self._set("bias", torch.empty(out_features, device=device, dtype=dtype))
 
@@ -71,26 +63,6 @@ class QuantLinear(nn.Module):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
-
-    @property
-    def is_packed(self) -> bool:
-        return self._weight is not None
-
-    @property
-    def quantized(self) -> QuantizedWeight:
-        """The weight in the kernels' layout. Its tensors are this module's parameters."""
-        assert self._weight is not None, "pack_ comes first"
-        mine = self._parameters
-        if any(mine[name].data_ptr() != pointer for name, pointer in self._places):
-            self._hold(self._weight.with_tensors({name: mine[name].data for name, _ in self._places}))
-        return self._weight
-
-    @quantized.setter
-    def quantized(self, weight: QuantizedWeight) -> None:
-        """Takes the same weight in other memory, say as a part of a joint one. The parameters remain the same objects."""
-        for name, tensor in weight.tensors().items():
-            self._parameters[name].data = tensor
-        self._hold(weight)
 
     def pack_(self) -> None:
         """Bring what was loaded into the kernels' layout and let go of it.
@@ -108,48 +80,20 @@ class QuantLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and (input.requires_grad or self.bias is not None and self.bias.requires_grad)):
             return fused.linear(input, self.quantized, self.bias, backend=self.backend)
-        y = _Product.apply(input, self.quantized)
+        y = product(input, self.quantized, self.backend)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
 
-    def _set(self, name: str, tensor: Tensor) -> None:
-        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-    def _adopt(self, weight: QuantizedWeight) -> None:
-        for name in list(self._parameters):
-            if name != "bias":
-                del self._parameters[name]
-        for name, tensor in weight.tensors().items():
-            self._set(name, tensor)
-        self._block = weight.block
-        self._hold(weight)
-
-    def _hold(self, weight: QuantizedWeight) -> None:
-        self._weight = weight
-        self._places = [(name, tensor.data_ptr()) for name, tensor in weight.tensors().items()]
-
     def _checked_pack(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
         self.format.check(tensors, self.out_features, self.in_features)
         return self.format.pack(tensors, self.out_features, self.in_features)
 
-    def _apply(self, fn, recurse=True):
-        """As ever for the bias; the weight goes to another device, but `half` and the like do not touch its types."""
-        if self._weight is None:
-            return super()._apply(fn, recurse)
-        for name in self._weight.tensors():
-            parameter = self._parameters[name]
-            moved = fn(parameter.data)
-            parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(moved.device)
-        if self.bias is not None:
-            self.bias.data = fn(self.bias.data)
-        return self
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._weight is None:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.format.unpack(with_block(self.quantized, self._block)).items():
+        for name, tensor in self.format.unpack(self.stored_weight).items():
             destination[prefix + name] = tensor.contiguous()  # of joined layers, scales are parts of rows
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -169,30 +113,8 @@ class QuantLinear(nn.Module):
         except InvalidArgument as error:
             errors.append(f"{prefix}{error}")
             return
-        with torch.no_grad():
-            if weight is not None:
-                self._take_values(weight)
-            if self.bias is not None and prefix + "bias" in state_dict:
+        if weight is not None:
+            self._take_values(weight)
+        if self.bias is not None and prefix + "bias" in state_dict:
+            with torch.no_grad():
                 self.bias.copy_(state_dict[prefix + "bias"])
-
-    def _take_values(self, weight: QuantizedWeight) -> None:
-        if same_layout(weight, self.quantized):
-            for name, tensor in weight.tensors().items():
-                self._parameters[name].copy_(tensor)
-        else:  # say, zero points where there were none
-            device = self.quantized.device
-            self._adopt(weight.with_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()}))
-
-
-class _Product(torch.autograd.Function):
-    """x W^T, differentiable in x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: QuantizedWeight) -> Tensor:
-        ctx.weight = weight
-        return fused.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient @ ctx.weight.dequantize(gradient.dtype), None
-

@@ -60,5 +60,15 @@ def supports_grouped(
 
 
 def grouped_linear(x: Tensor, weight: QuantizedWeight, experts: Tensor, bias: Tensor | None = None, **options) -> Tensor:
-    """See `fused.grouped_linear`, with the weights rounded to x's dtype."""
-    return _moe.grouped_linear(rounded_rows(x, weight), weight.dequantize(x.dtype), experts, bias, **options)
+    """See `fused.grouped_linear`, with the weights rounded to x's dtype, one expert's after the other."""
+    return _moe.grouped_linear(rounded_rows(x, weight), _OneByOne(weight, x.dtype), experts, bias, **options)
+
+
+class _OneByOne:
+    """The weights [E, N, K] of experts, each dequantized when it is asked for."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
+        self.shape, self._weight, self._dtype = weight.shape, weight, dtype
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self._weight.expert(expert).dequantize(self._dtype)

@@ -1,7 +1,8 @@
 """Faster forwards for modules of a patched model, active only inside a step of the engine.
 
-Only plain nn.Linear layers, and quantized ones, are merged or given another kernel unseen. Everything else is not chosen by a class's name
-alone: it runs once beside the module's own forward on random inputs and is kept only if the results agree (proof.py).
+Only plain nn.Linear layers, and quantized ones, are merged or given another kernel unseen. Everything else is not chosen
+by a class's name alone: it runs once beside the module's own forward on random inputs and is kept only if the results
+agree (proof.py).
 Outside a step, or when someone hooked a part that the fused form would bypass, the module's own forward runs.
 
 - linear.py: y = x W^T by our kernel, on the live weight.

@@ -1,7 +1,8 @@
-"""The experts implementation that transformers calls, by name, from inside mixture-of-experts layers on Triton.
+"""Mixtures of experts: quantized ones, and the experts implementation that transformers calls, by name, on Triton.
 
 Inside a step the experts of a small batch run our kernels; large batches, and everything outside a step, run the
-implementation that the model has. On CPU that is as good, and nothing is switched.
+implementation that the model has. On CPU that is as good, and nothing is switched. Quantized experts are modules of ours
+(quant/experts.py); they run the kernels of the model's backend.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from hf_paged_kernels import fused
 
+from ...quant.experts import ExpertLayers, QuantExperts
 from ...runtime.batch import active_context
+from ..swap import Swapped, can_swap
 from ..switch import Switch
 from .base import Fusions
 from .mlp import ACTIVATIONS
@@ -54,7 +57,7 @@ def _run(module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tens
     weight, bias = _first(module)
     down = module.down_proj.mT if module.is_transposed else module.down_proj
     return fused.moe_experts(
-        hidden_states, weight, down, top_k_index, top_k_weights, activation=_activation(module), gate_up_bias=bias,
+        hidden_states, weight, down, top_k_index, top_k_weights, activation=activation_of(module), gate_up_bias=bias,
         down_bias=module.down_proj_bias if module.has_bias else None,
         after=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None, backend="triton",
     )  # fmt: skip
@@ -67,7 +70,8 @@ def _first(module) -> tuple[Tensor, Tensor | None]:
     return weight.mT if module.is_transposed else weight, getattr(module, f"{name}_bias") if module.has_bias else None
 
 
-def _activation(module):
+def activation_of(module: nn.Module):
+    """The name that our kernels have for what experts do between their projections, or the function that does it."""
     if not module.has_gate:
         return module.act_fn
     kind = ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
@@ -75,11 +79,25 @@ def _activation(module):
     return kind if plain else module._apply_gate
 
 
+class FusedExperts(Swapped):
+    """Quantized experts. State: the backend."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        if active_context() is None:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        return self.run(hidden_states, top_k_index, top_k_weights, self._hf_paged)
+
+
 def fuse_experts(model: nn.Module, fusions: Fusions) -> None:
     """Note in `fusions` the configs that `paged_experts` may switch: those of experts proven to compute the same."""
+    for module in list(model.modules()):
+        if isinstance(module, QuantExperts) and can_swap(module):
+            fusions.swap(module, FusedExperts, fusions.backend, "experts")
+        elif isinstance(module, ExpertLayers) and module.reason is not None:
+            fusions.notes[f"{module.num_experts} experts"] = f"they run one after the other: {module.reason}"
     if fusions.backend != "triton":
         return
-    modules = [module for module in model.modules() if _is_experts(module)]
+    modules = [module for module in model.modules() if is_experts(module)]
     for module in modules:
         reason = _why_not(module)
         if reason is not None:
@@ -87,10 +105,10 @@ def fuse_experts(model: nn.Module, fusions: Fusions) -> None:
             return
     fusions.expert_configs = list({id(module.config): module.config for module in modules}.values())
     if modules:
-        fusions.counts["experts"] = len(modules)
+        fusions.counts["experts"] += len(modules)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether this module's forward asks the experts interface what to run."""
     return hasattr(type(module).forward, "__wrapped__") and hasattr(module, "is_transposed")
 
