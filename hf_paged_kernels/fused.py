@@ -218,10 +218,10 @@ def rms_norm(
     Args:
         x: [..., H], the last dimension contiguous; [T, heads, H] may be a view into a merged projection.
         weight: [H] of x's dtype, or None for none.
-        quantize: "fp8" for e4m3 [..., H] and scales [..., 1] fp32 whose product is the result.
+        quantize: "fp8" or "int8" for e4m3 or int8 [..., H] and scales [..., 1] fp32 whose product is the result.
 
     Returns:
-        A new contiguous tensor of x's shape; with `quantize` (e4m3, scales).
+        A new contiguous tensor of x's shape; with `quantize` (values, scales).
     """
     run, name = _kernels("elementwise", backend, x.device)
     if name == "cpu":

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..norm import Norm
+from ..quantized import DTYPES
+from .quantize import quantize as _quantize
 
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_FP8_MAX = 448.0  # the largest e4m3
 
 
 def rms_norm(
@@ -65,18 +66,16 @@ def act_and_mul(gate_up: Tensor, activation: str, *, quantize: str | None = None
 
 
 def quantized(x: Tensor, quantize: str | None) -> Tensor | tuple[Tensor, Tensor]:
-    """x itself for None; for "fp8" (e4m3 [..., H], scale [..., 1] fp32) with x = e4m3 * scale.
+    """x itself for None; for "fp8" or "int8" (e4m3 or int8 [..., H], scale [..., 1] fp32) with x = values * scale.
 
-    A row's scale takes its largest magnitude to 448; that of a row of zeros is 1.
+    A row's scale takes its largest magnitude to the type's: `ref.quantize`.
     """
     if quantize is None:
         return x
-    if quantize != "fp8":
-        raise ValueError(f"unknown quantize {quantize!r}; known: fp8")
-    wide = x.float()
-    amax = wide.abs().amax(-1, keepdim=True)
-    scale = torch.where(amax > 0, amax / _FP8_MAX, 1.0)
-    return (wide / scale).to(torch.float8_e4m3fn), scale
+    if quantize not in DTYPES:
+        raise ValueError(f"unknown quantize {quantize!r}; known: {', '.join(DTYPES)}")
+    values, scale = _quantize(x, DTYPES[quantize])
+    return values, scale[..., None]
 
 
 def rotary(q_THD: Tensor, k_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..norm import CASTS, Norm
+from ..quantized import DTYPES
 from ..ref import elementwise as reference
 from .functions import ACTIVATIONS, activate, rounded, scaled_by_weight
 from .launch import arch, launch
+from .quantize import quantize
 
 _MAX_ROW = 16384  # elements: 32 a thread of 16 warps, inputs and weight beside each other without a spill
 _TILE = 2048  # elements of a program where rows are short or need not be whole: a 16-byte load for each of 256 threads
@@ -25,18 +27,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _quantize(y, inside):
-    """Rows of y [ROWS, BLOCK] as e4m3 with their scales [ROWS]; 1 for a row of zeros."""
-    amax = tl.max(tl.where(inside, tl.abs(y), 0.0), axis=1)
-    scale = tl.where(amax > 0, tl.div_rn(amax, 448.0), 1.0)
-    return tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape)).to(tl.float8e4nv), scale
-
-
-@triton.jit
 def _store_rows(out, scale_out, y, row, row_inside, to, inside, DTYPE: tl.constexpr):
-    """Store y [ROWS, BLOCK] at `to`: as DTYPE, or as e4m3 with scales where there is a `scale_out`."""
+    """Store y [ROWS, BLOCK] at `to`: as DTYPE, or in 8 bits with scales where there is a `scale_out`."""
     if scale_out is not None:
-        q, scale = _quantize(rounded(y, DTYPE), inside)
+        q, scale = quantize(tl.where(inside, rounded(y, DTYPE), 0.0), out.dtype.element_ty)
         tl.store(out + to, q, mask=inside)
         tl.store(scale_out + row, scale, mask=row_inside)
     else:
@@ -204,7 +198,7 @@ def layer_norm(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _check(name, parameter, x, (size,))
-    _check_choice("quantize", quantize, (None, "fp8"))
+    _check_choice("quantize", quantize, (None, *DTYPES))
     if not _whole_rows(size, quantize, x.device):
         return reference.layer_norm(x, weight, bias, eps, quantize=quantize)
     out, scale = _empty(x.shape, x, quantize)
@@ -221,7 +215,7 @@ def act_and_mul(gate_up: Tensor, activation: str, *, quantize: str | None = None
     size = gate_up.shape[-1] // 2
     _check("gate_up", gate_up, gate_up, (*gate_up.shape[:-1], 2 * size))
     _check_choice("activation", activation, ACTIVATIONS)
-    _check_choice("quantize", quantize, (None, "fp8"))
+    _check_choice("quantize", quantize, (None, *DTYPES))
     if not _whole_rows(size if quantize else 1, quantize, gate_up.device):
         return reference.quantized(act_and_mul(gate_up, activation), quantize)
     out, scale = _empty((*gate_up.shape[:-1], size), gate_up, quantize)
@@ -263,7 +257,7 @@ def _check_norm(x: Tensor, norm: Norm, quantize: str | None) -> None:
     if norm.weight is not None:
         _check("weight", norm.weight, x, x.shape[-1:])
     _check_choice("cast", norm.cast, CASTS)
-    _check_choice("quantize", quantize, (None, "fp8"))
+    _check_choice("quantize", quantize, (None, *DTYPES))
 
 
 def _check(name: str, tensor: Tensor, like: Tensor, shape=None) -> None:
@@ -285,7 +279,7 @@ def _check_choice(name: str, value, known: tuple) -> None:
 
 def _whole_rows(size: int, quantize: str | None, device: torch.device) -> bool:
     """Whether a program can hold such a row, and convert it to fp8 if asked to (since compute capability 8.9)."""
-    if quantize is not None and arch(device) in ("sm_80", "sm_86", "sm_87"):
+    if quantize == "fp8" and arch(device) in ("sm_80", "sm_86", "sm_87"):
         return False
     return size <= _MAX_ROW
 
@@ -299,4 +293,4 @@ def _empty(shape, like: Tensor, quantize: str | None) -> tuple[Tensor, Tensor | 
     if quantize is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device), None
     scale = torch.empty((*shape[:-1], 1), dtype=torch.float32, device=like.device)
-    return torch.empty(shape, dtype=torch.float8_e4m3fn, device=like.device), scale
+    return torch.empty(shape, dtype=DTYPES[quantize], device=like.device), scale

@@ -19,7 +19,7 @@ def largest(x):
 def scale_for(peak, dtype: tl.constexpr):
     """The scale of a row whose largest magnitude is `peak`; the formula is that of `ref.quantize`."""
     LIMIT: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-    return tl.maximum(peak, 1e-30) / LIMIT
+    return tl.div_rn(tl.maximum(peak, 1e-30), LIMIT)
 
 
 @triton.jit

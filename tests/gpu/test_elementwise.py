@@ -9,6 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_paged_kernels import fused
 from hf_paged_kernels.norm import CASTS, Norm
+from hf_paged_kernels.quantized import DTYPES
+from hf_paged_kernels.ref.quantize import quantize as reference_quantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One unit in the last place, relative. In another order a sum may move a rounding by one, and so may an exponential.
@@ -130,10 +132,12 @@ def test_rotary_has_the_bits_of_torch(device, heads, D, R, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_fp8_of_every_row_by_its_own_scale(device, dtype):
-    """The bits of quantizing the kernel's own unquantized result; a row of zeros stays one."""
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_8_bits_of_every_row_by_its_own_scale(device, quantize, dtype):
+    """The bits of quantizing the kernel's own unquantized result; a row of zeros stays one, and one with a NaN is NaN."""
     x = rows(576, dtype, device)
     x[2] = 0
+    x[4, 7] = float("nan")
     residual, weight, bias = (randn(*shape, dtype=dtype, device=device) for shape in ((6, 576), (576,), (576,)))
     calls = [
         lambda **q: fused.rms_norm(x, weight, 1e-6, backend="triton", **q),
@@ -142,18 +146,22 @@ def test_fp8_of_every_row_by_its_own_scale(device, dtype):
         lambda **q: fused.act_and_mul(x.clamp(-50, 50), "silu", backend="triton", **q),
     ]  # fmt: skip
     for call in calls:
-        plain, (q, scale) = call(), call(quantize="fp8")
-        amax = plain.float().abs().amax(-1, keepdim=True)
-        assert q.dtype == torch.float8_e4m3fn and q.shape == plain.shape
-        assert torch.equal(scale, torch.where(amax > 0, amax / 448, 1.0))
-        assert torch.equal(q.float(), (plain.float() / scale).to(torch.float8_e4m3fn).float())
-        assert ((q.float() * scale - plain.float()).abs() <= amax * 2**-4).all()
-        assert (q.float().abs().amax(-1, keepdim=True)[amax > 0] == 448).all()
+        plain, (q, scale) = call(), call(quantize=quantize)
+        expected, expected_scale = reference_quantize(plain, DTYPES[quantize])
+        assert q.dtype == DTYPES[quantize] and q.shape == plain.shape and scale.shape == (*plain.shape[:-1], 1)
+        assert torch.equal(scale[..., 0], expected_scale)
+        whole = ~plain.isnan().any(-1)
+        assert torch.equal(q.float()[whole], expected.float()[whole])
+        limit, step = (448, 2**-4) if quantize == "fp8" else (127, 0.5 / 127)
+        amax = plain[whole].float().abs().amax(-1, keepdim=True)
+        assert ((q.float() * scale - plain.float())[whole].abs() <= 1.0001 * amax * step).all()
+        assert (q[whole].float().abs().amax(-1, keepdim=True)[amax > 0] == limit).all()
+        assert whole.sum() >= 5 and (q.float() * scale)[~whole].isnan().all()
 
 
 def test_rows_longer_than_a_program_holds(device):
     x, weight = (randn(*s, dtype=torch.bfloat16, device=device) for s in ((2, 20000), (20000,)))
-    for quantize in (None, "fp8"):
+    for quantize in (None, "fp8", "int8"):
         calls = [lambda b: fused.rms_norm(x, weight, 1e-6, quantize=quantize, backend=b),
                  lambda b: fused.act_and_mul(x.repeat(1, 2), "silu", quantize=quantize, backend=b)]  # fmt: skip
         for call in calls:
