@@ -1,4 +1,4 @@
-"""Quantized weights of whole numbers as floating-point weights, for products of so many rows that torch's are better."""
+"""Quantized weights as floating-point weights, for products of so many rows that torch's are better."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantized import BITS, FIELDS, LANES, QuantizedWeight
+from .eight_bits import fp8_data, from_e4m3
 from .launch import launch
 
 _ROWS = 64  # of a program's tile; with a block of packed words or 128 bytes a row
@@ -37,7 +38,9 @@ def _store_values(
         group = (k // COLUMNS).to(tl.int64)[None, :]
         at, at_zero, mask = group * scale_k + by_row[:, None], group * zero_k + by_row[:, None], inside
     scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
-    if zeros is None:
+    if q.dtype == tl.float32:
+        value = q
+    elif zeros is None:
         value = small_float(q - ZERO)
     else:
         value = small_float(q - tl.load(zeros + at_zero, mask=mask, other=0).to(tl.int32))
@@ -48,7 +51,7 @@ def _store_values(
 def _dequantize_kernel(
     data, scales, zeros, out, N, K, data_expert, data_row, scale_expert, scale_k, zero_expert, zero_k,
     BITS: tl.constexpr, FIELDS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    LANES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    FP8: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS times LANES words a row, of FIELDS fields each; FIELDS == 1: bytes in their place."""
     expert = tl.program_id(2).to(tl.int64)
@@ -65,9 +68,12 @@ def _dequantize_kernel(
         inside = (n < N)[:, None]
         if FIELDS == 1:  # packed rows are whole blocks
             inside = inside & (block * LANES + lane < K)[None, :]
-        words = tl.load(data + n[:, None] * data_row + (block * LANES + lane)[None, :], mask=inside, other=0)
+        words = tl.load(data + n[:, None] * data_row + (block * LANES + lane)[None, :], mask=inside, other=0.0)
         for field in tl.static_range(FIELDS):
-            q = words.to(tl.int32) if FIELDS == 1 else words >> BITS * field & (1 << BITS) - 1
+            if FP8:
+                q = from_e4m3(words, tl.float32)
+            else:
+                q = words.to(tl.int32) if FIELDS == 1 else words >> BITS * field & (1 << BITS) - 1
             _store_values(q, n, block * WIDTH + field * LANES, lane, out, scales, zeros, N, K, scale_k, zero_k,
                           ZERO, ROWS, COLUMNS, COLUMNS % LANES == 0)  # fmt: skip
 
@@ -80,11 +86,13 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         return out
     fields = FIELDS.get(weight.kind, 1)
     lanes = LANES if weight.is_packed else 128
-    data, scales, zeros = (_with_experts(t) for t in (weight.data, weight.scales, weight.zeros))
+    fp8 = weight.kind == "fp8"
+    data = fp8_data(weight) if fp8 else weight.data
+    data, scales, zeros = (_with_experts(t) for t in (data, weight.scales, weight.zeros))
     grid = (triton.cdiv(K, lanes * fields * _BLOCKS), triton.cdiv(N, _ROWS), len(data))
     launch(_dequantize_kernel, grid, data, scales, zeros, out, N, K, *data.stride()[:2], *scales.stride()[:2],
            *((0, 0) if zeros is None else zeros.stride()[:2]), BITS=BITS[weight.kind], FIELDS=fields,
-           ZERO=weight.zero_point(), ROWS=weight.block[0], COLUMNS=weight.block[1], LANES=lanes, BLOCKS=_BLOCKS,
+           ZERO=weight.zero_point(), ROWS=weight.block[0], COLUMNS=weight.block[1], FP8=fp8, LANES=lanes, BLOCKS=_BLOCKS,
            BLOCK_N=_ROWS, num_warps=4)  # fmt: skip
     return out
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import attention_calls
 import dense_calls
+import fp8_calls
 import sampling_calls
 import torch
 
@@ -18,6 +19,9 @@ from hf_paged_kernels.norm import Norm
 
 WGMMA = {"sm_90": "HGMMA"}
 HMMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "mfma"}
+IMMA = {"sm_80": "IMMA", "sm_90": "IMMA"}
+INT8 = dict(kind="int8", activations="int8")
+BLOCKS = dict(block=(128, 128))
 LATENT = (576, 512)  # of DeepSeek V2 and V3
 NO_FP8 = {"sm_80": "it cannot convert to e4m3, and torch does"}
 
@@ -85,6 +89,23 @@ CASES = [
     Case("act_and_mul silu 14336", lambda: dense_calls.act_and_mul(64, 14336, "silu")),
     Case("act_and_mul silu to fp8", lambda: dense_calls.act_and_mul(64, 14336, "silu", quantize="fp8"), without=NO_FP8),
     Case("act_and_mul gelu_tanh 9216", lambda: dense_calls.act_and_mul(64, 9216, "gelu_tanh")),
+    Case("fp8 linear norm, 4096 -> 6144", lambda: fp8_calls.linear(1, 6144, 4096, norm=True), mma=HMMA),
+    Case("fp8 linear norm, silu, 14336", lambda: fp8_calls.mlp(16, 14336, 4096), mma=HMMA),
+    Case("fp8 linear norm, silu, 32 rows", lambda: fp8_calls.mlp(32, 14336, 4096), mma=HMMA),
+    Case("fp8 linear + residual, static", lambda: fp8_calls.linear(4, 4096, 14336, residual=True, static=True), mma=HMMA),
+    Case("fp8 linear split", lambda: fp8_calls.linear(8, 576, 14336, bias=True, residual=True), mma=HMMA),
+    Case("fp8 linear not rounded", lambda: fp8_calls.mlp(1, 14336, 4096, activations=None), mma=HMMA),
+    Case("fp8 linear blocks", lambda: fp8_calls.linear(1, 4096, 14336, residual=True, **BLOCKS), mma=HMMA),
+    Case("fp8 linear blocks, silu", lambda: fp8_calls.mlp(16, 14336, 4096, **BLOCKS), mma=HMMA),
+    Case("fp8 linear blocks, ragged", lambda: fp8_calls.mlp(32, 1536, 576, **BLOCKS), mma=HMMA),
+    Case("fp8 linear blocks of 64", lambda: fp8_calls.linear(1, 576, 1536, block=(64, 64)), mma=HMMA),
+    Case("fp8 linear 64 rows, blocks", lambda: fp8_calls.mlp(64, 14336, 4096, **BLOCKS)),
+    Case("fp8 linear 2048 rows, blocks", lambda: fp8_calls.linear(2048, 4096, 14336, residual=True, **BLOCKS)),
+    Case("fp8 linear 2048 rows, blocks, silu", lambda: fp8_calls.mlp(2048, 14336, 4096, **BLOCKS)),
+    Case("fp8 linear 2048 rows", lambda: fp8_calls.linear(2048, 6144, 4096, bias=True)),
+    Case("int8 linear norm, 4096 -> 6144", lambda: fp8_calls.linear(1, 6144, 4096, norm=True, **INT8), mma=IMMA),
+    Case("int8 linear norm, silu, 32 rows", lambda: fp8_calls.mlp(32, 14336, 4096, **INT8), mma=IMMA),
+    Case("int8 linear 2048 rows", lambda: fp8_calls.mlp(2048, 14336, 4096, **INT8)),
     Case("linear 1 x 4096 -> 128256", lambda: dense_calls.linear(1, 128256, 4096), mma=HMMA),
     Case("linear norm, silu, 2 x 14336", lambda: dense_calls.mlp(1, 14336, 4096, "silu"), mma=HMMA),
     Case("linear norm, gelu_tanh, 32 rows", lambda: dense_calls.mlp(32, 9216, 2304, "gelu_tanh"), mma=HMMA),
