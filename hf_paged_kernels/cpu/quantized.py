@@ -167,6 +167,7 @@ def _fits(weight: QuantizedWeight) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.scales.dtype in _DTYPES
+        and (weight.zeros is None or weight.kind != "fp8")
         and (columns % LANES == 0 or columns >= weight.in_features)
         and all(t is None or t.stride(-1) == 1 or t.shape[-1] == 1 for t in (weight.data, weight.scales, weight.zeros))
     )

@@ -1,5 +1,9 @@
 """Linear layers on quantized weights: bit for bit the dense kernel on the dequantized weight, and the reference's results."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -39,6 +43,7 @@ def make(kind, N, K, rows=1, columns=None, *, zeros=False, dtype=torch.float16, 
     else:
         codes = torch.randint(-128, 128, (*experts, N, K), generator=random, dtype=torch.int8)
         data = codes.where((codes & 127) != 127, 0).view(torch.float8_e4m3fn)  # 127 is NaN
+    zeros = zeros and kind != "fp8"
     z = torch.randint(-3, (1 << bits) + 2, blocks, generator=random).to(torch.int16) if zeros else None
     return QuantizedWeight(kind, K, data, scales, z, (rows, columns), **attributes)
 
@@ -106,6 +111,8 @@ def test_fp8_has_every_value_of_its_type():
     y = quantized.linear(torch.ones(1, 1), weight)[0]
     torch.testing.assert_close(y, codes.float(), rtol=0, atol=0, equal_nan=True)
     assert y.isnan().sum() == 2
+    wide = QuantizedWeight("fp8", 256, codes.repeat(3, 1), torch.ones(1, 3), block=(1, 256))
+    assert quantized.linear(torch.zeros(2, 256), wide).isnan().all()
 
 
 def test_one_call_is_the_calls_it_stands_for():
@@ -136,7 +143,19 @@ def test_experts_are_layers_of_their_own(kind, activation):
 
 def test_what_there_is_no_kernel_for_goes_to_the_reference():
     x = randn(4, 96)
-    for weight in (make("int4", 8, 96, columns=24), make("int8", 8, 96, columns=16, dtype=torch.float64)):
+    fp8 = make("fp8", 8, 96, columns=16)
+    for weight in (make("int4", 8, 96, columns=24), make("int8", 8, 96, columns=16, dtype=torch.float64),
+                   fp8.with_tensors({"zeros": torch.ones(fp8.scales.shape, dtype=torch.int16)})):  # fmt: skip
         assert not quantized.supports_weight(weight) and not fused.supports_linear(weight)
         assert torch.equal(fused.linear(x, weight, backend="cpu"), reference.linear(x, weight))
     assert not quantized.supports(x.double(), make("int4", 8, 96), None, None, None)
+
+
+@pytest.mark.slow  # compiles everything twice more
+@pytest.mark.parametrize("wanted", ["avx2", "default"])
+def test_other_instruction_sets_give_the_same(wanted):
+    """These very tests, where torch's own switch picks other instructions."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": wanted}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout
