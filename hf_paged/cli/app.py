@@ -121,6 +121,54 @@ def explain(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder, or SmolLM2-135M-Instruct for the embedded model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint; new or empty.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            "--calibration",
+            help='Text like what the model will see: a text file, or .jsonl with {"text": ...}, {"prompt": ...} or '
+            '{"messages": [...]} a line. A tenth of it, at the end, is kept to measure perplexity on.',
+        ),
+    ],
+    format: Annotated[str, typer.Option(help="gptq or awq.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 for awq. Default 4.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Input features that share a scale, -1 for all; halved until it divides them. Default 128."),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="Without or with zero points. Default: gptq without, awq with.")
+    ] = None,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns of large inputs first. Default yes.")
+    ] = None,
+    static_groups: Annotated[
+        bool | None,
+        typer.Option(
+            "--static-groups/--no-static-groups",
+            help="gptq: with --act-order, keep groups of neighbouring columns, which run faster.",
+        ),
+    ] = None,
+    damping: Annotated[float | None, typer.Option(help="gptq: added to the Hessian's diagonal. Default 0.01.")] = None,
+    sequences: Annotated[int, typer.Option(help="Most sequences to calibrate on.", min=2)] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=8)] = 512,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Quantize a model's linear layers with calibration text, and write a checkpoint that other tools read, too."""
+    from .quantize import run_quantize
+
+    options = {"method": format, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    options |= {"act_order": act_order, "static_groups": static_groups, "damping": damping}
+    loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
+    run_quantize(out, calibration, sequences, length, options, loading)
+
+
+@app.command()
 def demo(
     model: Model = None,
     requests: Annotated[int, typer.Option(help="How many requests to compare.", min=1)] = 32,

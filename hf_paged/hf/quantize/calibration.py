@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,11 +80,15 @@ def split(sequences: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return rest[places], sequences[-held_out:][:most]
 
 
-def perplexity(model: nn.Module, sequences: Tensor) -> float:
-    """exp of the mean negative log-likelihood of the tokens of sequences [S, L], each but its first."""
+def perplexity(model: nn.Module, sequences: Tensor, done: Callable[[str], None] = lambda name: None) -> float:
+    """exp of the mean negative log-likelihood of the tokens of sequences [S, L], each but its first.
+
+    `done` is called after every sequence.
+    """
     device, total = next(model.parameters()).device, 0.0
     for ids in sequences.to(device):
         with torch.no_grad():
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         total += nn.functional.cross_entropy(logits.float(), ids[1:], reduction="sum").item()
+        done(f"{len(ids)} tokens")
     return math.exp(total / (len(sequences) * (sequences.shape[1] - 1)))

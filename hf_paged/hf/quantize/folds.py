@@ -109,9 +109,8 @@ class FoldFinder:
             N = module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features
             for repeat in repeats:
                 count, width = K // repeat, K // heads if repeat > 1 else K
-                for first in dict.fromkeys((N - count, 0)):
-                    if first >= 0 and count % width == 0:
-                        yield Fold(name, first, count, repeat, width)
+                if N >= count and count % width == 0:
+                    yield from (Fold(name, first, count, repeat, width) for first in dict.fromkeys((N - count, 0)))
 
     def _holds(self, fold: Fold, readers: list[nn.Module], shared: set[int], expected: Tensor) -> bool:
         producer = self.stream.layer.get_submodule(fold.producer)

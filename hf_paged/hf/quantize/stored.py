@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from ...base.errors import UnsupportedModel
+from ...quant.formats.awq import AWQ
 from ...quant.formats.base import Format
 from ...quant.formats.gptq import GPTQ
 from ...quant.gptq import Gptq
@@ -40,6 +42,25 @@ def as_gptq(scheme: Scheme, kept: list[str], options: Gptq | None = None) -> Sto
     if kept:
         config["dynamic"] = {f"-:^{_pattern(name)}$": {} for name in kept}
     return Stored(GPTQ(scheme.bits, scheme.group_size), config)
+
+
+def as_awq(scheme: Scheme, kept: list[str], quantized: list[str]) -> Stored:
+    """AWQ, version "gemm". `kept`, `quantized`: linear layers that stay as they are, and those that do not.
+
+    Raises UnsupportedModel if the name of one that stays is part of one that does not: the config tells them apart by that.
+    """
+    for name in kept:
+        if part := next((other for other in quantized if name in other), None):
+            raise UnsupportedModel(f"model: AWQ checkpoints cannot say that {name} is not quantized but {part} is")
+    config = {
+        "quant_method": "awq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": kept or None,
+    }
+    return Stored(AWQ(scheme.group_size), config)
 
 
 def _pattern(name: str) -> str:

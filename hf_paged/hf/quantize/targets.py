@@ -21,6 +21,7 @@ from ...quant.linear import QuantLinear
 from ..spec import decoder_layers, text_config
 
 MULTIPLE = 16  # of rows and columns: the smallest group, and what packs into whole words
+MULTIPLE_OF_3_BITS = 32
 LARGEST_GROUP = 128  # input features that share a scale, by default
 
 
@@ -107,16 +108,18 @@ def group_size_for(targets: Targets, most: int) -> int:
     return size
 
 
-def left_plain(model: nn.Module) -> dict[str, str]:
-    """Linear layers of a quantized model's decoder layers that are not quantized -> why. Empty for other models.
+def summary(kept: dict[str, str]) -> dict[str, str]:
+    """`kept` with layers of the same name in several decoder layers as one entry, with a star for the number."""
+    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in kept.items()}
 
-    Layers of the same name in several decoder layers are one entry, with a star for the number.
-    """
+
+def left_plain(model: nn.Module) -> dict[str, str]:
+    """Linear layers of a quantized model's decoder layers that are not quantized -> why. Empty for other models."""
     if not _quantized(model):
         return {}
     targets = sort_linears(model)
     kept = targets.kept | dict.fromkeys(targets.linears, "the checkpoint leaves it as it is")
-    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in kept.items()}
+    return summary(kept)
 
 
 def smaller_groups(model: nn.Module) -> str | None:

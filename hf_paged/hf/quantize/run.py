@@ -1,0 +1,153 @@
+"""`hf-paged quantize`: a loaded model becomes a quantized checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...base.errors import InvalidArgument
+from ...quant.gptq import Gptq
+from ...quant.rounding import Scheme
+from ..quantizers import mark_quantized
+from ..spec import check_supported
+from .calibrated import calibrate_awq, calibrate_gptq
+from .calibration import perplexity
+from .stored import Stored, as_awq, as_gptq
+from .stream import LayerStream
+from .targets import LARGEST_GROUP, MULTIPLE, MULTIPLE_OF_3_BITS, Targets, find_targets, group_size_for, summary
+
+METHODS = ("gptq", "awq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to make of a model. None is a method's default; an option that a method does not have is refused.
+
+    Attributes:
+        method: "gptq" or "awq".
+        bits: 2, 3, 4 (the default) or 8; 4 for AWQ.
+        group_size: input features that share a scale: -1 (all), or a power of two from 16 to 1024. Made smaller where it
+            does not divide those of every layer. Default 128.
+        symmetric: default True for GPTQ; False for AWQ, which has nothing else.
+        act_order, static_groups, damping: see `quant.gptq.Gptq`.
+
+    Raises:
+        InvalidArgument: an option is unknown, impossible, or not one of the method's.
+    """
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool | None = None
+    static_groups: bool | None = None
+    damping: float | None = None
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise InvalidArgument(f"format must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method == "awq":
+            if self.bits not in (None, 4):
+                raise InvalidArgument(f"bits must be 4 for awq, got {self.bits!r}")
+            if self.symmetric:
+                raise InvalidArgument("sym: AWQ checkpoints have zero points; leave it out")
+            self._refuse("act_order", "static_groups", "damping")
+        self.scheme(LARGEST_GROUP if self.group_size is None else self.group_size)
+        if self.gptq().static_groups and not self.gptq().act_order:
+            raise InvalidArgument("static_groups: without act_order groups are neighbours anyway; leave it out")
+
+    def scheme(self, group_size: int) -> Scheme:
+        is_gptq = self.method == "gptq"
+        symmetric = is_gptq if self.symmetric is None else self.symmetric
+        return Scheme(self.bits or 4, group_size, symmetric, zero_from=int(is_gptq))
+
+    def gptq(self) -> Gptq:
+        options = {"act_order": self.act_order, "static_groups": self.static_groups, "damping": self.damping}
+        return Gptq(**{name: value for name, value in options.items() if value is not None})
+
+    def _refuse(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None:
+                raise InvalidArgument(f"{name}: {self.method} has no such option")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of it.
+
+    Attributes:
+        scheme: how weights were rounded.
+        layers: number of linear layers that are quantized.
+        kept: others -> why they are not, with a star for the number of the decoder layer.
+        unscaled: of AWQ, linear layers whose inputs could not be scaled; their ranges alone were searched.
+        perplexity: on the held-out sequences, before and after.
+        num_bytes: of all parameters, before and after.
+        seconds: for quantizing, without measuring.
+    """
+
+    scheme: Scheme
+    layers: int
+    kept: dict[str, str]
+    unscaled: list[str]
+    perplexity: tuple[float, float]
+    num_bytes: tuple[int, int]
+    seconds: float
+
+
+def quantize_model(
+    model: nn.Module, recipe: Recipe, sequences: Tensor, held_out: Tensor, *, progress: Callable[[str, int], Callable] | None = None
+) -> Report:
+    """Quantize a model in place: its linear layers are replaced, one decoder layer after another.
+
+    Besides the model, this needs memory for the inputs of one decoder layer (the calibration sequences' hidden states)
+    and, for each linear layer, the second moments of its inputs.
+
+    Args:
+        model: a loaded model in eval mode, not patched.
+        sequences: token ids [S, L] to calibrate on, S at least 2.
+        held_out: token ids [H, L] to measure perplexity on.
+        progress: called with a word and a number of steps, returns what is called with a name after each step.
+
+    Raises:
+        InvalidArgument: the model is quantized already, has adapters or is in training mode; a layer's inputs are not
+            finite.
+        UnsupportedModel: the model has no linear layer to quantize, or cannot be run layer by layer.
+    """
+    check_supported(model)
+    progress = progress or (lambda what, steps: lambda name: None)
+    targets = find_targets(model, multiple=MULTIPLE_OF_3_BITS if recipe.bits == 3 else MULTIPLE)
+    scheme, stored = _plan(recipe, targets)
+    stream = LayerStream(model, sequences)
+    before = perplexity(model, held_out, progress("perplexity before", len(held_out))), _num_bytes(model)
+    start = time.perf_counter()
+    layers, unscaled = len(targets.linears), []
+    done = progress(recipe.method, layers)
+    if recipe.method == "gptq":
+        calibrate_gptq(model, stream, targets.linears, scheme, recipe.gptq(), stored.format, done)
+    else:
+        unscaled = calibrate_awq(model, stream, targets.linears, scheme, stored.format, done)
+    seconds = time.perf_counter() - start
+    mark_quantized(model, stored.config)
+    after = perplexity(model, held_out, progress("perplexity after", len(held_out))), _num_bytes(model)
+    return Report(scheme, layers, summary(targets.kept), unscaled, *zip(before, after), seconds)
+
+
+def save(model: nn.Module, tokenizer, folder: Path) -> None:
+    """The checkpoint, with its generation config and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _plan(recipe: Recipe, targets: Targets) -> tuple[Scheme, Stored]:
+    most = LARGEST_GROUP if recipe.group_size is None else recipe.group_size
+    scheme = recipe.scheme(-1 if most == -1 else group_size_for(targets, most))
+    kept, quantized = list(targets.kept), list(targets.linears)
+    return scheme, as_gptq(scheme, kept, recipe.gptq()) if recipe.method == "gptq" else as_awq(scheme, kept, quantized)
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
