@@ -129,11 +129,11 @@ def quantize(
         typer.Option(
             "--calibration",
             help='Text like what the model will see: a text file, or .jsonl with {"text": ...}, {"prompt": ...} or '
-            '{"messages": [...]} a line. A tenth of it, at the end, is kept to measure perplexity on.',
+            '{"messages": [...]} a line. A tenth of it, at the end, is kept to measure perplexity on. fp8 needs nothing else.',
         ),
     ],
-    format: Annotated[str, typer.Option(help="gptq or awq.")] = "gptq",
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; 4 for awq. Default 4.")] = None,
+    format: Annotated[str, typer.Option(help="gptq, awq or fp8.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="gptq: 2, 3, 4 or 8; awq: 4; fp8: 8. Default 4.")] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Input features that share a scale, -1 for all; halved until it divides them. Default 128."),
@@ -193,7 +193,7 @@ def bench(
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences hf_paged runs at once.")] = 64,
     speculation: Annotated[str | None, typer.Option(help="ngram: hf_paged guesses tokens ahead.")] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="int4 or int8: hf_paged rounds its weights; stock's stay as they are.")
+        str | None, typer.Option(help="int4, int8 or fp8: hf_paged rounds its weights; stock's stay as they are.")
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

@@ -25,7 +25,7 @@ DraftModel = Annotated[
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(help="Round the linear layers' weights to int4 or int8 after loading. Checkpoints are loaded as they are."),
+    typer.Option(help="Round the linear layers' weights to int4, int8 or fp8 after loading. Checkpoints are loaded as they are."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)]
 

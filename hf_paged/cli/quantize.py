@@ -61,14 +61,13 @@ def _bars(show: bool) -> Iterator[Callable[[str, int], Callable[[str], None]]]:
 
 
 def _lines(report, recipe, calibrated: int, held_out: int, length: int) -> Iterator[str]:
-    scheme = report.scheme
-    groups = "rows" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    points = "symmetric" if scheme.symmetric else "with zero points"
-    yield (
-        f"quantized   {report.layers} linear layers to {recipe.method}, {scheme.bits} bits, {groups}, {points}, on "
-        f"{calibrated} sequences of {length} tokens in {report.seconds:.0f} s"
-    )
-    if recipe.group_size not in (None, scheme.group_size):
+    scheme, how = report.scheme, "e4m3, rows"
+    if scheme is not None:
+        groups = "rows" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+        points = "symmetric" if scheme.symmetric else "with zero points"
+        how = f"{scheme.bits} bits, {groups}, {points}, on {calibrated} sequences of {length} tokens"
+    yield f"quantized   {report.layers} linear layers to {recipe.method}, {how}, in {report.seconds:.0f} s"
+    if scheme is not None and recipe.group_size not in (None, scheme.group_size):
         yield f"note        groups of {recipe.group_size} do not divide the input features of every layer"
     for name, reason in report.kept.items():
         yield f"plain       {name}: {reason}"

@@ -129,10 +129,10 @@ def patch(
             patched while the engine lives and gets a KV cache of its own, within the same limits.
         verify: run the model before and after patching, on two short sequences in chunks and four decode steps, and
             compare the outputs of its layers and its logits. Sliding windows beyond 512 tokens are not reached.
-        quantization: "int4" (groups of up to 128 input features share a scale) or "int8" (rows do): round the weights of
-            the linear layers, but not the head's or routers', to nearest, and let go of them. This is for good: `unpatch`
-            leaves the layers quantized, and `save_pretrained` writes a GPTQ checkpoint. `verify` compares with the
-            quantized model.
+        quantization: "int4" (groups of up to 128 input features share a scale), "int8" or "fp8" (rows do; inputs of fp8
+            layers are rounded, too, on GPUs): round the weights of the linear layers, but not the head's or routers', to
+            nearest, and let go of them. This is for good: `unpatch` leaves the layers quantized, and `save_pretrained`
+            writes a GPTQ checkpoint, of fp8 one of compressed-tensors. `verify` compares with the quantized model.
 
     Raises:
         UnsupportedModel: this model's own tokens cannot be promised, or `draft_model` cannot run; the message says why.

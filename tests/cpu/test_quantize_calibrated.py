@@ -183,6 +183,7 @@ def run(*arguments) -> int:
         ([], {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq"}),
         (["--bits", 3, "--asym", "--group-size", 16, "--no-act-order"], {"bits": 3, "group_size": 16, "sym": False, "desc_act": False}),
         (["--bits", 8, "--group-size", -1, "--act-order", "--no-static-groups"], {"bits": 8, "group_size": -1, "desc_act": True}),
+        (["--format", "fp8"], {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}),
         (["--format", "awq"], {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
     ],
 )  # fmt: skip
@@ -198,7 +199,7 @@ def test_command(folder, text, tmp_path, capsys, options, config):
     sequences = to_sequences([text.read_text()], tokenizer, 32)
     after = perplexity(model, split(sequences, 8)[1])
     assert f"{after:.3f} after" in printed and "14 linear layers" in printed
-    groups = "rows" if stored["group_size"] == -1 else f"groups of {stored['group_size']}"
+    groups = "rows" if stored.get("group_size", -1) == -1 else f"groups of {stored['group_size']}"
     assert groups in printed
 
 
@@ -217,6 +218,8 @@ def test_command_shows_progress(folder, text, tmp_path, capsys):
         (["--damping", 2], "damping must be above 0"),
         (["--format", "awq", "--bits", 3], "bits must be 4 for awq"),
         (["--format", "awq", "--sym"], "AWQ checkpoints have zero points"),
+        (["--format", "fp8", "--bits", 4], "bits must be 8 for fp8"),
+        (["--format", "fp8", "--group-size", 64], "group_size: fp8 has no such option"),
         (["--format", "awq", "--act-order"], "act_order: awq has no such option"),
         (["--static-groups", "--no-act-order"], "static_groups"),
     ],

@@ -161,7 +161,7 @@ def test_quantization_is_asked_for(engine):
 def test_an_unknown_quantization_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(common, "load", lambda **loading: pytest.fail("loaded"))
     assert run("generate", "-p", "a", "--quantization", "int5") == 2
-    assert "quantization must be one of int4, int8" in capsys.readouterr().err
+    assert "quantization must be one of int4, int8, fp8" in capsys.readouterr().err
 
 
 def test_prompts_from_standard_input(engine, monkeypatch, capsys):

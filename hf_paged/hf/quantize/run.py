@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from ...base.errors import InvalidArgument
 from ...quant.gptq import Gptq
-from ...quant.rounding import Scheme
+from ...quant.rounding import Scheme, round_to_fp8
 from ..quantizers import mark_quantized
 from ..spec import check_supported
 from .calibrated import calibrate_awq, calibrate_gptq
 from .calibration import perplexity
-from .stored import Stored, as_awq, as_gptq
+from .spot import round_layers
+from .stored import Stored, as_awq, as_fp8, as_gptq
 from .stream import LayerStream
 from .targets import LARGEST_GROUP, MULTIPLE, MULTIPLE_OF_3_BITS, Targets, find_targets, group_size_for, summary
 
-METHODS = ("gptq", "awq")
+METHODS = ("gptq", "awq", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Recipe:
     """What to make of a model. None is a method's default; an option that a method does not have is refused.
 
     Attributes:
-        method: "gptq" or "awq".
-        bits: 2, 3, 4 (the default) or 8; 4 for AWQ.
+        method: "gptq", "awq" or "fp8" (rounds to nearest; nothing is calibrated).
+        bits: 2, 3, 4 (the default) or 8; 4 for AWQ; 8 for fp8.
         group_size: input features that share a scale: -1 (all), or a power of two from 16 to 1024. Made smaller where it
             does not divide those of every layer. Default 128.
         symmetric: default True for GPTQ; False for AWQ, which has nothing else.
@@ -56,6 +57,11 @@ class Recipe:
             if self.symmetric:
                 raise InvalidArgument("sym: AWQ checkpoints have zero points; leave it out")
             self._refuse("act_order", "static_groups", "damping")
+        if self.method == "fp8":
+            if self.bits not in (None, 8):
+                raise InvalidArgument(f"bits must be 8 for fp8, got {self.bits!r}")
+            self._refuse("group_size", "symmetric", "act_order", "static_groups", "damping")
+            return
         self.scheme(LARGEST_GROUP if self.group_size is None else self.group_size)
         if self.gptq().static_groups and not self.gptq().act_order:
             raise InvalidArgument("static_groups: without act_order groups are neighbours anyway; leave it out")
@@ -80,7 +86,7 @@ class Report:
     """What came of it.
 
     Attributes:
-        scheme: how weights were rounded.
+        scheme: how weights were rounded to integers; None for fp8.
         layers: number of linear layers that are quantized.
         kept: others -> why they are not, with a star for the number of the decoder layer.
         unscaled: of AWQ, linear layers whose inputs could not be scaled; their ranges alone were searched.
@@ -89,7 +95,7 @@ class Report:
         seconds: for quantizing, without measuring.
     """
 
-    scheme: Scheme
+    scheme: Scheme | None
     layers: int
     kept: dict[str, str]
     unscaled: list[str]
@@ -121,13 +127,15 @@ def quantize_model(
     progress = progress or (lambda what, steps: lambda name: None)
     targets = find_targets(model, multiple=MULTIPLE_OF_3_BITS if recipe.bits == 3 else MULTIPLE)
     scheme, stored = _plan(recipe, targets)
-    stream = LayerStream(model, sequences)
+    stream = None if recipe.method == "fp8" else LayerStream(model, sequences)
     before = perplexity(model, held_out, progress("perplexity before", len(held_out))), _num_bytes(model)
     start = time.perf_counter()
     layers, unscaled = len(targets.linears), []
     done = progress(recipe.method, layers)
     if recipe.method == "gptq":
         calibrate_gptq(model, stream, targets.linears, scheme, recipe.gptq(), stored.format, done)
+    elif recipe.method == "fp8":
+        round_layers(model, targets, round_to_fp8, stored.format, done)
     else:
         unscaled = calibrate_awq(model, stream, targets.linears, scheme, stored.format, done)
     seconds = time.perf_counter() - start
@@ -142,7 +150,9 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _plan(recipe: Recipe, targets: Targets) -> tuple[Scheme, Stored]:
+def _plan(recipe: Recipe, targets: Targets) -> tuple[Scheme | None, Stored]:
+    if recipe.method == "fp8":
+        return None, as_fp8(list(targets.kept), targets.classes)
     most = LARGEST_GROUP if recipe.group_size is None else recipe.group_size
     scheme = recipe.scheme(-1 if most == -1 else group_size_for(targets, most))
     kept, quantized = list(targets.kept), list(targets.linears)

@@ -9,9 +9,12 @@ from importlib.metadata import version
 from ...base.errors import UnsupportedModel
 from ...quant.formats.awq import AWQ
 from ...quant.formats.base import Format
+from ...quant.formats.eight_bit import EightBit
 from ...quant.formats.gptq import GPTQ
 from ...quant.gptq import Gptq
 from ...quant.rounding import Scheme
+
+FLOAT_QUANTIZED = "float-quantized"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,31 @@ def as_awq(scheme: Scheme, kept: list[str], quantized: list[str]) -> Stored:
         "modules_to_not_convert": kept or None,
     }
     return Stored(AWQ(scheme.group_size), config)
+
+
+def as_fp8(kept: list[str], classes: list[str]) -> Stored:
+    """compressed-tensors, "float-quantized": e4m3, a scale for every row of a weight, inputs rounded when they come.
+
+    Not transformers' own fp8 format: that has a scale for all of a weight or for blocks of it, which is less exact or does
+    not fit every layer; and vLLM runs this one as it is. `kept`: linear layers of decoder layers that stay as they are;
+    `classes`: those of the others.
+    """
+    number = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": classes,
+        "weights": number | {"strategy": "channel", "dynamic": False},
+        "input_activations": number | {"strategy": "token", "dynamic": True},
+        "output_activations": None,
+        "format": FLOAT_QUANTIZED,
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": FLOAT_QUANTIZED,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", *kept],
+    }
+    return Stored(EightBit("fp8", (1, None), activations="fp8"), config)
 
 
 def _pattern(name: str) -> str:

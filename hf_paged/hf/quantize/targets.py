@@ -37,6 +37,11 @@ class Targets:
     linears: dict[str, nn.Module] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes of those to quantize."""
+        return sorted({"Conv1D" if isinstance(module, Conv1D) else "Linear" for module in self.linears.values()})
+
 
 def find_targets(model: nn.Module, *, multiple: int = MULTIPLE) -> Targets:
     """Every linear layer of a decoder layer that calls it as a layer. The head and embeddings are none of them.
