@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AsyncEngine": "engine.async_engine",
     "CacheFull": "base.errors",
+    "CompletionDelta": "base.types",
     "CompletionOutput": "base.types",
     "DeadlineExceeded": "base.errors",
     "Engine": "hf.engine",
@@ -30,6 +31,7 @@ _HOMES = {
     "KernelUnavailable": "base.errors",
     "Logprob": "base.types",
     "QueueFull": "base.errors",
+    "RequestDelta": "base.types",
     "RequestFailed": "base.errors",
     "RequestOutput": "base.types",
     "RequestTooLarge": "base.errors",

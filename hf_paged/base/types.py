@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,3 +83,54 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: Exception | None = None
+
+
+@dataclass(slots=True)
+class CompletionDelta:
+    """What was added to one of a request's completions; fields as those of CompletionOutput."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def then(self, later: CompletionDelta) -> CompletionDelta:
+        """Both together."""
+        logprobs = None if later.logprobs is None else (self.logprobs or []) + later.logprobs
+        return CompletionDelta(
+            index=self.index,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=logprobs,
+            finish_reason=later.finish_reason,
+            stop_reason=later.stop_reason,
+        )
+
+
+@dataclass(slots=True)
+class RequestDelta:
+    """What was added to a request.
+
+    Attributes:
+        outputs: of the completions that have something new, in order.
+        prompt_logprobs: of the whole prompt, with the last delta, when asked for.
+        finished, error, metrics, prompt_token_ids: as those of RequestOutput, as of now.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionDelta]
+    metrics: RequestMetrics
+    finished: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: Exception | None = None
+
+    def then(self, later: RequestDelta) -> RequestDelta:
+        """Both together."""
+        outputs = {delta.index: delta for delta in self.outputs}
+        for delta in later.outputs:
+            before = outputs.get(delta.index)
+            outputs[delta.index] = delta if before is None else before.then(delta)
+        return dataclasses.replace(later, outputs=[outputs[index] for index in sorted(outputs)])

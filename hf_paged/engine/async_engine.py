@@ -1,31 +1,34 @@
-"""asyncio over an engine: one thread steps, every request is an async iterator of its outputs."""
+"""asyncio over an engine: one thread steps, every request is an async iterator of what it brings."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import threading
+from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
 from ..base.errors import EngineClosed
 from ..base.sampling_params import SamplingParams
-from ..base.types import RequestOutput
+from ..base.types import RequestDelta, RequestOutput
 from .engine import BatchEngine, Prompt
 from .lock import FairLock
-from .request_state import new_request_id
+from .readers import DeltaReader, OutputReader, Reader, Readers
+from .request_state import RequestState
+
+FUNCTIONS = ("logits_processors", "stopping_criteria", "forward_hooks")
 
 
 class AsyncEngine:
     """Serves many coroutines from one engine.
 
         engine = hf_paged.AsyncEngine(hf_paged.Engine(model, tokenizer))
-        async for output in engine.generate("Hello", SamplingParams(max_tokens=50)):
-            print(output.outputs[0].text)
+        async for delta in engine.stream("Hello", SamplingParams(max_tokens=50)):
+            print(delta.outputs[0].text, end="")
 
     A coroutine that is cancelled, or stops iterating, aborts its request within one step. The thread waits while there
-    is nothing to do, or the engine sleeps. Any number of event loops may use it.
+    is nothing to do, or the engine sleeps. Any number of event loops may use it; a step wakes each of them once.
 
     Args:
         engine: the engine to run; `close` closes it too.
@@ -34,21 +37,31 @@ class AsyncEngine:
     def __init__(self, engine: BatchEngine):
         self.engine = engine
         self._work = threading.Event()
+        self._arrivals: deque[tuple[RequestState, Reader]] = deque()  # prepared, for the thread to admit
         self._gate = FairLock()  # held while a step runs, so that none comes between falling asleep and waking up
-        self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="hf_paged-engine", daemon=True)
+        self._closing = self._ended = False
+        self._thread = threading.Thread(target=self._run, name="hf_paged-engine", daemon=True)
+        self._readers = Readers(self._thread)
         self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            self._ended = True
+            self._refuse_arrivals()
 
     def _loop(self) -> None:
         while True:
             self._work.wait()
             if self._closing:
                 return
+            self._admit_arrivals()
             if not self._has_work():
                 self._work.clear()
-                if not self._has_work() and not self._closing:  # else something came between the two looks
+                if not self._arrivals and not self._has_work() and not self._closing:
                     continue
-                self._work.set()
+                self._work.set()  # something came between the two looks
                 continue
             try:
                 with self._gate:
@@ -61,47 +74,81 @@ class AsyncEngine:
             except BaseException as error:  # a user's callable asked the thread to exit
                 self.engine.fail_all(error)
                 return
+            finally:
+                self._readers.wake()
 
     def _has_work(self) -> bool:
         return self.engine.has_unfinished() and not self.engine.sleeping
 
-    async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
-    ) -> AsyncIterator[RequestOutput]:
-        """Yield the request's output after every step that changed it; each is a snapshot of its own.
+    def _admit_arrivals(self) -> None:
+        """All that have come since the last step, at once: each by itself would wait for a step of its own."""
+        while self._arrivals:
+            state, reader = self._arrivals.popleft()
+            if reader.gone:
+                continue
+            try:
+                self.engine.admit(state)
+            except Exception as error:
+                reader.fail(error)
+        self._readers.wake()
 
-        A slow reader skips intermediate outputs and never the last one. `options` are those of `Engine.add`, such as
-        `priority`, `deadline` (seconds) and `cache_salt`.
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
+    ) -> AsyncIterator[RequestDelta]:
+        """Yield what each step added to the request. A slow reader gets what several steps added at once; nothing is lost.
+
+        `options` are those of `Engine.add`, such as `priority`, `deadline` (seconds) and `cache_salt`.
 
         Raises:
             InvalidArgument, RequestTooLarge, QueueFull: at the first iteration, as `Engine.add`.
             RequestFailed, DeadlineExceeded, EngineClosed: the request's own end.
         """
-        if not self._thread.is_alive():
-            raise EngineClosed("the engine's thread has ended")
-        loop = asyncio.get_running_loop()
-        latest = _Latest(loop)
-        name = new_request_id() if request_id is None else request_id
-        add = partial(self.engine.add, prompt, params, request_id=name, on_output=latest.put, **options)
-        added = loop.run_in_executor(None, add)  # it may wait for the running step; the event loop may not
-        try:
-            await asyncio.shield(added)
-            self._work.set()
-            while True:
-                output = await latest.get()
-                if output.error is not None:
-                    raise output.error
+        async with contextlib.aclosing(self._read(DeltaReader, prompt, params, request_id, options)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's whole output after every step that changed it; each is a snapshot of its own.
+
+        A slow reader skips intermediate outputs and never the last one. Options and errors are those of `stream`.
+        """
+        async with contextlib.aclosing(self._read(OutputReader, prompt, params, request_id, options)) as outputs:
+            async for output in outputs:
                 yield output
-                if output.finished:
+
+    async def _read(self, kind: type[Reader], prompt: Prompt, params, request_id: str | None, options: dict):
+        loop = asyncio.get_running_loop()
+        reader = kind(loop, self._readers)
+        functions = {name: options.pop(name) for name in FUNCTIONS if name in options}
+        options |= {"hooks": self.engine.hooks(**functions), "on_output": reader.put}
+        prepare = partial(self.engine.prepare, prompt, params, request_id=request_id, **options)
+        state = await loop.run_in_executor(None, prepare)  # long prompts and grammars take a while
+        self._arrivals.append((state, reader))
+        self._work.set()
+        if self._ended:
+            self._refuse_arrivals()
+        try:
+            while True:
+                news = await reader.get()
+                if news.error is not None:
+                    raise news.error
+                yield news
+                if news.finished:
                     return
         finally:
-            if not latest.finished:
-                added.add_done_callback(partial(self._abort_added, name))
+            if not reader.finished:
+                reader.gone = True
+                self.engine.abandon(state)
+                self._work.set()
 
-    def _abort_added(self, request_id: str, added: asyncio.Future) -> None:
-        """Nobody reads this request any more. It may have been cancelled while it was still being added."""
-        if not added.cancelled() and added.exception() is None:
-            threading.Thread(target=self.engine.abort, args=(request_id,), daemon=True).start()
+    def _refuse_arrivals(self) -> None:
+        """There is no thread any more to admit them."""
+        with contextlib.suppress(IndexError):  # another thread may be at it, too
+            while True:
+                self._arrivals.popleft()[1].fail(EngineClosed("the engine's thread has ended"))
+        self._readers.wake()
 
     async def complete(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestOutput:
         """The request's last output."""
@@ -146,42 +193,3 @@ class AsyncEngine:
 
     async def __aexit__(self, *exc_info):
         await self.close()
-
-
-class _Latest:
-    """The newest output of one request, handed from the engine's thread to the request's event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._changed = asyncio.Event()
-        self._output: RequestOutput | None = None
-        self.finished = False
-
-    def put(self, output: RequestOutput) -> None:
-        self.finished = self.finished or output.finished
-        snapshot = _snapshot(output)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._set, snapshot)
-
-    def _set(self, output: RequestOutput) -> None:
-        self._output = output
-        self._changed.set()
-
-    async def get(self) -> RequestOutput:
-        await self._changed.wait()
-        self._changed.clear()
-        return self._output
-
-
-def _snapshot(output: RequestOutput) -> RequestOutput:
-    """A copy that later steps do not change. Token and log-probability entries themselves never change."""
-    result = copy.copy(output)
-    result.outputs = [copy.copy(completion) for completion in output.outputs]
-    for completion in result.outputs:
-        completion.token_ids = list(completion.token_ids)
-        if completion.logprobs is not None:
-            completion.logprobs = list(completion.logprobs)
-    if result.prompt_logprobs is not None:
-        result.prompt_logprobs = list(result.prompt_logprobs)
-    result.metrics = copy.copy(output.metrics)
-    return result

@@ -17,23 +17,21 @@ from ..base.errors import EngineClosed, InvalidArgument, QueueFull, RequestTooLa
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..core.plan import StepPlan
-from ..core.request import Request, Sequence
+from ..core.request import Sequence
 from ..runtime.batch import StepContext
-from ..runtime.constraint import Constraints
 from ..runtime.graphs import DecodeGraphs
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
 from ..runtime.sampler import derive_seed
 from .build import build, build_runner, build_speculator
-from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
 from .execute import StepExecutor
 from .held import HeldRows
+from .intake import Intake
 from .job import run_job
 from .lock import FairLock
 from .memory import CacheMemory
 from .open_requests import OpenRequests
-from .prompts import prompt_tokens
-from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
+from .request_state import RequestState, RowHooks
 from .stepper import Stepper
 
 Prompt = str | list[int] | list[dict]
@@ -67,7 +65,7 @@ class BatchEngine:
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._requests = OpenRequests(self._scheduler, self._forget)
-        self._constraints = Constraints(tokenizer, model.vocab_size)
+        self._intake = Intake(model, tokenizer, config, self.max_model_len)
         self._executor = StepExecutor(self._runner, self._scheduler)
         self._stepper = Stepper(
             model,
@@ -118,14 +116,6 @@ class BatchEngine:
             QueueFull: `max_queue` requests wait already.
             EngineClosed: the engine is closed.
         """
-        hooks = NO_HOOKS
-        processors, criteria = tuple(logits_processors), tuple(stopping_criteria)
-        if processors or criteria or forward_hooks is not None:
-            hooks = RowHooks(
-                processors=processors,
-                criteria=criteria,
-                forward_hooks=checked_forward_hooks(forward_hooks, self.model.check_module),
-            )
         state = self.submit(
             prompt,
             params,
@@ -133,72 +123,43 @@ class BatchEngine:
             priority=priority,
             deadline=deadline,
             cache_salt=cache_salt,
-            hooks=hooks,
+            hooks=self.hooks(logits_processors, stopping_criteria, forward_hooks),
             on_output=on_output,
         )
         return state.request.request_id
 
-    def submit(
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
+        """`add` for callers inside the library: takes RowHooks as `hooks`, and returns the request's live state."""
+        state = self.prepare(prompt, params, **options)
+        self.admit(state)
+        return state
+
+    def hooks(
         self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        deadline: float | None = None,
-        cache_salt: str | None = None,
-        hooks: RowHooks = NO_HOOKS,
-        on_output: Callable[[RequestOutput], None] | None = None,
-    ) -> RequestState:
-        """`add` for callers inside the library: takes RowHooks and returns the request's live state."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidArgument(f"params must be SamplingParams, got {type(params).__name__}")
-        text, ids = prompt_tokens(prompt, self.tokenizer, self.model.vocab_size)
-        check_options(deadline, priority, cache_salt, self.config.policy)
-        bad_words = checked_params(params, self.tokenizer, self.model.vocab_size)
-        form = params.structured_outputs
-        constraint = None if form is None else self._constraints.compile(form, self.model.eos_token_ids)
-        now = time.monotonic()
+        logits_processors: Iterable[Callable] = (),
+        stopping_criteria: Iterable[Callable] = (),
+        forward_hooks: Mapping[str, Callable] | None = None,
+    ) -> RowHooks:
+        """A caller's functions, as `prepare` takes them."""
+        return self._intake.hooks(logits_processors, stopping_criteria, forward_hooks)
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
+        """The first half of `submit`, which waits for nobody: tokens, checks, grammars."""
+        return self._intake.request(prompt, params, **options)
+
+    def admit(self, state: RequestState) -> None:
+        """The second half of `submit`. Raises QueueFull or EngineClosed, or InvalidArgument for an id that is in use."""
+        request = state.request
         with self._lock:
             self._check_open()
-            request_id = new_request_id() if request_id is None else request_id
-            if not isinstance(request_id, str) or request_id in self._requests:
-                raise InvalidArgument(f"request_id {request_id!r} must be a string that is not in use")
+            if request.request_id in self._requests:
+                raise InvalidArgument(f"request_id {request.request_id!r} must be one that is not in use")
             self._look_if_idle()
-            request = Request(
-                request_id=request_id,
-                prompt_token_ids=ids,
-                n=params.n,
-                max_tokens=most_new_tokens(params, len(ids), self.max_model_len),
-                min_tokens=params.min_tokens,
-                stop_token_ids=frozenset(params.stop_token_ids or ()),
-                eos_token_ids=frozenset() if params.ignore_eos else self.model.eos_token_ids,
-                priority=priority,
-                arrival=now,
-                deadline=None if deadline is None else now + deadline,
-                cache_salt=cache_salt,
-                # a function on activations sees every token of its request, and what it changes is nobody else's
-                read_prefix_cache=params.prompt_logprobs is None and not hooks.forward_hooks,
-                write_prefix_cache=not hooks.forward_hooks,
-                params=params,
-            )
             self._count += 1
-            state = RequestState(
-                request,
-                params,
-                prompt=text,
-                tokenizer=self.tokenizer,
-                seed=derive_seed(self.config.seed, self._count) if params.seed is None else params.seed,
-                bad_words_ids=bad_words,
-                constraint=constraint,
-                hooks=hooks,
-                callback=on_output,
-            )
-            request.state = state
+            if state.seed is None:
+                state.seed = derive_seed(self.config.seed, self._count)
             self._scheduler.add(request)
             self._requests.add(state)
-        return state
 
     def submit_when_possible(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
         """`submit`, stepping while the queue is full: for callers with more rows than `max_queue`."""

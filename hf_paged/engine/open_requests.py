@@ -56,7 +56,7 @@ class OpenRequests:
         self.end(state, "error", error)
 
     def end(self, state: RequestState, reason: str, error: Exception | None = None) -> None:
-        if state.finished:
+        if state.finished or self._states.get(state.request.request_id) is not state:
             return
         self._scheduler.abort(state.request.request_id)
         state.end(reason, error)

@@ -74,7 +74,7 @@ class RequestState:
         *,
         prompt: str | None,
         tokenizer,
-        seed: int,
+        seed: int | None,
         bad_words_ids: list[list[int]],
         constraint: Constraint | None,
         hooks: RowHooks,

@@ -94,9 +94,9 @@ class Engine(BatchEngine):
         self.resize_kv_cache(int(tokens * own))
         draft.resize_kv_cache(int(tokens * its))
 
-    def submit(self, *args, **options):
+    def prepare(self, *args, **options):
         self._check_strict()  # since the model was patched, hooks and replaced modules may have come
-        return super().submit(*args, **options)
+        return super().prepare(*args, **options)
 
     def hold(self, *args, **options):
         self._check_strict()

@@ -484,6 +484,61 @@ class TestAsync:
 
         assert self.run(main()) == expected
 
+    def test_what_is_streamed_adds_up_to_the_output(self, model, tokenizer):
+        """Text, tokens and log-probabilities, also of readers that miss steps, of several completions, up to a stop string."""
+        jobs = prompts(4)
+        params = [
+            SamplingParams(n=3, seed=1, max_tokens=30, logprobs=2, ignore_eos=True),
+            SamplingParams(seed=2, max_tokens=60, stop=["a", "e"], min_tokens=5),
+            SamplingParams(seed=3, max_tokens=20, prompt_logprobs=1),
+            GREEDY,
+        ]
+        with Engine(model, tokenizer) as engine:
+            expected = engine.generate(jobs, params)
+
+        async def one(engine, job, options, pause):
+            sums, last = {}, None
+            async for delta in engine.stream(job, options):
+                for completion in delta.outputs:
+                    before = sums.get(completion.index)
+                    assert before is None or before.finish_reason is None
+                    sums[completion.index] = completion if before is None else before.then(completion)
+                last = delta
+                await asyncio.sleep(pause)
+            return [sums[index] for index in sorted(sums)], last
+
+        async def main():
+            async with AsyncEngine(Engine(model, tokenizer)) as engine:
+                pauses = (0.0, 0.03, 0.0, 0.2)
+                return await asyncio.gather(*(one(engine, *job) for job in zip(jobs, params, pauses)))
+
+        for (sums, last), whole in zip(self.run(main()), expected, strict=True):
+            assert last.finished and last.prompt_token_ids == whole.prompt_token_ids
+            assert last.prompt_logprobs == whole.prompt_logprobs
+            for completion, output in zip(sums, whole.outputs, strict=True):
+                for name in ("text", "token_ids", "logprobs", "finish_reason", "stop_reason"):
+                    assert getattr(completion, name) == getattr(output, name)
+
+    def test_a_step_wakes_the_loop_once(self, model, tokenizer):
+        async def main():
+            calls = 0
+            loop = asyncio.get_running_loop()
+            async with AsyncEngine(Engine(model, tokenizer)) as engine:
+                await engine.complete(prompts(1)[0], GREEDY)  # whatever is done once
+                call = loop.call_soon_threadsafe
+
+                def counted(function, *args, **options):
+                    nonlocal calls
+                    calls += threading.current_thread().name == "hf_paged-engine"
+                    return call(function, *args, **options)
+
+                loop.call_soon_threadsafe = counted
+                engine.engine.reset_stats()
+                await asyncio.gather(*(engine.complete(job, GREEDY) for job in prompts(16)))
+                assert 0 < calls <= engine.engine.stats()["steps"]
+
+        self.run(main())
+
     def test_cancelling_aborts_and_others_go_on(self, model, tokenizer):
         jobs = prompts(2)
         with Engine(model, tokenizer) as engine:
@@ -509,6 +564,47 @@ class TestAsync:
                 return result.outputs[0].token_ids
 
         assert self.run(main()) == expected
+
+    def test_many_come_and_go_at_once(self, model, tokenizer):
+        """Half of them are cancelled, some before they were admitted; ids may be used again."""
+        jobs = prompts(60, length=8)
+        with Engine(model, tokenizer) as engine:
+            expected = [output.outputs[0].token_ids for output in engine.generate(jobs, GREEDY)]
+
+        async def main():
+            inner = Engine(model, tokenizer, EngineConfig(max_num_seqs=8))
+            async with AsyncEngine(inner) as engine:
+                tasks = [asyncio.create_task(engine.complete(job, GREEDY, request_id=str(i))) for i, job in enumerate(jobs)]
+                for count, task in enumerate(tasks[::2]):
+                    if count % 8 == 0:
+                        await asyncio.sleep(0.01)
+                    task.cancel()
+                again = [asyncio.create_task(engine.complete(jobs[i], GREEDY, request_id=f"{i}'")) for i in range(0, 60, 2)]
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                for i, output in enumerate(await asyncio.gather(*again)):
+                    assert output.outputs[0].token_ids == expected[2 * i]
+                for i, output in enumerate(results):
+                    if i % 2:
+                        assert output.outputs[0].token_ids == expected[i]
+                    else:
+                        assert isinstance(output, asyncio.CancelledError)
+                assert (await engine.complete(jobs[0], GREEDY, request_id="0")).outputs[0].token_ids == expected[0]
+                assert not inner.has_unfinished() and inner.stats()["kv_bytes_in_use"] == 0
+
+        self.run(main())
+
+    def test_who_comes_too_late_is_told(self, model, tokenizer):
+        async def main():
+            engine = AsyncEngine(Engine(model, tokenizer))
+            waiting = [asyncio.create_task(engine.complete(job, GREEDY)) for job in prompts(20)]
+            await asyncio.sleep(0)
+            await engine.close()
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(end, EngineClosed) or end.finished for end in ends)
+            with pytest.raises(EngineClosed):
+                await engine.complete(prompts(1)[0], GREEDY)
+
+        self.run(main())
 
     def test_errors_deadlines_aborts_and_close_reach_their_own_waiter(self, model, tokenizer):
         async def main():
