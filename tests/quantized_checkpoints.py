@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import hf_paged  # noqa: F401  (puts its quantizers in transformers' mapping)
 from hf_paged.quant.linear import QuantLinear
 
 
@@ -149,7 +152,7 @@ EXPERTS = {
 }
 
 
-def save_quantized(model, folder: Path, config: dict, make: Maker, *, shards: int = 1, biases: bool = False) -> None:
+def save_quantized(model, folder: Path, config: dict | None, make: Maker, *, shards: int = 1, biases: bool = False) -> None:
     """Save a model with the tensors of `make(name, N, K)` in place of its linear layers' weights (None: as it is).
 
     The model gets the weights they stand for, so it is what the checkpoint's logits are compared with.
@@ -177,7 +180,7 @@ def save_quantized(model, folder: Path, config: dict, make: Maker, *, shards: in
     folder.mkdir(exist_ok=True)
     save_files(state, folder, shards)
     model.config.architectures = [type(model).__name__]
-    settings = model.config.to_dict() | {"quantization_config": config}
+    settings = model.config.to_dict() | ({} if config is None else {"quantization_config": config})
     (folder / "config.json").write_text(json.dumps(settings))
     model.generation_config.save_pretrained(folder)
 
@@ -202,16 +205,16 @@ def _with_experts_apart(model, state: dict[str, Tensor], make: Maker) -> dict[st
     return {name.replace(".mlp.", f".{layer}."): tensor for name, tensor in state.items()}
 
 
-def save_files(state: dict[str, Tensor], folder: Path, shards: int = 1) -> None:
+def save_files(state: dict[str, Tensor], folder: Path, shards: int = 1, stem: str = "model") -> None:
     if shards == 1:
-        return save_file(state, folder / "model.safetensors", {"format": "pt"})
+        return save_file(state, folder / f"{stem}.safetensors", {"format": "pt"})
     names, weight_map = sorted(state), {}
     for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        file = f"{stem}-{shard + 1:05}-of-{shards:05}.safetensors"
         mine = names[shard::shards]  # the tensors of a layer lie in different files
         save_file({name: state[name] for name in mine}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(mine, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def packed_layer(format, tensors: dict[str, Tensor], N: int, K: int) -> QuantLinear:
@@ -242,3 +245,28 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
         return False
     first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
     return torch.equal(first, second)
+
+
+PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 3, 4, 5, 6, 7, 8]])
+
+
+def source(label: str = "llama", **overrides):
+    """A tiny model to be quantized."""
+    return tiny_model(label, **dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2) | overrides)
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(PROMPT).logits
+
+
+def assert_same_model(loaded, expected):
+    torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-4, rtol=1e-4)
+
+
+def quantized_names(model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]

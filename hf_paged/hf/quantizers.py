@@ -7,6 +7,7 @@ other package. What is quantized on the fly, rather than loaded so, still goes t
 from __future__ import annotations
 
 import re
+import warnings
 from copy import deepcopy
 from functools import partial
 
@@ -25,6 +26,7 @@ from ..quant.formats.fp8 import INPUT_SCALES, SCALES, fp8_format
 from ..quant.formats.gptq import GPTQ
 from ..quant.linear import QuantLinear
 from . import checkpoint as checkpoints
+from . import old_checkpoints
 
 
 class _Stored:
@@ -42,7 +44,7 @@ class _Stored:
     @classmethod
     def arguments(cls, stored: dict) -> dict:
         """What transformers' own config is made of."""
-        return stored
+        return {name: value for name, value in stored.items() if value is not None}
 
     def post_init(self):
         """Values are checked where they are used, once for every layer they are used for."""
@@ -58,13 +60,13 @@ class GPTQConfig(_Stored, configs.GPTQConfig):
     def arguments(cls, stored):
         if "bits" not in stored:
             raise InvalidArgument("quantization_config: bits is missing")
-        return stored
+        return super().arguments(stored)
 
 
 class AwqConfig(_Stored, configs.AwqConfig):
     @classmethod
     def arguments(cls, stored):
-        return stored | {"version": None}  # transformers would only take those it knows
+        return super().arguments(stored | {"version": None})  # transformers would only take those it knows
 
 
 class FineGrainedFP8Config(_Stored, configs.FineGrainedFP8Config):
@@ -225,6 +227,11 @@ class CompressedTensorsQuantizer(PackedQuantizer):
     names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
     own = auto.CompressedTensorsHfQuantizer
 
+    def validate_environment(self, *args, **kwargs):
+        if self.quantization_config.stored.get("kv_cache_scheme"):
+            message = "kv_cache_scheme of the checkpoint is not used: its scales of keys and values are left out"
+            warnings.warn(message, stacklevel=2)
+
     def layer_format(self, name, module, tensors):
         classes = [cls.__name__ for cls in type(module).__mro__]
         return compressed_tensors.layer_format(self.quantization_config.stored, name, classes, tensors)
@@ -245,6 +252,7 @@ def register_quantizers() -> None:
         if method not in _THEIRS:
             _THEIRS[method] = auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
         auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = classes
+    old_checkpoints.install()
 
 
 def unregister_quantizers() -> None:
@@ -252,6 +260,7 @@ def unregister_quantizers() -> None:
     for method, classes in _THEIRS.items():
         auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = classes
     _THEIRS.clear()
+    old_checkpoints.uninstall()
 
 
 def mark_quantized(model, stored: dict) -> None:

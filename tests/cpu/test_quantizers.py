@@ -8,26 +8,28 @@ import sys
 
 import pytest
 import torch
-from quantized_checkpoints import awq_layer, gptq_layer, save_quantized
+from quantized_checkpoints import (
+    PROMPT,
+    assert_same_model,
+    gptq_layer,
+    load,
+    logits,
+    quantized_names,
+    save_quantized,
+    source,
+)
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedConfig
 from transformers.quantizers import auto
 
 import hf_paged
 from hf_paged import InvalidArgument
-from hf_paged.quant.linear import QuantLinear
 
-PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 3, 4, 5, 6, 7, 8]])
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
 
 
 def gptq(name, N, K):
     return gptq_layer(N, K, act_order=True)
-
-
-def source(label="llama", **overrides):
-    return tiny_model(label, hidden_size=64, intermediate_size=96, num_hidden_layers=2, **overrides)
 
 
 @pytest.fixture
@@ -36,23 +38,6 @@ def stored(tmp_path):
     model = source()
     save_quantized(model, tmp_path / "stored", GPTQ_CONFIG, gptq)
     return model, tmp_path / "stored"
-
-
-def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(PROMPT).logits
-
-
-def assert_same_model(loaded, expected):
-    torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-4, rtol=1e-4)
-
-
-def quantized_names(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
 def test_loads_as_the_dequantized_model(stored):
@@ -131,38 +116,6 @@ def test_dynamic_overrides(tmp_path):
     kinds = [getattr(model.model.layers[0].self_attn, name).quantized.kind for name in ("q_proj", "v_proj", "o_proj")]
     assert kinds == ["int4", "int4", "int2"]
     assert model.model.layers[0].mlp.up_proj.quantized.kind == "int8"
-
-
-@pytest.mark.parametrize(
-    "config, version",
-    [
-        ({"w_bit": 4, "q_group_size": 16, "zero_point": True, "version": "GEMM"}, "gemm"),
-        ({"bits": 4, "group_size": 32, "version": "gemv"}, "gemv"),
-        ({"bits": 4, "group_size": 16, "checkpoint_format": "gemm", "format": "gemm", "sym": False}, "gemm"),
-    ],
-)
-def test_awq(config, version, tmp_path):
-    expected = source(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    config["quant_method"] = "awq"
-    group_size = config.get("group_size", config.get("q_group_size"))
-    save_quantized(expected, tmp_path, config, lambda name, N, K: awq_layer(N, K, group_size=group_size, version=version))
-    model = load(tmp_path)
-    assert len(quantized_names(model)) == 14
-    assert_same_model(model, expected)
-    model.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == config
-    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [({"version": "marlin"}, "q_proj: version must be one of .*not 'marlin'"), ({"bits": 3}, "q_proj: bits must be 4, not 3")],
-)
-def test_awq_that_is_refused(change, message, tmp_path):
-    config = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"} | change
-    save_quantized(source(), tmp_path, config, lambda name, N, K: awq_layer(N, K))
-    with pytest.raises(InvalidArgument, match=message):
-        load(tmp_path)
 
 
 def test_zero_biases_of_auto_gptq_are_dropped_and_others_added(tmp_path):
@@ -255,6 +208,7 @@ def test_registration():
     try:
         assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__module__.startswith("transformers.")
         assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"].__module__.startswith("transformers.")
+        assert not hasattr(PreTrainedConfig.get_config_dict, "hf_paged_original")
         hf_paged.unregister_quantizers()
     finally:
         hf_paged.register_quantizers()
