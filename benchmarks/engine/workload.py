@@ -62,6 +62,13 @@ def shared(tokenizer, *, seed: int = 0, count: int = SHARED_REQUESTS) -> Workloa
     return Workload("shared", tuple(Request(prefix + tail, SHARED_OUTPUT) for tail in own))
 
 
+def windows(tokenizer, count: int, length: int) -> list[list[int]]:
+    """`count` pieces of `length` tokens, evenly over the text."""
+    text = _reference_tokens(tokenizer)
+    starts = (i * (len(text) - length) // count for i in range(count))
+    return [text[start : start + length] for start in starts]
+
+
 def slices(workload: Workload, parts: int, size: int, *, seed: int = 0) -> list[list[int]]:
     """`parts` lists of `size` request indices, each a like mix of small and large requests.
 

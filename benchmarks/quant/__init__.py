@@ -1,0 +1,1 @@
+"""What quantized weights and caches cost and gain."""
