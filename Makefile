@@ -2,6 +2,7 @@
 #   make demo       real model: chat, then the same requests through stock transformers and through hf_paged
 #   make test       the tests (minutes)            make test-all   the slow ones too
 #   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
+#   make bench-quant   quantized weights and caches on this CPU: speed, memory, perplexity (8 minutes)
 #   make gpu        a machine with a GPU: is everything right there, then how fast (9 minutes); results in benchmarks/results/gpu
 #   make clean      remove what was made here, .venv included
 # PYTHON picks the interpreter for a new .venv; TORCH what is installed where torch is missing; ARGS goes to the command.
@@ -20,7 +21,7 @@ MIN    := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup demo test test-all bench models gpu clean
+.PHONY: help setup demo test test-all bench bench-quant models gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,9 @@ test-all: $(STAMP)
 
 bench: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m hf_paged bench $(ARGS)
+
+bench-quant: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' benchmarks/run.py quant.engine $(ARGS)
 
 models: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' tests/families/coverage.py --write $(ARGS)

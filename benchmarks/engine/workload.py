@@ -10,6 +10,7 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 MIXED_REQUESTS, MIXED_PROMPT, MIXED_OUTPUT = 64, (16, 512), (16, 128)
 SHARED_REQUESTS, SHARED_PREFIX, SHARED_OWN, SHARED_OUTPUT = 32, 384, (16, 48), 32
@@ -85,6 +86,7 @@ def slices(workload: Workload, parts: int, size: int, *, seed: int = 0) -> list[
     return dealt
 
 
+@lru_cache(maxsize=1)
 def _reference_tokens(tokenizer) -> list[int]:
     from pydoc_data.topics import topics
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -73,14 +73,14 @@ class Process:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name}: the process ended with status {self._process.wait()}; its error is above")
+            self.close()
+            raise RuntimeError(f"{self.name}: the process ended with status {self._process.returncode}; its error is above")
         return json.loads(line)
 
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *error) -> None:
+    def close(self) -> None:
+        """Let it end."""
         self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
 
 
@@ -111,7 +111,7 @@ def run(names: list[str], plan: Plan, *, model: str | None = None, threads: int 
         processes = []
         for name in names:  # one after another: loading takes both cores
             print(f"loading {name}", flush=True)
-            processes.append(stack.enter_context(Process(name, model, threads)))
+            processes.append(stack.enter_context(closing(Process(name, model, threads))))
         results = {process.name: Result(process.about) for process in processes}
         for process in processes:
             results[process.name].score = process.run("score", windows=plan.windows, length=plan.window)
@@ -150,8 +150,8 @@ def _measures_of(name: str, result: Result, baseline: str, first: Result, plan: 
         ("weights", about["weights"]),
         ("kv_per_token", about["kv_per_token"]),
         ("kv_peak", result.mixed["kv_peak"]),
-        ("memory_loading", about["loading_peak"]),
-        ("memory_serving", result.memory["serving_peak"]),
+        ("memory_peak", result.memory["peak"]),
+        ("memory_own", result.memory["own"]),
     ):
         yield schema.Measure(**common, workload="all", metric=metric, unit="bytes", samples=[size])
     here = dict(common, workload="text", detail=common["detail"] | dict(tokens=len(result.score["best"])))
@@ -168,19 +168,19 @@ def print_table(results: dict[str, Result], plan: Plan, machine: schema.Machine)
     baseline, first = next(iter(results.items()))
     workloads = [*plan.decodes, "mixed"]
     print(f"\n{machine.cpu}, {machine.threads} threads, torch {machine.torch}, transformers {machine.transformers}, commit "
-          f"{machine.commit}\nOutput tokens per second (times {baseline}'s); MiB of weights, of the process when it "
-          "loads and when it serves;\nbytes of cache per token; perplexity; share of tokens where the same one is most "
-          "likely")  # fmt: skip
+          f"{machine.commit}\nOutput tokens per second (times {baseline}'s); MiB of the weights, and of the process: "
+          "its own when it serves, and the most there\never was with mapped files; bytes of cache per token; perplexity; "
+          "share of tokens where the same one is most likely")  # fmt: skip
     print(f"{'':14}" + "".join(f"{name:>20}" for name in workloads)
-          + f"{'weights':>9}{'loading':>9}{'serving':>9}{'KV/token':>10}{'perplexity':>12}{'same':>8}")  # fmt: skip
+          + f"{'weights':>9}{'own':>7}{'peak':>7}{'KV/token':>10}{'perplexity':>12}{'same':>8}")  # fmt: skip
     for name, result in results.items():
         line = f"{name:14}"
         for workload in workloads:
             pairs = zip(result.rates[workload], first.rates[workload])
             rate, ratio = median(result.rates[workload]), median(mine / its for mine, its in pairs)
             line += f"{f'{rate:.1f} ({ratio:.2f})':>20}"
-        sizes = (result.about["weights"], result.about["loading_peak"], result.memory["serving_peak"])
-        line += "".join(f"{size / MIB:9.0f}" for size in sizes)
+        sizes = ((9, result.about["weights"]), (7, result.memory["own"]), (7, result.memory["peak"]))
+        line += "".join(f"{size / MIB:{width}.0f}" for width, size in sizes)
         print(f"{line}{result.about['kv_per_token']:10.0f}{result.perplexity:12.3f}{result.same_best(first):8.1%}")
 
 

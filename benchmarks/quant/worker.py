@@ -50,17 +50,14 @@ class Worker:
         weights = {} if system.quantization is None else {"quantization": system.quantization}
         hf_paged.patch(self.model, tokenizer=self.tokenizer, kv_dtype=system.kv_dtype, **weights)
         self.engine = hf_paged.engine_of(self.model)
-        self.loading_peak = _peak_memory()
-        _forget_peak_memory()
 
     def describe(self) -> dict:
-        """Bytes of the weights, of the cache per token, and the most memory that loading and patching took."""
+        """Bytes of the weights, and of the cache per token."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return {
             "weights": sum(storages.values()),
             "kv_per_token": self.engine._cache.bytes_per_token,
-            "loading_peak": self.loading_peak,
             "model": str(self.model.config._name_or_path),
         }
 
@@ -98,19 +95,13 @@ class Worker:
         return {"rate": run.rate, "kv_peak": run.kv_bytes, "fingerprint": work.fingerprint()}
 
     def memory(self) -> dict:
-        """The most memory the process had since it was patched."""
-        return {"serving_peak": _peak_memory()}
+        """Bytes of the process (Linux): the most that were resident at once, and those of its own now.
 
-
-def _peak_memory() -> int:
-    """Bytes that were resident at once, most since the last `_forget_peak_memory`. Linux only."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
-def _forget_peak_memory() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+        What is mapped from a checkpoint's file counts with the former only: the kernel drops it when memory is short.
+        """
+        with open("/proc/self/status") as file:
+            status = dict(line.split(":") for line in file)
+        return {name: int(status[key].split()[0]) * 1024 for name, key in (("peak", "VmHWM"), ("own", "RssAnon"))}
 
 
 def main() -> None:
