@@ -3,7 +3,7 @@
 #   make test       the tests (minutes)            make test-all   the slow ones too
 #   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
 #   make bench-quant   quantized weights and caches on this CPU: speed, memory, perplexity (8 minutes)
-#   make gpu        a machine with a GPU: is everything right there, then how fast (9 minutes); results in benchmarks/results/gpu
+#   make gpu        a machine with a GPU: is everything right there, then how fast (10 minutes); results in benchmarks/results/gpu
 #   make clean      remove what was made here, .venv included
 # PYTHON picks the interpreter for a new .venv; TORCH what is installed where torch is missing; ARGS goes to the command.
 # `make gpu` makes no .venv: it runs in PYTHON with the torch, triton and transformers that are there, and installs nothing.

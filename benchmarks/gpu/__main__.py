@@ -1,6 +1,6 @@
-"""Kernels, then the engine beside stock transformers, in nine minutes.
+"""Kernels, then the engine beside stock transformers, in eight minutes.
 
-    python -m hf_paged.benchmarks.gpu [--minutes 8.5] [--device cuda] [--tiny]
+    python -m hf_paged.benchmarks.gpu [--minutes 7.5] [--device cuda] [--tiny]
 
 Every figure is printed and written to benchmarks/results/gpu/gpu.csv as it comes. Run `check` first: a wrong kernel's
 speed is of no interest.

@@ -19,15 +19,17 @@ import torch
 
 from hf_paged_kernels import ops
 
-from . import check_attention, check_engine, check_layers, check_sampling
+from . import check_attention, check_engine, check_layers, check_quantized, check_sampling
 from .checking import Case, Setting, run_area
 from .report import device_name, release_memory
 
 AREAS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     **check_layers.AREAS,
+    **{name: area for name, area in check_quantized.AREAS.items() if "engine" not in name},
     **check_attention.AREAS,
     **check_sampling.AREAS,
     **check_engine.AREAS,
+    "quantized-engine": check_quantized.engine,
 }
 
 

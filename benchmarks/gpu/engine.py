@@ -20,6 +20,7 @@ import torch
 
 import hf_paged
 from hf_paged import EngineConfig, SamplingParams
+from hf_paged.quant.linear import QuantLinear
 
 from ..engine import systems
 from ..engine.workload import Request, Workload, slices
@@ -32,10 +33,13 @@ from .session import Session, add_models, open_session, option_parser
 from .timing import synchronize
 
 MINUTES = 6
+INT4 = "hf_paged, int4"
+QUANTIZED = {"int4": INT4, "fp8": "hf_paged, fp8"}
 PAGED, ONE, BATCH, CONTINUOUS = "hf_paged", "stock generate", "stock generate, 32", "stock continuous batching"
 STEP_TARGETS = {"Llama-3.1-8B": Target(1.25, at_most=True), "Qwen3-0.6B": Target(2.0, at_most=True)}  # at batch 1
 KERNEL_TARGET = Target(8, at_most=True)  # a decode layer
 SPEEDUP_TARGETS = {ONE: Target(24), CONTINUOUS: Target(3)}
+QUANTIZED_TARGETS = {("Llama-3.1-8B", INT4): Target(2.3)}  # a decode step of one sequence, times the speed in bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Sizes:
 
     batches: Sequence[int] = (1, 8, 64, 256)
     prompt: int = 512  # of the decode steps
+    quantized: Sequence[int] = (1, 8)  # the same, of quantized models
     steps: int = 64
     first_token: tuple[int, int] = (32, 1024)  # requests, prompt tokens
     requests: int = 256
@@ -55,7 +60,7 @@ class Sizes:
 
 
 SIZES = Sizes()
-TINY_SIZES = Sizes(batches=(1, 3), prompt=20, steps=4, first_token=(3, 24), requests=5, lengths=(3, 12),
+TINY_SIZES = Sizes(batches=(1, 3), quantized=(1,), prompt=20, steps=4, first_token=(3, 24), requests=5, lengths=(3, 12),
                    one_requests=2, one_steps=6, batch=3, batch_steps=6)  # fmt: skip
 MIN_CONTINUOUS, AFTER_CONTINUOUS = 20, 40  # seconds it needs at least, and that the engine's second run takes
 CONTINUOUS_REQUESTS = {"Llama-3.1-8B": 96}  # of 256: stock would take minutes for all of them
@@ -96,7 +101,14 @@ class ModelBench:
             self.part = self.work
         self.paged: dict[int, list[float]] = defaultdict(list)  # requests of the workload -> the engine's rates
         self.stock: dict[str, stock.StockRun] = {}
-        self.model = random_model(shape.config(), session.device, session.dtype)
+        self.steps: dict[tuple[str, int], float] = {}  # system, batch -> milliseconds
+        self._make_model()
+
+    def _make_model(self) -> None:
+        """The same weights every time; those there were make room first."""
+        self.model = None
+        release_memory(self.session.device)
+        self.model = random_model(self.shape.config(), self.session.device, self.session.dtype)
 
     def run(self) -> None:
         with self._engine() as engine:
@@ -105,6 +117,9 @@ class ModelBench:
                 self._part(f"decode steps of {batch}", lambda: self._decode(engine, batch))  # noqa: B023
             self._part("first tokens", lambda: self._first_tokens(engine))
             self._part("the workload", lambda: self._paged(engine, self.work))
+        for kind in QUANTIZED:
+            self._part(f"quantized to {kind}", lambda: self._quantized(kind))  # noqa: B023
+        self._make_model()
         self._part(ONE, self._stock_one)
         self._part(BATCH, self._stock_batch)
         self._part(CONTINUOUS, self._stock_continuous)
@@ -122,9 +137,9 @@ class ModelBench:
         self.report.attempt(f"{self.shape.name}: {name}", work)
 
     @contextmanager
-    def _engine(self) -> Iterator[hf_paged.Engine]:
+    def _engine(self, most: int | None = None) -> Iterator[hf_paged.Engine]:
         start = time.perf_counter()
-        most = max(*self.sizes.batches, self.sizes.first_token[0], 64)
+        most = most or max(*self.sizes.batches, self.sizes.first_token[0], 64)
         config = EngineConfig(max_num_seqs=most, attention_backend=self.session.backend, prefix_cache=False)
         with hf_paged.Engine(self.model, config=config) as engine:
             self._add("start", PAGED, "time", "s", [time.perf_counter() - start])
@@ -147,7 +162,7 @@ class ModelBench:
 
     # Decode steps
 
-    def _decode(self, engine: hf_paged.Engine, batch: int) -> None:
+    def _decode(self, engine: hf_paged.Engine, batch: int, system: str = PAGED, weight_bytes: int | None = None) -> None:
         """Steps in which `batch` sequences decode one token each, by the wall clock, and a profile of some more."""
         sizes = self.sizes
         work = workload.uniform(self.shape.vocab_size, count=batch, prompt=sizes.prompt, output=4 * sizes.steps)
@@ -177,22 +192,52 @@ class ModelBench:
         profile = profile_steps(some_steps, profiled, self.shape.num_layers, self.session.device)
         for request_id in outputs:
             engine.abort(request_id)
-        self._report_steps(batch, seconds, context, profile, engine.stats()["cuda_graphs"])
+        weight_bytes = weight_bytes or self.shape.weight_bytes(self.session.dtype.itemsize)
+        self._report_steps(batch, system, weight_bytes, seconds, context, profile, engine.stats()["cuda_graphs"])
 
     def _report_steps(
-        self, batch: int, seconds: list[float], context: float, profile: StepProfile, graphs: int
-    ) -> None:
+        self, batch: int, system: str, weight_bytes: int, seconds: list[float], context: float, profile: StepProfile,
+        graphs: int,
+    ) -> None:  # fmt: skip
         """`context` is how many tokens the keys and values of all sequences together were, on average."""
-        name, itemsize = f"decode of {batch}", self.session.dtype.itemsize
-        num_bytes = self.shape.weight_bytes(itemsize) + context * self.shape.kv_bytes_per_token(itemsize)
+        name, own = f"decode of {batch}", system == PAGED
+        num_bytes = weight_bytes + context * self.shape.kv_bytes_per_token(self.session.dtype.itemsize)
         floor = num_bytes / self.session.copy_bandwidth
-        median = self._add(name, PAGED, "step", "ms", [s * 1e3 for s in seconds], floor_ms=floor * 1e3, context=context,
+        median = self._add(name, system, "step", "ms", [s * 1e3 for s in seconds], floor_ms=floor * 1e3, context=context,
                            cuda_graphs=graphs)  # fmt: skip
-        self._add(name, PAGED, "step by its floor", "x", [s / floor for s in seconds],
-                  target=STEP_TARGETS.get(self.shape.name) if batch == 1 else None)  # fmt: skip
-        self._add(name, PAGED, "kernels per layer", "", [profile.per_layer], target=KERNEL_TARGET,
+        self.steps.setdefault((system, batch), median)
+        self._add(name, system, "step by its floor", "x", [s / floor for s in seconds],
+                  target=STEP_TARGETS.get(self.shape.name) if own and batch == 1 else None)  # fmt: skip
+        self._add(name, system, "kernels per layer", "", [profile.per_layer], target=KERNEL_TARGET if own else None,
                   elsewhere=profile.elsewhere, names=profile.names)  # fmt: skip
-        self._add(name, PAGED, "device idle", "share", [max(0.0, 1 - profile.busy_seconds * 1e3 / median)])
+        self._add(name, system, "device idle", "share", [max(0.0, 1 - profile.busy_seconds * 1e3 / median)])
+
+    # The same weights, rounded
+
+    def _quantized(self, kind: str) -> None:
+        """Decode steps of the model quantized on the spot, by those of the model as it was."""
+        self._make_model()
+        system, batches = QUANTIZED[kind], self.sizes.quantized
+        start = time.perf_counter()
+        hf_paged.patch(self.model, quantization=kind)
+        self._add("quantize", system, "time", "s", [time.perf_counter() - start])
+        hf_paged.unpatch(self.model)
+        weight_bytes = self._linear_bytes()
+        self._add("linear layers", system, "memory", "GiB", [weight_bytes / 2**30])
+        with self._engine(most=max(batches)) as engine:
+            systems.run_paged(engine, workload.dwindling(self.shape.vocab_size, count=max(batches)).requests)
+            for batch in batches:
+                self._decode(engine, batch, system, weight_bytes)
+        for batch in batches:
+            if (PAGED, batch) in self.steps:
+                self._add(f"decode of {batch}", system, "speed-up", "x", [self.steps[PAGED, batch] / self.steps[system, batch]],
+                          target=QUANTIZED_TARGETS.get((self.shape.name, system)) if batch == 1 else None,
+                          baseline=PAGED)  # fmt: skip
+
+    def _linear_bytes(self) -> int:
+        """Of all weights that one step reads, as they are now."""
+        layers = [module for module in self.model.modules() if isinstance(module, QuantLinear)]
+        return sum(layer.quantized.nbytes for layer in layers) + self.model.lm_head.weight.nbytes
 
     # First tokens
 

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from . import kernels_attention, kernels_layers
+from . import kernels_attention, kernels_layers, kernels_quantized
 from .session import Session, open_session, option_parser
 from .sweep import sweep
 from .timing import measure
@@ -19,10 +19,12 @@ from .timing import measure
 COPY_BYTES, TINY_COPY_BYTES = 2**30, 2**16
 MINUTES = 4
 PARTS = {  # in this order; each with its share of the time
-    "decode attention": (kernels_attention.decode, 0.32),
+    "decode attention": (kernels_attention.decode, 0.22),
     "latent attention": (kernels_attention.latent, 0.03),
-    "prefill attention": (kernels_attention.prefill, 0.3),
-    "linear": (kernels_layers.linear, 0.25),
+    "prefill attention": (kernels_attention.prefill, 0.2),
+    "linear": (kernels_layers.linear, 0.15),
+    "quantized linear": (kernels_quantized.linear, 0.25),
+    "quantized experts": (kernels_quantized.experts, 0.05),
     "elementwise": (kernels_layers.elementwise, 0.05),
     "sampling": (kernels_layers.sampling, 0.05),
 }

@@ -14,7 +14,7 @@ from .models import SHAPES, TINY, ModelShape
 from .report import Clock, Report
 from .timing import ROUNDS, num_sets
 
-MINUTES = 8.5
+MINUTES = 7.5
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Which tiles are fastest: tries others than a launcher's own, one knob after the other, and prints the best per shape.
 
-    python -m hf_paged.benchmarks.gpu.kernels --sweep [--minutes 8.5]
+    python -m hf_paged.benchmarks.gpu.kernels --sweep [--minutes 7.5]
 
 Starting from the launcher's choice each knob takes its other values while the rest stay; the fastest is kept, and once
 more through all knobs. A configuration that does not compile or fit is passed over; one whose result differs from that

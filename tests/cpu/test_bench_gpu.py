@@ -38,13 +38,20 @@ def test_every_part_runs_in_one_command(tmp_path, capsys):
     for benchmark in ("decode attention", "prefill attention", "rms_norm", "silu and mul", "linear down"):
         assert (benchmark, "hf_paged") in measured
     assert {("linear o", "torch linear"), ("prefill attention", "torch SDPA")} <= measured
+    quantized = {row["dtype"] for row in rows if row["benchmark"] == "quantized down" and row["metric"] == "speed-up"}
+    assert quantized == set(kernels.kernels_quantized.SCHEMES) and ("quantized experts", "hf_paged") in measured
     tokens = [row for row in rows if row["metric"] == "output tokens" and row["workload"] == "nano-vllm"]
     assert {row["system"] for row in tokens} == {engine.PAGED, engine.ONE, engine.BATCH, engine.CONTINUOUS}
     speedups = {row["baseline"]: row for row in rows if row["metric"] == "speed-up" and row["benchmark"] == "engine"}
-    assert set(speedups) == {engine.ONE, engine.BATCH, engine.CONTINUOUS}
-    assert all(row["samples"] == "2" for row in speedups.values())  # the engine's runs before and after stock's
+    assert set(speedups) == {engine.ONE, engine.BATCH, engine.CONTINUOUS, engine.PAGED}
+    assert all(row["samples"] == "2" for name, row in speedups.items() if name != engine.PAGED)  # before and after stock's
     steps = [row for row in rows if row["metric"] == "step by its floor"]
-    assert [row["workload"] for row in steps] == ["decode of 1", "decode of 3"]
+    assert [(row["system"], row["workload"]) for row in steps] == [
+        *((engine.PAGED, f"decode of {batch}") for batch in (1, 3)),
+        *((system, "decode of 1") for system in engine.QUANTIZED.values()),
+    ]
+    memory = {row["system"]: float(row["p50"]) for row in rows if row["metric"] == "memory"}
+    assert memory["hf_paged, int4"] < memory["hf_paged, fp8"]
     assert "MISSED" not in capsys.readouterr().out  # a dry run's figures are held against nothing
 
 

@@ -14,16 +14,27 @@ def setting(device) -> Setting:
     return Setting(device=device, small=True, backend="triton")
 
 
-@pytest.mark.parametrize("area", ["norms", "activations", "cache", "attention-options"])
+@pytest.mark.parametrize("area", ["norms", "activations", "cache", "attention-options", "quantized-experts"])
 def test_kernels_pass(area, setting, capsys):
     assert check.check({area: check.AREAS[area]}, setting) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("area", ["engine-sampling", "engine-logits"])
+@pytest.mark.slow
+def test_quantized_layers_pass(setting, capsys):
+    assert check.check({"quantized-linear": check.AREAS["quantized-linear"]}, setting) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("area", ["engine-sampling", "engine-logits", "quantized-linear"])
 def test_the_engine_passes(area, device, capsys):
     """On the kernels where there is a GPU; the interpreter would take minutes."""
     setting = Setting(device=device, small=True, backend="auto" if device.type == "cuda" else "reference")
     assert check.check({area: check.AREAS[area]}, setting) == 0, capsys.readouterr().out
+
+
+def test_the_engine_passes_on_quantized_models(device, capsys):
+    """Without a GPU on the C++ kernels: like the model's own forward, and unlike the reference, they do not round to fp8."""
+    setting = Setting(device=device, small=True, backend="auto")
+    assert check.check({"quantized-engine": check.AREAS["quantized-engine"]}, setting) == 0, capsys.readouterr().out
 
 
 def test_a_wrong_kernel_fails_by_name(setting, monkeypatch, capsys):
