@@ -31,6 +31,7 @@ class Scheme:
 SCHEMES = {
     "int4": Scheme("int4", group=16),
     "int4-zeros-order": Scheme("int4", group=16, zeros=True, order=True),
+    "int4-odd-groups": Scheme("int4", group=12),  # no kernel takes these
     "int3": Scheme("int3", group=16, zeros=True),
     "int8": Scheme("int8"),
     "w8a8": Scheme("int8", activations="int8"),

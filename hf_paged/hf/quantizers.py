@@ -121,9 +121,9 @@ class PackedQuantizer(HfQuantizer):
             with _naming(name):
                 return self._layer(name, module, checkpoint)
 
-        plain = nn.Linear(1, 1, device="meta")
+        modules, plain = list(model.named_modules()), nn.Linear(1, 1, device="meta")
         self._experts = QuantizedExperts(model, checkpoint.layers, partial(self.is_quantized, plain), make)
-        for name, module in list(model.named_modules()):
+        for name, module in modules:
             if self.is_quantized(module, checkpoint.layers[name]):
                 model.set_submodule(name, make(name, module))
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from fusion_checks import stock_tokens, tokens
-from quantized_checkpoints import awq_layer, gptq_layer, same_bits, save_quantized
+from quantized_checkpoints import awq_layer, eight_bit_layer, gptq_layer, packed_layer_of_ct, same_bits, save_quantized
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,18 @@ from hf_paged.quant.experts import ExpertLayers, QuantExperts
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+GROUP = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": True}
+PACKED = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": GROUP}},
+}  # fmt: skip
+CHANNEL = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {
+        "targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}}},
+}  # fmt: skip
 IDS = torch.arange(3, 60)[None]
 
 
@@ -32,6 +44,27 @@ def act_order(name, N, K):
 
 def awq(name, N, K):
     return awq_layer(N, K)
+
+
+def fp8(name, N, K):
+    return eight_bit_layer(N, K, block=(None, None), name="weight_scale_inv", shape=())
+
+
+def fp8_static(name, N, K):
+    tensors, weight = fp8(name, N, K)
+    return {**tensors, "activation_scale": torch.rand(()) * 0.01 + 0.02}, weight
+
+
+def fp8_blocks(name, N, K):
+    return eight_bit_layer(N, K, block=(16, 16), name="weight_scale_inv")
+
+
+def fp8_channels(name, N, K):
+    return eight_bit_layer(N, K, dtype=torch.bfloat16)
+
+
+def packed(name, N, K):
+    return packed_layer_of_ct(N, K)
 
 
 def source(label: str):
@@ -61,15 +94,18 @@ def assert_same_model(model, expected):
 
 @pytest.mark.parametrize(("label", "config", "make"), [
     ("qwen3_moe", GPTQ, gptq), ("mixtral", GPTQ, gptq), ("deepseek_v3", GPTQ, gptq), ("qwen2_moe", GPTQ, gptq),
-    ("qwen3_moe", AWQ, awq), ("qwen3_moe", GPTQ, act_order),
+    ("qwen3_moe", AWQ, awq), ("qwen3_moe", GPTQ, act_order), ("mixtral", FP8, fp8),
+    ("mixtral", {**FP8, "activation_scheme": "static"}, fp8_static),
+    ("deepseek_v3", {**FP8, "weight_block_size": [16, 16]}, fp8_blocks), ("qwen3_moe", PACKED, packed),
+    ("qwen3_moe", CHANNEL, fp8_channels),
 ])  # fmt: skip
 def test_checkpoints_load_as_the_dequantized_model_and_are_saved_as_they_were(tmp_path, label, config, make):
-    """Also while patched, with projections merged. Experts of an order each are not stacked."""
+    """Also while patched, with projections merged. Experts of an order, or a scale of inputs, each are not stacked."""
     expected = source(label)
     save_quantized(expected, tmp_path / "stored", config, make)
     model = load(tmp_path / "stored")
     kinds = {type(module) for module in experts_of(model)}
-    assert kinds == {ExpertLayers if make is act_order else QuantExperts}
+    assert kinds == {ExpertLayers if make in (act_order, fp8_static) else QuantExperts}
     assert_same_model(model, expected)
     assert tokens(model) == stock_tokens(expected)
     model.save_pretrained(tmp_path / "again")

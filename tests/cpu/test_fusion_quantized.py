@@ -12,6 +12,7 @@ from quantized_models import SCHEMES, dequantized, quantized
 from tiny_models import tiny_model
 
 import hf_paged
+from hf_paged import KernelUnavailable
 from hf_paged.hf import patch as patch_module
 from hf_paged.hf.fusion import merged as merged_module
 from hf_paged.hf.fusion import mlp as mlp_module
@@ -40,14 +41,19 @@ def test_tokens_are_the_dequantized_models(label, scheme):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("label", "scheme"), [("qwen3", "int4-zeros-order"), ("phi3", "w8a8")])
-def test_whole_layers_compute_what_their_parts_do(monkeypatch, label, scheme, dtype):
+def test_whole_layers_have_the_bits_of_their_parts(monkeypatch, label, scheme, dtype):
     model = model_of(label, scheme, dtype=dtype)
     whole = outputs(model)
     assert fused(model) == (3, 3)
     monkeypatch.setattr(patch_module, "fuse_layers", lambda *args: None)
-    for (mine, logprobs), (theirs, expected) in zip(whole, outputs(model)):
-        assert mine == theirs and logprobs == pytest.approx(expected, abs=1e-5)
-    assert fused(model) == (0, 0)
+    assert outputs(model) == whole and fused(model) == (0, 0)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp8-static", "fp8-blocks"])
+def test_the_engine_has_the_bits_of_the_dequantized_model(scheme):
+    """Inputs of fp8 layers are not rounded on CPU."""
+    model = model_of("qwen3", scheme)
+    assert outputs(model) == outputs(dequantized(hf_paged.unpatch(model)))
 
 
 def storages(model) -> dict[int, int]:
@@ -155,9 +161,19 @@ def test_a_wrong_formula_is_not_taken_for_a_rounding(monkeypatch, scheme):
 
 
 def test_explain_names_format_kernel_and_what_falls_back():
-    model = model_of("qwen3", "fp8")
-    hf_paged.patch(model)
+    model = hf_paged.patch(model_of("qwen3", "fp8"))
     report = hf_paged.explain(model)
     (entry,) = report.weights
-    assert (entry.format, entry.kind, entry.layers) == ("as it is, fp8", "fp8", 21)
-    assert f"weights {entry}" in str(report)
+    assert (entry.format, entry.kind, entry.layers, entry.kernel) == ("as it is, fp8", "fp8", 21, "cpu")
+    assert entry.input is None and any("not rounded to fp8" in limit for limit in report.limits)
+    assert f"weights {entry}" in str(report) and not report.fallbacks
+
+    report = hf_paged.explain(hf_paged.patch(model_of("qwen3", "w8a8")))
+    assert report.weights[0].input == "int8" and "int8 x int8" in str(report)
+
+    model = model_of("qwen3", "int4-odd-groups")
+    (entry,) = hf_paged.explain(hf_paged.patch(model)).weights
+    reason = "no cpu kernel multiplies int4 weights with a scale for 1 rows x 12 columns"
+    assert (entry.kernel, entry.reason) == ("reference", reason)
+    with pytest.raises(KernelUnavailable, match="no cpu kernel multiplies int4"):
+        hf_paged.patch(model, strict=True)
