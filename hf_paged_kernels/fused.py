@@ -90,10 +90,23 @@ def linear(
     return y if residual is None else y.add_(residual)
 
 
-def adds_in_linear(x: Tensor, *, backend: str = "auto") -> bool:
-    """Whether `linear` of as many rows as x adds a residual on its way; if not, `add_rms_norm` does with the next norm."""
+def rounds_to(weight: QuantizedWeight, *, backend: str = "auto") -> str | None:
+    """The type that `linear` rounds inputs of this weight to: its `activations`, where the device multiplies in it."""
+    return _quantized(backend, weight.device).rounds_to(weight)
+
+
+def adds_in_linear(
+    x: Tensor, weight: Tensor | QuantizedWeight | None = None, norm: Norm | None = None, *, backend: str = "auto"
+) -> bool:
+    """Whether `linear` of as many rows as x [..., K] adds a residual, and `norm` of the sum, on its way to the product with
+    `weight` (None: it is not known). If not, `add_rms_norm` does both.
+    """
     run, name = _kernels("linear", backend, x.device)
-    return name != "triton" or run.is_few_rows(x)
+    if name != "triton":
+        return True
+    if isinstance(weight, QuantizedWeight):
+        return _quantized(backend, x.device).supports(x, weight, None, norm, None)
+    return run.is_few_rows(x)
 
 
 def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -178,8 +178,9 @@ def explain_patch(model, patch, config) -> Explanation:
     whole = dict.fromkeys(spec.kind for spec in adapter.states if not spec.takes_chunks)
     if whole:
         limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")
-    if any(layer.quantized.activations == "fp8" for layer in _quantized(model)) and multiplies == "cpu":
-        limits.append("inputs of fp8 layers are not rounded to fp8, as they are on a GPU")
+    rounding = [layer.quantized for layer in _quantized(model) if layer.quantized.activations is not None]
+    if any(fused.rounds_to(weight, backend=multiplies) is None for weight in rounding):
+        limits.append("inputs of fp8 layers are not rounded to fp8: this device does not multiply in it")
     dtype = str(adapter.dtype).removeprefix("torch.")
     if config.kv_dtype not in (None, "float32", dtype):
         limits.append(f"keys and values are rounded to {config.kv_dtype}: tokens may differ from the unpatched model's")
@@ -218,7 +219,7 @@ def _weights(model, backend: str) -> list[WeightsExplanation]:
         reason = None
         if backend != "reference" and not fused.supports_linear(weight, backend=backend):
             reason = f"no {backend} kernel multiplies {weight.kind} weights with a scale for {_block(weight)}"
-        rounded = None if backend == "cpu" and weight.activations == "fp8" else weight.activations
+        rounded = fused.rounds_to(weight, backend="reference" if reason else backend)
         key = str(layer.format), weight.kind, rounded, "reference" if reason else backend, reason
         groups.setdefault(key, []).append(weight)
     return [

@@ -55,6 +55,11 @@ def supports_weight(weight: QuantizedWeight) -> bool:
     return _described(weight) is not None
 
 
+def rounds_to(weight: QuantizedWeight) -> str | None:
+    """See `fused.rounds_to`: no CPU multiplies 8-bit floats."""
+    return None if weight.activations == "fp8" else weight.activations
+
+
 def supports(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Norm | None, activation: str | None
 ) -> bool:

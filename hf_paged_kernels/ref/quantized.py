@@ -29,6 +29,11 @@ def rounded_rows(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return (values.to(dtype).float() * weight.input_scale).to(x.dtype)
 
 
+def rounds_to(weight: QuantizedWeight) -> str | None:
+    """See `fused.rounds_to`."""
+    return weight.activations
+
+
 def supports(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Norm | None, activation: str | None
 ) -> bool:

@@ -18,7 +18,12 @@ def _kernels(weight: QuantizedWeight):
 
 def supports_weight(weight: QuantizedWeight) -> bool:
     """Whether there are kernels for such weights at all."""
-    return _kernels(weight)[0] is not None
+    return _kernels(weight)[weight.data.dim() == 3] is not None
+
+
+def rounds_to(weight: QuantizedWeight) -> str | None:
+    """See `fused.rounds_to`."""
+    return fp8_linear.rounds_to(weight, weight.device)
 
 
 def supports(

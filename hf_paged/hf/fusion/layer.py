@@ -64,17 +64,18 @@ class _Layer(Bypass):
     def run(self, context, x: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
         children = self.module._modules
         before, after, before_mlp, after_mlp = (children.get(name) for name in self.norms)
-        attend = children[ATTENTION]._hf_paged.run
-        summed = after is None and fused.adds_in_linear(x, backend=self.backend)
+        attend, norm, mlp = children[ATTENTION]._hf_paged.run, norm_of(before_mlp), children[self.mlp]
+        whole = isinstance(mlp, FusedMLP) and self.mlp_parts.untouched() and mlp._hf_paged.untouched()
+        weight = mlp._hf_paged.first_weight if whole else None
+        summed = after is None and fused.adds_in_linear(x, weight, norm, backend=self.backend)
         y = attend(context, x, embeddings, norm_of(before), x if summed else None)
-        norm = norm_of(before_mlp)
         if summed:
             x = y
         else:
             y, x = fused.add_rms_norm(y if after is None else after(y), x, norm, backend=self.backend)
             norm = None
-        mlp, residual = children[self.mlp], x if after_mlp is None else None
-        if isinstance(mlp, FusedMLP) and self.mlp_parts.untouched() and mlp._hf_paged.untouched():
+        residual = x if after_mlp is None else None
+        if whole:
             y = mlp._hf_paged.run(y, norm, residual)
         else:
             y = mlp(y if norm is None else before_mlp(y))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_paged_kernels import fused
 from hf_paged_kernels.norm import Norm
+from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
@@ -41,12 +42,19 @@ class _MLP(Bypass):
     def untouched(self) -> bool:
         return self.parts.untouched() and (self.merged is None or self.merged.joined)
 
+    @property
+    def first_weight(self) -> Tensor | QuantizedWeight | None:
+        """Of gate and up; None where they are not a plain layer."""
+        if self.merged is not None:
+            return self.merged.weight
+        gate_up = self.module._modules[JOINED]
+        return weight_of(gate_up) if is_plain(gate_up) else None
+
     def run(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """residual + down(act(gate(norm(x))) * up(norm(x)))."""
-        children = self.module._modules
+        children, weight = self.module._modules, self.first_weight
         gate_up = self.merged or children[JOINED]
-        if self.merged is not None or is_plain(gate_up):
-            weight = gate_up.weight if self.merged is not None else weight_of(gate_up)
+        if weight is not None:
             h = fused.linear(x, weight, gate_up.bias, norm=norm, activation=self.activation, backend=self.backend)
         else:
             if norm is not None:
