@@ -43,12 +43,12 @@ def gptq_layer(
     version: str = "gptq",
     dtype=torch.float16,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(tensors, W [N, K]). Zero points run from 1 to 2^bits, from 0 in version 2."""
+    """(tensors, W [N, K]). Zero points run from 1 on, from 0 in version 2."""
     size = K if group_size == -1 else group_size
     groups = K // size
     q = torch.randint(1 << bits, (K, N))
     first = 0 if version == "gptq_v2" else 1
-    z = torch.full((groups, N), 1 << bits - 1) if sym else torch.randint(first, first + (1 << bits), (groups, N))
+    z = torch.full((groups, N), 1 << bits - 1) if sym else torch.randint(first, 1 << bits, (groups, N))
     scales = (random_scales(groups, N, of=K, dtype=torch.float32) * 2.0 ** (4 - bits)).to(dtype)
     g_idx = torch.arange(K) // size
     if act_order:
@@ -152,7 +152,16 @@ EXPERTS = {
 }
 
 
-def save_quantized(model, folder: Path, config: dict | None, make: Maker, *, shards: int = 1, biases: bool = False) -> None:
+def save_quantized(
+    model,
+    folder: Path,
+    config: dict | None,
+    make: Maker,
+    *,
+    shards: int = 1,
+    biases: bool = False,
+    head: bool = False,
+) -> None:
     """Save a model with the tensors of `make(name, N, K)` in place of its linear layers' weights (None: as it is).
 
     The model gets the weights they stand for, so it is what the checkpoint's logits are compared with.
@@ -160,12 +169,13 @@ def save_quantized(model, folder: Path, config: dict | None, make: Maker, *, sha
     Args:
         shards: number of files.
         biases: give every quantized layer without a bias one of zeros, as auto-gptq does.
+        head: quantize the head too.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm_head.")}
     if not model.config.tie_word_embeddings:
         state["lm_head.weight"] = model.lm_head.weight.data
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or name == "lm_head":
+        if not isinstance(module, (nn.Linear, Conv1D)) or name == "lm_head" and not head:
             continue
         own = module.weight.T if isinstance(module, Conv1D) else module.weight
         made = make(name, *own.shape)

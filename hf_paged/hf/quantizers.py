@@ -104,7 +104,7 @@ class PackedQuantizer(HfQuantizer):
         """Whether the checkpoint has quantized tensors of this module: in 8 bits, or with the names of one that is."""
         if "weight" in tensors and tensors["weight"].dtype.itemsize == 1:
             return True
-        return _is_linear(module) and any(name in tensors for name in self.names)
+        return isinstance(module, (nn.Linear, Conv1D)) and any(name in tensors for name in self.names)
 
     def update_dtype(self, dtype):
         return torch.bfloat16 if dtype.itemsize == 1 else dtype  # an 8-bit type is only the weights'
@@ -112,6 +112,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:
             raise UnsupportedOption("state_dict: a quantized model is loaded from its checkpoint's files")
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedOption("distributed_config: quantized layers are not sharded")
         from .experts import QuantizedExperts  # needs what is imported after this module
 
         checkpoint = checkpoints.read(model, checkpoint_files)
@@ -133,7 +135,7 @@ class PackedQuantizer(HfQuantizer):
     def _layer(self, name: str, module: nn.Module, checkpoint: checkpoints.Checkpoint) -> QuantLinear:
         """The layer that takes a module's place, with nothing loaded yet."""
         if not _is_linear(module):
-            raise UnsupportedOption(f"{type(module).__name__} cannot be quantized, only linear layers")
+            raise UnsupportedOption(f"{type(module).__name__} cannot be quantized, only plain linear layers")
         N, K = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         tensors = dict(checkpoint.layers[name])
         bias = tensors.pop("bias", None)
@@ -292,7 +294,8 @@ class _naming:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether it is one that a `QuantLinear` can stand for: some that inherit from Linear, as routers, do more."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ == "FalconLinear"
 
 
 def _stand_in() -> Tensor:
@@ -311,12 +314,11 @@ def _check_loaded(layer: QuantLinear) -> None:
 def _check_plain(model) -> None:
     """Raises InvalidArgument for a parameter that transformers found nothing of and filled with random numbers.
 
-    Only where the model is to generate: a new head on a base model has nothing to load.
+    A head counts where the model is to generate: another one, on a base model, may have nothing to load.
     """
-    if not model.can_generate():
-        return
+    checked = model if model.can_generate() else model.base_model
     expected = "|".join(model._keys_to_ignore_on_load_missing or ())
-    for name, parameter in model.named_parameters():
+    for name, parameter in checked.named_parameters():
         if not (getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta):
             if not (expected and re.search(expected, name)):
                 raise InvalidArgument(f"{name} is missing in the checkpoint")

@@ -34,7 +34,19 @@ def test_words_that_gptqmodel_subtracted_from(bits):
     layer = packed_layer(GPTQ(bits, 32, whole_words=True), tensors, N, K)
     assert torch.equal(layer.dequantize(), weight)
     assert same_bits(layer.state_dict()["qzeros"], tensors["qzeros"])
-    assert not torch.equal(packed_layer(GPTQ(bits, 32), tensors, N, K).dequantize(), weight)
+    with pytest.warns(UserWarning, match="zero points of 0"):
+        assert not torch.equal(packed_layer(GPTQ(bits, 32), tensors, N, K).dequantize(), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_zero_as_auto_gptq_reads_them(bits):
+    """A field of -1 has all bits set, and auto-gptq adds 1 to it as to every other: 2^bits. It comes back as it was."""
+    tensors, _ = gptq_layer(64, 64, bits=bits, group_size=32)
+    tensors["qzeros"][0] = -1
+    with pytest.warns(UserWarning, match="zero points of 0"):
+        layer = packed_layer(GPTQ(bits, 32), tensors, 64, 64)
+    assert (layer.quantized.zeros[0] == (128 if bits == 8 else 1 << bits)).all()
+    assert same_bits(layer.state_dict()["qzeros"], tensors["qzeros"])
 
 
 def test_three_bits_as_gptqmodel_stores_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from quantized_checkpoints import (
     PROMPT,
     assert_same_model,
+    eight_bit_layer,
     gptq_layer,
     load,
     logits,
@@ -19,7 +21,7 @@ from quantized_checkpoints import (
     source,
 )
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.quantizers import auto
 
 import hf_paged
@@ -116,6 +118,82 @@ def test_dynamic_overrides(tmp_path):
     kinds = [getattr(model.model.layers[0].self_attn, name).quantized.kind for name in ("q_proj", "v_proj", "o_proj")]
     assert kinds == ["int4", "int4", "int2"]
     assert model.model.layers[0].mlp.up_proj.quantized.kind == "int8"
+
+
+def test_a_quantized_head(tmp_path):
+    expected = source(vocab_size=200)
+    save_quantized(expected, tmp_path, GPTQ_CONFIG | {"lm_head": True}, gptq, head=True)
+    model = load(tmp_path)
+    assert len(quantized_names(model)) == 15
+    assert_same_model(model, expected)
+    tokens = expected.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(hf_paged.patch(model).generate(PROMPT, max_new_tokens=8, do_sample=False), tokens)
+    hf_paged.unpatch(model)
+
+
+def test_paged_tokens_are_the_dequantized_models(stored):
+    expected, folder = stored
+    tokens = expected.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    model = hf_paged.patch(load(folder))
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), tokens)
+    hf_paged.unpatch(model)
+    assert_same_model(model, expected)
+
+
+def test_state_dict_in_another_model(stored, tmp_path):
+    """As stored; the layers it goes into keep their memory."""
+    expected, folder = stored
+    save_quantized(source(seed=7), tmp_path / "other", GPTQ_CONFIG, gptq)
+    model, other = load(folder), load(tmp_path / "other")
+    data = other.model.layers[0].mlp.up_proj.quantized.data.data_ptr()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+    assert other.model.layers[0].mlp.up_proj.quantized.data.data_ptr() == data
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    assert_same_model(copied.dequantize(), expected)
+
+
+def test_pytorch_files(stored, tmp_path):
+    expected, folder = stored
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert_same_model(load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(stored, device_map):
+    expected, folder = stored
+    assert_same_model(load(folder, device_map=device_map), expected)
+
+
+def test_offloading_is_refused(stored, tmp_path):
+    _, folder = stored
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
+    with pytest.raises(InvalidArgument, match="model.layers.1.self_attn.q_proj: device_map"):
+        load(folder, device_map=device_map, offload_folder=tmp_path / "offloaded")
+
+
+def test_other_heads(stored):
+    """A model without its head, and one with a new one; but a layer must not be missing there either."""
+    expected, folder = stored
+    base = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(base(PROMPT)[0], expected.model(PROMPT)[0], atol=1e-4, rtol=1e-4)
+    assert len(quantized_names(AutoModelForSequenceClassification.from_pretrained(folder))) == 14
+    state = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if LAYER not in name}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidArgument, match=r"layers.1.self_attn.o_proj.weight is missing"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_routers_are_refused(tmp_path):
+    """They inherit from Linear and give more than a product."""
+    model = source("phimoe")
+    save_quantized(model, tmp_path, {"quant_method": "fp8"}, lambda name, N, K: eight_bit_layer(N, K) if "router" in name else None)
+    with pytest.raises(InvalidArgument, match="router: PhimoeTopKRouter cannot be quantized"):
+        load(tmp_path)
 
 
 def test_zero_biases_of_auto_gptq_are_dropped_and_others_added(tmp_path):

@@ -9,6 +9,7 @@ qweight stay in the order of the input all the same.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ _WORD_OFFSETS = {
     4: (0x11111111,) * 3,
     8: (0x01010101,) * 3,
 }
+_DAMAGED = (
+    "qzeros has fields with all bits set, as auto-gptq stores zero points of 0, which also damages the fields above. They are "
+    "read as auto-gptq reads them; quantize again with format gptq_v2 to get what was meant"
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class GPTQ(Format):
 
         data = packed_rows(self.bits, N, K, values, scales.device)
         zeros = self._zeros(tensors["qzeros"])
+        if (zeros >> self.bits).any():
+            warnings.warn(_DAMAGED, stacklevel=2)
         if self.bits == 8:
             zeros -= 128
         weight = QuantizedWeight(
