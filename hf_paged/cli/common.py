@@ -100,14 +100,22 @@ def load(*, model: str | None, dtype: str | None, device: str | None, threads: i
 
 @contextmanager
 def open_engine(
-    *, speculation: str | None = None, draft_model: str | None = None, quantization: str | None = None, **loading
+    *,
+    speculation: str | None = None,
+    draft_model: str | None = None,
+    quantization: str | None = None,
+    engine: dict | None = None,
+    **loading,
 ) -> Iterator[tuple]:
-    """(patched model, tokenizer, engine); everything is undone afterwards."""
-    import hf_paged
+    """(patched model, tokenizer, engine); everything is undone afterwards.
 
+    Args:
+        engine: more fields of EngineConfig.
+    """
+    import hf_paged
     from hf_paged.hf.quantize.spot import check_kind
 
-    config = hf_paged.EngineConfig(speculation=speculation)  # a mistake shows before the weights are read
+    config = hf_paged.EngineConfig(speculation=speculation, **(engine or {}))  # a mistake shows before the weights are read
     check_kind(quantization)
     model, tokenizer = load(**loading)
     draft = None if draft_model is None else load(**loading | {"model": draft_model})[0]

@@ -77,6 +77,11 @@ class AsyncEngine:
             finally:
                 self._readers.wake()
 
+    @property
+    def running(self) -> bool:
+        """Whether requests are taken: not after `close`, nor if the thread has ended."""
+        return not (self._ended or self._closing)
+
     def _has_work(self) -> bool:
         return self.engine.has_unfinished() and not self.engine.sleeping
 

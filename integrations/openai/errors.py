@@ -1,0 +1,108 @@
+"""What goes wrong, as OpenAI's clients expect to be told."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ...base.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    HfPagedError,
+    InvalidArgument,
+    KernelUnavailable,
+    QueueFull,
+    RequestFailed,
+    RequestTooLarge,
+)
+
+RETRY_AFTER = 1  # seconds; what waits in a full queue is usually further by then
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]]*")
+
+
+class Refused(Exception):
+    """A request that is wrong.
+
+    Attributes:
+        param: the field that is; None for the request as a whole.
+        status: of the answer.
+        code: a short name of the reason.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+
+def describe(error: BaseException) -> Refused:
+    """Any error as an answer. What is not the caller's fault is not told in detail."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, RequestFailed) and isinstance(error.__cause__, InvalidArgument):
+        error = error.__cause__
+    message = str(error)
+    if isinstance(error, RequestTooLarge):
+        return Refused(message, param="max_tokens", code="context_length_exceeded")
+    if isinstance(error, InvalidArgument):
+        name = _NAME.match(message)
+        return Refused(message, param=name and name.group(), code="invalid_value")
+    if isinstance(error, QueueFull):
+        return Refused("too many requests wait already; try again later", status=429, code="queue_full")
+    if isinstance(error, DeadlineExceeded):
+        return Refused(message, status=504, code="timeout")
+    if isinstance(error, EngineClosed):
+        return Refused("the server is going down", status=503, code="closed")
+    if isinstance(error, RequestFailed) and isinstance(error.__cause__, FloatingPointError | ValueError):
+        return Refused(message, status=422, code="cannot_sample")
+    if isinstance(error, KernelUnavailable):
+        return Refused(message, status=503, code="unavailable")
+    return Refused("the server failed at this request", status=500, code="internal_error")
+
+
+def body_of(error: Refused) -> dict:
+    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(error.status)
+    kind = kind or ("invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def answer(error: BaseException) -> JSONResponse:
+    refused = describe(error)
+    headers = {"Retry-After": str(RETRY_AFTER)} if refused.status in (429, 503) else None
+    return JSONResponse(body_of(refused), status_code=refused.status, headers=headers)
+
+
+def _field(place: tuple) -> str | None:
+    """The field that pydantic means, without the type it tried for it."""
+    known = [str(part) for part in place if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
+    known = [part for part in known if part not in ("body", "query", "path", "float", "int", "str", "bool")]
+    return ".".join(known) or None
+
+
+def install(app) -> None:
+    """Every error of `app` has one form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = _field(first["loc"])
+        message = f"{name}: {first['msg']}" if name else first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = f"{name} is not a field this server knows"
+        return answer(Refused(message, param=name, code=first["type"]))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        refused = Refused(str(error.detail), status=error.status_code, code=code)
+        return JSONResponse(body_of(refused), status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def anything(_: Request, error: Exception) -> JSONResponse:
+        return answer(error)
+
+    for kind in (Refused, HfPagedError):  # Exception itself is raised once more, for whoever logs it
+        app.exception_handler(kind)(anything)

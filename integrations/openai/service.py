@@ -1,0 +1,167 @@
+"""What all routes share: the engine, the tokenizer, names, and how a request's prompts run to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from ...base.errors import InvalidArgument
+from ...base.sampling_params import SamplingParams
+from ...base.types import RequestDelta
+from ...engine.async_engine import AsyncEngine
+from .errors import Refused
+from .sampling import defaults_of
+from .settings import Settings
+
+
+class Service:
+    """One model that is served.
+
+    Args:
+        engine: it must have a tokenizer.
+    """
+
+    def __init__(self, engine: AsyncEngine, settings: Settings):
+        self.engine, self.settings = engine, settings
+        self.tokenizer = engine.engine.tokenizer
+        if self.tokenizer is None:
+            raise InvalidArgument("engine: a server needs an engine with a tokenizer")
+        model = engine.engine.model
+        config = model.module.config
+        self.model_name = settings.model_name or getattr(config, "_name_or_path", "") or type(model.module).__name__
+        self.max_model_len = engine.engine.max_model_len
+        self.defaults = defaults_of(model.module.generation_config)
+        self.started = int(time.time())
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            raise Refused(
+                f"model {name!r} is not here; there is {self.model_name!r}", param="model", status=404, code="model_not_found"
+            )
+
+    async def merged(self, jobs: list[Job]) -> AsyncIterator[tuple[int, RequestDelta]]:
+        """What all jobs add, as it comes, with the place of each in the list. The first error ends them all."""
+        if len(jobs) == 1:
+            async with contextlib.aclosing(self._deltas(jobs[0])) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+            return
+        queue: asyncio.Queue = asyncio.Queue()
+
+        async def read(place: int) -> None:
+            try:
+                async with contextlib.aclosing(self._deltas(jobs[place])) as deltas:
+                    async for delta in deltas:
+                        queue.put_nowait((place, delta))
+                queue.put_nowait((place, None))
+            except Exception as error:
+                queue.put_nowait((place, error))
+
+        readers = [asyncio.create_task(read(place)) for place in range(len(jobs))]
+        try:
+            running = len(jobs)
+            while running:
+                place, news = await queue.get()
+                if isinstance(news, Exception):
+                    raise news
+                if news is None:
+                    running -= 1
+                else:
+                    yield place, news
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    def _deltas(self, job: Job) -> AsyncIterator[RequestDelta]:
+        return self.engine.stream(
+            job.prompt,
+            job.params,
+            request_id=job.request_id,
+            priority=job.priority,
+            cache_salt=job.cache_salt,
+            deadline=self.settings.request_timeout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt to run."""
+
+    prompt: str | list[int]
+    params: SamplingParams
+    request_id: str
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of all jobs of a request, as far as they have come."""
+
+    prompt: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
+    completion: int = 0
+
+    def add(self, place: int, delta: RequestDelta) -> None:
+        self.prompt[place] = len(delta.prompt_token_ids)
+        self.cached[place] = delta.metrics.num_cached_tokens
+        self.completion += sum(len(completion.token_ids) for completion in delta.outputs)
+
+    def as_dict(self) -> dict:
+        prompt = sum(self.prompt.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+        }
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+async def first_of(deltas: AsyncIterator):
+    """`deltas` again, after its first element has come: what is wrong with a request shows before it is answered."""
+    try:
+        first = await anext(deltas)
+    except StopAsyncIteration:
+        first = None
+
+    async def chained():
+        async with contextlib.aclosing(deltas):
+            if first is not None:
+                yield first
+            async for delta in deltas:
+                yield delta
+
+    return chained()
+
+
+async def while_connected(request: Request, work: Coroutine):
+    """The result of `work`, which is cancelled if the client goes away."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            raise Refused("the client went away", status=499, code="client_closed_request")
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,54 @@
+"""How a server behaves: what it is called, what it takes, who may use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...base.errors import InvalidArgument
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that one request may ask for. What is beyond is answered 400 (413 for bytes), by name.
+
+    Attributes:
+        body_bytes: of a request's body.
+        completions: n, and prompts times n.
+        prompts: in one request.
+        messages: in one conversation.
+        stop: stop strings and stop tokens.
+        logit_bias: entries.
+        logprobs: most likely tokens to report beside each.
+        tools: functions of one request.
+    """
+
+    body_bytes: int = 16 * 2**20
+    completions: int = 128
+    prompts: int = 1024
+    messages: int = 4096
+    stop: int = 16
+    logit_bias: int = 1024
+    logprobs: int = 20
+    tools: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """
+    Attributes:
+        model_name: what clients call the model; default its name or path.
+        limits: see Limits.
+        request_timeout: seconds after which a request ends with an error; None: never.
+        default_max_tokens: of completions that name none; None: as many as fit. (Chats always get as many as fit.)
+        request_chat_templates: whether a request may bring a chat template of its own, which is a program.
+    """
+
+    model_name: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    request_timeout: float | None = None
+    default_max_tokens: int | None = 16
+    request_chat_templates: bool = False
+
+    def __post_init__(self):
+        if self.request_timeout is not None and not self.request_timeout > 0:
+            raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
