@@ -8,11 +8,13 @@
 6. tl.fma rounds its product.
 7. A comparison of scalars, spread over a block, becomes numbers, which 3.9.0 does not take as a mask.
 8. Casts from e4m3, in tl.dot too, take NaN for 480.
+9. There is no inline assembly: see `ptx_interpreter`.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import ptx_interpreter
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -94,6 +96,7 @@ def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter.InterpreterBuilder.create_dot = create_dot
 interpreter.InterpreterBuilder.create_fma = create_fma
+interpreter.InterpreterBuilder.create_inline_asm = ptx_interpreter.create_inline_asm
 interpreter.InterpreterBuilder.create_splat = create_splat
 interpreter._convert_float = convert_float
 interpreter.GridExecutor.__call__ = run_grid

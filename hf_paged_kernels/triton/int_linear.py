@@ -1,25 +1,131 @@
-"""Linear layers on weights that are whole numbers with scales."""
+"""Linear layers on weights that are whole numbers with scales: products of packed values, or of dequantized weights.
+
+Few rows of x take one kernel that streams the packed weight once (see `int_tile`), with the norm before it and what
+follows inside, as `triton.linear`. A GPU has more SMs than the weight has tiles of rows, so several programs share a tile,
+each with a part of the inputs. The last of them to end adds the parts up, in their order, and finishes the tile: no
+second launch, and the same bits whichever comes last. How the inputs are parted depends on the weight alone, so a row's
+bits depend on no other row's.
+
+Beyond, where the weight's bytes no longer matter, it is dequantized for the call and multiplied by torch.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..norm import Norm
-from ..quantized import QuantizedWeight
+from ..norm import CASTS, Norm
+from ..quantized import BITS, FIELDS, LANES, QuantizedWeight
 from .dequantize import dequantize
+from .functions import ACTIVATIONS, activate, rounded
+from .int_tile import products
+from .int_values import extraction, subtraction
+from .launch import arch, is_amd, launch, num_sms, tuned
 
+FEW_ROWS = 32  # up to these the norm and the activation are inside, and a row's bits are the same in any company
+MAX_ROWS = 512  # beyond, torch on the dequantized weight
+_WARPS = 8  # on every SM: fewer cannot keep it busy taking values apart
+_MIN_BLOCKS = 4  # of a program: what it has on its way before it computes
+_MAX_SPLITS = 8
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BYTES = 128  # of an int8 row in a step
+
+
+@triton.jit(do_not_specialize=("M",))
+def _int_linear_kernel(
+    x, data, scales, zeros, perm, bias, norm_weight, residual, out, parts, part_squares, counters,
+    M, N, K, x_stride, data_stride, scale_k, zero_k, residual_stride, eps, offset, inverse_k,
+    ACTIVATION: tl.constexpr, SCALE_ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
+    LANES: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, ZERO: tl.constexpr, BASE: tl.constexpr,
+    EXTRACT: tl.constexpr, SUBTRACT: tl.constexpr, EVEN_K: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile: BLOCK_N rows of the weight, with an activation half of them from each half; see `_int_linear`."""
+    GATED: tl.constexpr = ACTIVATION is not None
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    in_tile, slot = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    n = tl.program_id(0).to(tl.int64) * HALF + in_tile % HALF
+    row = n + in_tile // HALF * N
+    m = tl.program_id(2).to(tl.int64) * BLOCK_M + slot
+    split = tl.program_id(1)
+    blocks = tl.cdiv(K, FIELDS * LANES)
+    y, squares = products(
+        x + m * x_stride, m < M, data + row * data_stride, n < N, scales + row // SCALE_ROWS,
+        zeros if zeros is None else zeros + row // SCALE_ROWS, scale_k, zero_k, perm, norm_weight, offset,
+        split * blocks // SPLITS, (split + 1) * blocks // SPLITS, K,
+        BITS, FIELDS, LANES, RUN, COLUMNS, ZERO, BASE, EXTRACT, SUBTRACT, EVEN_K, DEPTH, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if SPLITS > 1:
+        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        at = parts + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + slot[None, :] * BLOCK_N + in_tile[:, None]
+        if norm_weight is not None:
+            at_squares = part_squares + tile * (SPLITS * BLOCK_M) + slot
+        tl.store(at + split * (BLOCK_M * BLOCK_N), y, mask=(m < M)[None, :])
+        if norm_weight is not None:
+            tl.store(at_squares + split * BLOCK_M, squares)
+        tl.debug_barrier()  # all threads have stored; who then counts last sees what all programs have
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
+            return
+        y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if BLOCK_M * BLOCK_N > 4096:  # too many to have several parts of them on their way
+            for part in range(SPLITS):
+                y += tl.load(at + part * (BLOCK_M * BLOCK_N), mask=(m < M)[None, :], other=0.0, cache_modifier=".cg")
+        else:
+            for part in tl.static_range(SPLITS):
+                y += tl.load(at + part * (BLOCK_M * BLOCK_N), mask=(m < M)[None, :], other=0.0, cache_modifier=".cg")
+        if norm_weight is not None:
+            squares = tl.zeros((BLOCK_M,), tl.float32)
+            for part in tl.static_range(SPLITS):
+                squares += tl.load(at_squares + part * BLOCK_M, cache_modifier=".cg")
+        tl.store(counters + tile, 0)  # for the next launch
+    if norm_weight is not None:
+        y *= tl.rsqrt(squares * inverse_k + eps)[None, :]
+    if bias is not None:
+        y += tl.load(bias + row, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, BLOCK_M)), (1, 2, 0)))
+        y = rounded(activate(rounded(gate, DTYPE), ACTIVATION), DTYPE) * rounded(up, DTYPE)
+    to = tl.program_id(0).to(tl.int64) * HALF + tl.arange(0, HALF)
+    inside = (to < N)[:, None] & (m < M)[None, :]
+    if residual is not None:
+        before = tl.load(residual + m[None, :] * residual_stride + to[:, None], mask=inside)
+        y = rounded(y, DTYPE) + before.to(tl.float32)
+    tl.store(out + m[None, :] * N + to[:, None], y.to(DTYPE), mask=inside)
 
 
 def supports(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Norm | None, activation: str | None
 ) -> bool:
     """Whether `linear` takes this call and does all of it well."""
-    if not (x.dtype in _FLOATS and x.device == weight.device and weight.data.dim() == 2):
+    N, K = weight.shape[-2:]
+    if not (x.dtype in _FLOATS and x.device == weight.device and weight.data.dim() == 2 and x.shape[-1] == K):
         return False
-    return norm is None and activation is None
+    if bias is not None and not _is_vector(bias, x, N):
+        return False
+    if norm is None and activation is None:
+        return True
+    if x.numel() > FEW_ROWS * K or not has_kernel(x, weight):
+        return False
+    if activation is not None and (activation not in ACTIVATIONS or N % 2):
+        return False
+    # As in triton.linear: the product before it is scaled may overflow in fp16.
+    return norm is None or x.dtype == torch.bfloat16 and norm.cast in CASTS and _is_vector(norm.weight, x, K)
+
+
+def _is_vector(vector: Tensor | None, x: Tensor, size: int) -> bool:
+    return vector is not None and vector.shape == (size,) and vector.dtype == x.dtype and vector.is_contiguous()
+
+
+def has_kernel(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether a product with the packed weight is possible."""
+    return x.dtype != torch.float32 and layout(weight) is not None
 
 
 def linear(
@@ -32,7 +138,117 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """See `fused.linear`, which checks the arguments; only for what `supports` says."""
-    if weight.perm is not None:
-        x = x.index_select(-1, weight.perm)
-    y = F.linear(x, dequantize(weight, x.dtype), bias)
-    return y if residual is None else y.add_(residual)
+    (N, K), shape = weight.shape, x.shape
+    N = N // 2 if activation is not None else N
+    x = x.reshape(-1, K)
+    if x.numel() > MAX_ROWS * K or not has_kernel(x, weight):
+        x = x if weight.perm is None else x.index_select(-1, weight.perm)
+        y = F.linear(x, dequantize(weight, x.dtype), bias).view(*shape[:-1], N)
+        return y if residual is None else y.add_(residual)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    residual = None if residual is None else residual.reshape(-1, N)
+    out = torch.empty((*shape[:-1], N), dtype=x.dtype, device=x.device)
+    if out.numel():
+        _int_linear(x, weight, bias, norm, activation, residual, out)
+    return out
+
+
+def _int_linear(x, weight, bias, norm, activation, residual, out) -> None:
+    """Launch the kernel; x [M, K], residual and out [M, N].
+
+    With `parts` fp32 [tile, split, BLOCK_M, BLOCK_N] programs that share a tile hand their sums to the last of them, which
+    `counters`, int32, tell: 0 for every tile before and after.
+    """
+    (M, K), N, device = x.shape, out.shape[-1], x.device
+    rows, block, depth, splits, num_warps, num_stages = tile(M, weight, device)
+    grid = (triton.cdiv(N, rows if activation is None else rows // 2), splits, triton.cdiv(M, block))
+    parts = squares = counts = None
+    if splits > 1:
+        parts = torch.empty(grid[0] * grid[2], splits, block, rows, dtype=torch.float32, device=device)
+        squares = None if norm is None else parts.new_empty(grid[0] * grid[2], splits, block)
+        counts = counters(grid[0] * grid[2], device)
+    launch(_int_linear_kernel, grid, x, weight.data, weight.scales, weight.zeros, weight.perm, bias,
+           None if norm is None else norm.weight, residual, out, parts, squares, counts, M, N, K, x.stride(0),
+           weight.data.stride(0), weight.scales.stride(0), 0 if weight.zeros is None else weight.zeros.stride(0),
+           0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+           None if norm is None or not norm.offset else norm.offset, 1.0 / K, ACTIVATION=activation, SPLITS=splits,
+           **constants(x, weight), DEPTH=depth, BLOCK_M=block, BLOCK_N=rows, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
+
+
+def layout(weight: QuantizedWeight) -> tuple[int, int, int, int] | None:
+    """(fields of a step, values in each, as many fields share scales at least, columns that do) of the kernel.
+
+    None if a scale ends amid the values of a field, for which there is no kernel.
+    """
+    columns = weight.block[1] if weight.block[1] < weight.in_features else 1 << 30
+    if weight.is_packed:
+        shared = math.gcd(columns, LANES * FIELDS[weight.kind]) // LANES
+        return (FIELDS[weight.kind], LANES, shared, columns) if columns % LANES == 0 else None
+    shared = math.gcd(columns, _BYTES)
+    return (1, shared, 1, columns) if shared >= 32 else None
+
+
+def constants(x: Tensor, weight: QuantizedWeight) -> dict[str, object]:
+    """What `products` is told about the weight, by its names."""
+    fields, lanes, run, columns = layout(weight)
+    extract, base, subtract = "", 0, ""
+    if _has_ptx(x.device):
+        (extract, base), subtract = extraction(weight.kind, x.dtype), subtraction(x.dtype)
+    return dict(
+        SCALE_ROWS=weight.block[0], BITS=BITS[weight.kind], FIELDS=fields, LANES=lanes, RUN=run, COLUMNS=columns,
+        ZERO=weight.zero_point(), BASE=base, EXTRACT=extract, SUBTRACT=subtract,
+        EVEN_K=weight.in_features % (fields * lanes) == 0,
+    )  # fmt: skip
+
+
+def _has_ptx(device: torch.device) -> bool:
+    return arch(device).startswith("sm_")
+
+
+class Tile(NamedTuple):
+    """How a call is divided among programs; `products` has the terms."""
+
+    rows: int
+    block: int
+    depth: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(M: int, weight: QuantizedWeight, device: torch.device) -> Tile:
+    """The tile for M rows of x. Up to FEW_ROWS the order of sums depends on the weight alone."""
+    fields, lanes = layout(weight)[:2]
+    blocks = triton.cdiv(weight.in_features, fields * lanes)
+    if M > FEW_ROWS:
+        rows, block, depth, num_warps = 128, 64 if M <= 64 else 128, 64, 8
+    else:  # the bytes of int8 reach their registers in fours only as operands of the instruction of one warp
+        rows, num_warps = (128, 4) if weight.is_packed else (64, 2)
+        block, depth = 16 if M <= 16 else 32, 64 if arch(device).startswith("sm_8") else 128
+    programs = triton.cdiv(M, block) if M > FEW_ROWS else 1
+    programs *= triton.cdiv(weight.shape[-2], rows)
+    splits = 1 if is_amd(device) else _WARPS * num_sms(device) // (num_warps * programs)
+    splits = max(1, min(splits, blocks // _MIN_BLOCKS, _MAX_SPLITS))
+    num_stages = 2 if is_amd(device) else 4
+    chosen = dict(rows=rows, block=block, depth=depth, splits=splits, num_warps=num_warps, num_stages=num_stages)
+    return Tile(*tuned("int_linear", **chosen))
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """Zeros int32 [count or more] of the current stream: launches on it find and leave them 0, one after the other.
+
+    What a graph records on a stream that has none yet gets its own, which it sets to 0 each time it runs.
+    """
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+    kept = _counters.get((device, stream))
+    if kept is None or len(kept) < count:
+        kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _counters[device, stream] = kept
+    return kept
