@@ -1,8 +1,8 @@
 """Linear layers on weights that are whole numbers with scales: products of packed values, or of dequantized weights.
 
 Few rows of x take one kernel that streams the packed weight once (see `int_tile`), with the norm before it and what
-follows inside, as `triton.linear`. A GPU has more SMs than the weight has tiles of rows, so several programs share a tile,
-each with a part of the inputs. The last of them to end adds the parts up, in their order, and finishes the tile: no
+follows inside, as `triton.linear`. A GPU has more SMs than the weight has tiles of rows, so programs share a tile, each
+with a part of the inputs. The last of them to end adds the parts up, in their order, and finishes the tile: no
 second launch, and the same bits whichever comes last. How the inputs are parted depends on the weight alone, so a row's
 bits depend on no other row's.
 
@@ -34,7 +34,6 @@ _WARPS = 8  # on every SM: fewer cannot keep it busy taking values apart
 _MIN_BLOCKS = 4  # of a program: what it has on its way before it computes
 _MAX_SPLITS = 8
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_BYTES = 128  # of an int8 row in a step
 
 
 @triton.jit(do_not_specialize=("M",))
@@ -74,8 +73,8 @@ def _int_linear_kernel(
         if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
             return
         y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        if BLOCK_M * BLOCK_N > 4096:  # too many to have several parts of them on their way
-            for part in range(SPLITS):
+        if BLOCK_M * BLOCK_N > 2048:  # too many to have all parts of them on their way at once
+            for part in tl.range(SPLITS, loop_unroll_factor=2):
                 y += tl.load(at + part * (BLOCK_M * BLOCK_N), mask=(m < M)[None, :], other=0.0, cache_modifier=".cg")
         else:
             for part in tl.static_range(SPLITS):
@@ -125,7 +124,7 @@ def _is_vector(vector: Tensor | None, x: Tensor, size: int) -> bool:
 
 def has_kernel(x: Tensor, weight: QuantizedWeight) -> bool:
     """Whether a product with the packed weight is possible."""
-    return x.dtype != torch.float32 and layout(weight) is not None
+    return x.dtype != torch.float32 and layout(weight, x.device) is not None
 
 
 def linear(
@@ -157,8 +156,8 @@ def linear(
 def _int_linear(x, weight, bias, norm, activation, residual, out) -> None:
     """Launch the kernel; x [M, K], residual and out [M, N].
 
-    With `parts` fp32 [tile, split, BLOCK_M, BLOCK_N] programs that share a tile hand their sums to the last of them, which
-    `counters`, int32, tell: 0 for every tile before and after.
+    With `parts` fp32 [tile, split, BLOCK_M, BLOCK_N] programs that share a tile hand their sums to the last of them,
+    which `counters`, int32, tell: 0 for every tile before and after.
     """
     (M, K), N, device = x.shape, out.shape[-1], x.device
     rows, block, depth, splits, num_warps, num_stages = tile(M, weight, device)
@@ -173,10 +172,11 @@ def _int_linear(x, weight, bias, norm, activation, residual, out) -> None:
            weight.data.stride(0), weight.scales.stride(0), 0 if weight.zeros is None else weight.zeros.stride(0),
            0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
            None if norm is None or not norm.offset else norm.offset, 1.0 / K, ACTIVATION=activation, SPLITS=splits,
-           **constants(x, weight), DEPTH=depth, BLOCK_M=block, BLOCK_N=rows, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
+           **constants(x, weight), DEPTH=depth, BLOCK_M=block, BLOCK_N=rows,
+           num_warps=num_warps, num_stages=num_stages)  # fmt: skip
 
 
-def layout(weight: QuantizedWeight) -> tuple[int, int, int, int] | None:
+def layout(weight: QuantizedWeight, device: torch.device) -> tuple[int, int, int, int] | None:
     """(fields of a step, values in each, as many fields share scales at least, columns that do) of the kernel.
 
     None if a scale ends amid the values of a field, for which there is no kernel.
@@ -185,13 +185,13 @@ def layout(weight: QuantizedWeight) -> tuple[int, int, int, int] | None:
     if weight.is_packed:
         shared = math.gcd(columns, LANES * FIELDS[weight.kind]) // LANES
         return (FIELDS[weight.kind], LANES, shared, columns) if columns % LANES == 0 else None
-    shared = math.gcd(columns, _BYTES)
+    shared = math.gcd(columns, 64 if is_amd(device) else 128)
     return (1, shared, 1, columns) if shared >= 32 else None
 
 
 def constants(x: Tensor, weight: QuantizedWeight) -> dict[str, object]:
     """What `products` is told about the weight, by its names."""
-    fields, lanes, run, columns = layout(weight)
+    fields, lanes, run, columns = layout(weight, x.device)
     extract, base, subtract = "", 0, ""
     if _has_ptx(x.device):
         (extract, base), subtract = extraction(weight.kind, x.dtype), subtraction(x.dtype)
@@ -219,18 +219,21 @@ class Tile(NamedTuple):
 
 def tile(M: int, weight: QuantizedWeight, device: torch.device) -> Tile:
     """The tile for M rows of x. Up to FEW_ROWS the order of sums depends on the weight alone."""
-    fields, lanes = layout(weight)[:2]
+    fields, lanes = layout(weight, device)[:2]
     blocks = triton.cdiv(weight.in_features, fields * lanes)
+    old, amd = arch(device).startswith("sm_8"), is_amd(device)  # there less fits registers
     if M > FEW_ROWS:
-        rows, block, depth, num_warps = 128, 64 if M <= 64 else 128, 64, 8
-    else:  # the bytes of int8 reach their registers in fours only as operands of the instruction of one warp
-        rows, num_warps = (128, 4) if weight.is_packed else (64, 2)
-        block, depth = 16 if M <= 16 else 32, 64 if arch(device).startswith("sm_8") else 128
+        rows, block, depth, num_warps = 128, 64 if M <= 64 or old or amd else 128, 64, 8
+    else:
+        # The bytes of int8 reach their registers in fours only as operands of the instruction of one warp.
+        rows, num_warps = (64, 4) if amd else (128, 4 if M <= 16 else 8) if weight.is_packed else (64, 2)
+        block, depth = 16 if M <= 16 else 32, 64 if old or amd else 128
     programs = triton.cdiv(M, block) if M > FEW_ROWS else 1
     programs *= triton.cdiv(weight.shape[-2], rows)
-    splits = 1 if is_amd(device) else _WARPS * num_sms(device) // (num_warps * programs)
+    warps = num_warps if M > FEW_ROWS else rows // 32
+    splits = 1 if amd else _WARPS * num_sms(device) // (warps * programs)
     splits = max(1, min(splits, blocks // _MIN_BLOCKS, _MAX_SPLITS))
-    num_stages = 2 if is_amd(device) else 4
+    num_stages = 2 if amd else 4
     chosen = dict(rows=rows, block=block, depth=depth, splits=splits, num_warps=num_warps, num_stages=num_stages)
     return Tile(*tuned("int_linear", **chosen))
 

@@ -1,8 +1,8 @@
 """The inner loop of products with weights of whole numbers: a tile of the weight's rows times a few rows of x.
 
-A step takes a block of the packed layout of every row, 16 words: the values of one field in it belong to 16 inputs side
-by side, which is what a matrix instruction takes at once. The weight is the instruction's tall side, so the words go from
-shared memory to the very registers where their values are needed, and nothing is moved between threads.
+A step takes a block of the packed layout of every row, 16 words: the values of one field in it belong to 16 inputs
+side by side, which is what a matrix instruction takes at once. The weight is the instruction's tall side, so the words
+go from shared memory to the very registers where their values are needed, and nothing is moved between threads.
 
 The values less their zero points are whole numbers, exact in the type of x. Scales multiply the sums over inputs that
 share them, in fp32: they are not rounded into the weight.

@@ -14,7 +14,8 @@ import triton.language as tl
 from ..quantized import BITS, FIELDS
 from .dequantize import small_float
 
-_MAGIC = {torch.bfloat16: (0x4300, 128, "bf16x2"), torch.float16: (0x6400, 1024, "f16x2")}  # bits, number, type of pairs
+# What values are added to, as bits and as a number, and the type of pairs.
+_MAGIC = {torch.bfloat16: (0x4300, 128, "bf16x2"), torch.float16: (0x6400, 1024, "f16x2")}
 
 
 def extraction(kind: str, dtype: torch.dtype) -> tuple[str, int]:
@@ -46,7 +47,7 @@ def subtraction(dtype: torch.dtype) -> str:
 
 
 def _int8_to_bf16() -> str:
-    """Beside 0x43 the sign bit becomes the exponent's last: 128 + m, or 256 + 2 m. Less 128 or 256, the former without it."""
+    """Beside 0x43 the sign bit is the exponent's last: 128 + m, or set 256 + 2 m; the value is 128 + m less 128 or 256."""
     lines = ["{", ".reg .b32 a, b, one;", "mov.b32 one, 0x3f803f80;"]
     for index, (low, high) in enumerate(((0, 1), (2, 3))):
         lines += [
@@ -77,19 +78,20 @@ def less(values, minus, DTYPE: tl.constexpr, SUBTRACT: tl.constexpr):
 
 @triton.jit
 def fields_of_half(half, BITS: tl.constexpr, EXTRACT: tl.constexpr):
-    """The fields of half words (int16), lowest first, plus what `extraction` says: the floats' bits (int16), a tuple."""
+    """The fields of half words (int16), lowest first, plus what `extraction` says: a tuple of the floats' bits."""
     if BITS == 4:
         return tl.inline_asm_elementwise(
-            EXTRACT, "=r,=r,=r,=r,r", [half], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
+            EXTRACT, "=r,=r,=r,=r,r", [half], (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
         )
     elif BITS == 3:
         return tl.inline_asm_elementwise(
-            EXTRACT, "=r,=r,=r,=r,=r,r", [half], dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
-        )
+            EXTRACT, "=r,=r,=r,=r,=r,r", [half], (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
             EXTRACT, "=r,=r,=r,=r,=r,=r,=r,=r,r", [half],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
         )  # fmt: skip
 
 

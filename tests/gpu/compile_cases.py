@@ -18,6 +18,7 @@ from hf_paged_kernels import inputs, ops
 from hf_paged_kernels.norm import Norm
 
 WGMMA = {"sm_90": "HGMMA"}
+TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
 HMMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "mfma"}
 IMMA = {"sm_80": "IMMA", "sm_90": "IMMA"}
 INT8 = dict(kind="int8", activations="int8")
@@ -35,12 +36,19 @@ class Case:
         run: calls the launcher on CPU tensors. Every launch it makes is compiled, and is a line of the table.
         mma: architecture -> instruction that must be in the machine code of one of its kernels ("HGMMA" is wgmma).
         without: architecture -> why it is not compiled there.
+        without_conversions: whether NVIDIA's machine code may hold none from integers to floats.
     """
 
     name: str
     run: Callable[[], object]
     mma: dict[str, str] = field(default_factory=dict)
     without: dict[str, str] = field(default_factory=dict)
+    without_conversions: bool = False
+
+
+def integers(name: str, *call, mma=TENSOR, **options) -> Case:
+    """A linear layer on a weight of whole numbers."""
+    return Case(name, lambda: dense_calls.quantized_linear(*call, **options), mma=mma, without_conversions=True)
 
 
 def copy_blocks() -> None:
@@ -118,6 +126,17 @@ CASES = [
     Case("dequantize int4 g32, zeros", lambda: dense_calls.quantized_linear(4096, "int4", 4096, 4096, group=32, zeros=True)),
     Case("dequantize int3 of odd groups", lambda: dense_calls.quantized_linear(4096, "int3", 4096, 4096, group=100)),
     Case("dequantize int8", lambda: dense_calls.quantized_linear(4096, "int8", 4096, 4096, group=4096)),
+    integers("int4 4096 x 4096", 7, "int4", 4096, 4096),
+    integers("int4 norm, silu, 2 x 14336", 1, "int4", 14336, 4096, norm=True, activation="silu"),
+    integers("int4 g32, zeros, 32 rows, norm", 32, "int4", 6144, 4096, group=32, zeros=True, norm=True),
+    integers("int4 perm + residual, fp16", 16, "int4", 4096, 14336, perm=True, residual=True, dtype=torch.float16),
+    integers("int4 64 rows", 64, "int4", 4096, 4096),
+    integers("int4 256 rows, zeros", 256, "int4", 6144, 4096, zeros=True),
+    integers("int3 zeros", 4, "int3", 4096, 4096, zeros=True),
+    integers("int2 g64", 4, "int2", 4096, 4096, group=64),
+    integers("int8 norm", 4, "int8", 4096, 4096, group=4096, norm=True, mma=HMMA),
+    integers("int8 g128, zeros, fp16", 8, "int8", 4096, 4096, zeros=True, dtype=torch.float16, mma=HMMA),
+    integers("int8 128 rows", 128, "int8", 4096, 4096, group=4096),
     Case("rotary 32/8 x 128, R 64", lambda: dense_calls.rotary(32, 8, 128, 64)),
     Case("argmax of 4 rows", lambda: sampling_calls.argmax(4)),
     Case("argmax of 1024 rows", lambda: sampling_calls.argmax(1024)),

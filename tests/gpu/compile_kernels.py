@@ -4,8 +4,8 @@
     python tests/gpu/compile_kernels.py [--arch sm_90 ...] [--only NAME] [--json FILE]
 
 No GPU, driver or CUDA toolkit is needed: Triton's wheel has ptxas and cuobjdump. One line per launch: registers and shared
-memory of a program, bytes spilled, matrix instructions. The exit status is 1 if anything spills, does not fit, or lacks an
-instruction that its case names.
+memory of a program, bytes spilled, matrix instructions. The exit status is 1 if anything spills, does not fit, lacks an
+instruction that its case names, or converts integers where its case says that it need not.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Line:
     shared: int
     spilled: int
     mma: str
+    conversions: int = 0  # from integers to floats, in NVIDIA's machine code
     problem: str = ""
 
     HEADER = f"{'case':<34} {'arch':<7} {'kernel':<34} warps  regs  shared  spill  mma"
@@ -96,7 +97,7 @@ def compile_case(case: Case, arch: str) -> list[Line]:
     def compile_launch(kernel, grid, args, meta):
         name = kernel.__name__.strip("_")
         if any(size < 1 for size in grid):
-            lines.append(Line(case.name, arch, name, 0, 0, 0, 0, "", f"launched on an empty grid {grid}"))
+            lines.append(Line(case.name, arch, name, 0, 0, 0, 0, "", problem=f"launched on an empty grid {grid}"))
             return
         compiled = kernel.warmup(*args, grid=grid, **meta)
         lines.append(inspect(case.name, arch, name, compiled))
@@ -105,16 +106,19 @@ def compile_case(case: Case, arch: str) -> list[Line]:
         case.run()
     wanted = case.mma.get(arch)
     if not lines:
-        lines.append(Line(case.name, arch, "", 0, 0, 0, 0, "", "launched nothing"))
+        lines.append(Line(case.name, arch, "", 0, 0, 0, 0, "", problem="launched nothing"))
     elif wanted and not any(wanted in line.mma for line in lines):
         lines[0].problem = f"no {wanted} in any of its kernels"
+    for line in lines:
+        if case.without_conversions and line.conversions:
+            line.problem = line.problem or f"{line.conversions} conversions from integers"
     return lines
 
 
 def inspect(case: str, arch: str, kernel: str, compiled) -> Line:
     shared = compiled.metadata.shared
-    registers, spilled, mma = (_amd if arch.startswith("gfx") else _nvidia)(compiled, arch)
-    line = Line(case, arch, kernel, compiled.metadata.num_warps, registers, shared, spilled, mma)
+    registers, spilled, mma, conversions = (_amd if arch.startswith("gfx") else _nvidia)(compiled, arch)
+    line = Line(case, arch, kernel, compiled.metadata.num_warps, registers, shared, spilled, mma, conversions)
     if spilled:
         line.problem = f"spills {spilled} bytes"
     if shared > SHARED_LIMIT[arch]:
@@ -122,17 +126,17 @@ def inspect(case: str, arch: str, kernel: str, compiled) -> Line:
     return line
 
 
-def _amd(compiled, arch: str) -> tuple[int, int, str]:
+def _amd(compiled, arch: str) -> tuple[int, int, str, int]:
     text = compiled.asm["amdgcn"]
 
     def value(key: str) -> int:
         return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
 
     spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
-    return value("vgpr_count"), spilled, "mfma" if "v_mfma" in text else ""
+    return value("vgpr_count"), spilled, "mfma" if "v_mfma" in text else "", 0
 
 
-def _nvidia(compiled, arch: str) -> tuple[int, int, str]:
+def _nvidia(compiled, arch: str) -> tuple[int, int, str, int]:
     """Registers and machine code from the binary; only ptxas itself tells what was spilled."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -145,7 +149,8 @@ def _nvidia(compiled, arch: str) -> tuple[int, int, str]:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
-    return registers, spilled, " ".join(f"{name} {count}" for name, count in counts.items() if count)
+    mma = " ".join(f"{name} {count}" for name, count in counts.items() if count)
+    return registers, spilled, mma, len(re.findall(r"\bI2FP?\b", code))
 
 
 def _run(tool: str, *arguments) -> str:

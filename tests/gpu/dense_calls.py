@@ -61,7 +61,12 @@ def experts(tokens: int, top_k: int, num_experts: int, H: int, size: int, dtype=
         fused.moe_experts(x, gate_up, down, pairs, router, activation="silu", backend="triton")
 
 
-def quantized_linear(rows: int, kind: str, N: int, K: int, **options) -> None:
+def quantized_linear(
+    rows: int, kind: str, N: int, K: int, *, norm=False, activation=None, residual=False, dtype=BF16, **options
+) -> None:
     """`options` of the weight: group, zeros, perm."""
-    weight = unread_weight(kind, N, K, **options)
-    fused.linear(torch.empty(rows, K, dtype=BF16), weight, backend="triton")
+    weight = unread_weight(kind, N * (2 if activation else 1), K, **options)
+    fused.linear(
+        torch.empty(rows, K, dtype=dtype), weight, norm=Norm(torch.empty(K, dtype=dtype), 1e-6) if norm else None,
+        activation=activation, residual=torch.empty(rows, N, dtype=dtype) if residual else None, backend="triton",
+    )  # fmt: skip
