@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantized_models import quantized
 from recording import Recorder
 from tiny_models import tiny_model
 
@@ -63,13 +64,13 @@ def poisoned(monkeypatch):
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
     """That patched models are right is shown elsewhere, and takes the interpreter seconds."""
-    monkeypatch.setattr(patching, "check_forward", lambda *args: None)
+    monkeypatch.setattr(patching, "check_forward", lambda *args: (None, None))
 
 
-def small(family: str, device) -> torch.nn.Module:
+def small(family: str, device, **options) -> torch.nn.Module:
     """One layer, but two where they differ: the interpreter is slow."""
     layers = 1 if family == "llama" else 2
-    return tiny_model(family, vocab_size=320, num_hidden_layers=layers).to(device)
+    return tiny_model(family, vocab_size=320, num_hidden_layers=layers, **options).to(device)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,23 @@ def test_fused_layers_are_recorded_too(device, recorders):
         assert hf_paged.explain(model).fused
         assert tokens(engine.generate(jobs, greedy(5))) == expected
         assert engine.stats()["cuda_graphs"] == 1 and recorders[0].num_replays >= 3
+
+
+@pytest.mark.parametrize("scheme", ["int4", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_quantized_layers_are_recorded_too(device, recorders, scheme):
+    """Norms, sums and the rounding of inputs inside; and values that are loaded later are replayed."""
+    model, other = (quantized(small("llama", device, **seed), scheme) for seed in ({}, {"seed": 8}))
+    jobs = prompts(5, 18)
+    with Engine(model, config=config(fuse=True, cuda_graphs=False)) as engine:
+        expected = tokens(engine.generate(jobs, greedy(5)))
+    with Engine(model, config=config(fuse=True)) as engine:
+        assert tokens(engine.generate(jobs, greedy(5))) == expected
+        assert engine.stats()["cuda_graphs"] == 1 and recorders[0].num_replays >= 3
+        model.load_state_dict(other.state_dict())
+        after = tokens(engine.generate(jobs, greedy(5)))
+        assert recorders[0].num_records == 1
+    with Engine(other, config=config(fuse=True, cuda_graphs=False)) as engine:
+        assert tokens(engine.generate(jobs, greedy(5))) == after != expected
 
 
 def test_requests_that_join_and_leave(model, recorders):
