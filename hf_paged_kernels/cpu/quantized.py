@@ -1,8 +1,8 @@
-"""Linear layers on quantized weights: see quantized.cpp. No autograd.
+"""Linear layers on quantized weights: see quantized.cpp and quantized_int8.cpp. No autograd.
 
 Sums are fp32, in the order of `linear.linear`: of float32 x the result is bit for bit what that gives on the dequantized
 weight (its columns in the order of the data, if there is `perm`). bfloat16 and float16 x are widened, and the result is
-rounded once.
+rounded once. `activations` of "int8" are honoured; those of "fp8", for which a CPU has no instructions, are not rounded.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def _product(rows: Tensor, weight: QuantizedWeight, bias: Tensor | None, groups:
     """rows [M, K] @ W.T + bias in the rows' dtype; with `groups` (see quantized.cpp) each by its expert's W."""
     M, N = rows.shape[0], weight.shape[-2]
     x = rows.float()
-    if weight.activations == "int8":
+    in_int8 = _multiplies_int8(weight)
+    if weight.activations == "int8" and not in_int8:
         x = rounded_rows(x, weight)
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
@@ -148,16 +149,25 @@ def _product(rows: Tensor, weight: QuantizedWeight, bias: Tensor | None, groups:
     out = torch.empty(M, N)
     if M and N:
         if groups is None:
-            groups = (ctypes.c_int64 * 4)(0, 0, 0, M)
-            pointer, count = ctypes.addressof(groups), 1
+            pointer, count = ctypes.addressof(whole := (ctypes.c_int64 * 4)(0, 0, 0, M)), 1
         else:
             pointer, count = groups.data_ptr(), len(groups) - 1
         bias = None if bias is None else bias.float().contiguous()
-        _kernel("hf_paged_quantized_linear")(
+        arguments = (
             ctypes.addressof(_described(weight)), x.data_ptr(), x.stride(0), None if bias is None else bias.data_ptr(),
             out.data_ptr(), N, pointer, count,
         )  # fmt: skip
+        if in_int8:
+            scale = weight.input_scale
+            _kernel("hf_paged_quantized_linear_int8")(*arguments, None if scale is None else scale.data_ptr())
+        else:
+            _kernel("hf_paged_quantized_linear")(*arguments)
     return out if rows.dtype == torch.float32 else out.to(rows.dtype)
+
+
+def _multiplies_int8(weight: QuantizedWeight) -> bool:
+    """Whether the products are those of int8 values: their sums must fit in int32."""
+    return weight.activations == weight.kind == "int8" and weight.zeros is None and weight.in_features <= 65536
 
 
 def _described(weight: QuantizedWeight) -> _Weight | None:
@@ -186,6 +196,7 @@ def _expert_stride(tensor: Tensor) -> int:
 def _kernel(name: str):
     function = getattr(build.load(), name)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, size, pointer, pointer, size, pointer, size]
+    own = [pointer] if name == "hf_paged_quantized_linear_int8" else []
+    function.argtypes = [pointer, pointer, size, pointer, pointer, size, pointer, size, *own]
     function.restype = None
     return function

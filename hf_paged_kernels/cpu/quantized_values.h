@@ -137,7 +137,7 @@ struct Bytes {
       const Step& step) {
     while (k < end) {
       const int64_t stop = std::min(end, k / 64 * 64 + 64);
-      unrolled<NR>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(row + (n + NR) * stride + k); });
+      unrolled<NR>([&](auto n) ALWAYS_INLINE { __builtin_prefetch(row + (n + 2 * NR) * stride + k, 0, 2); });
       for (; k < stop; k += kLanes)
         step(k, [&](auto n) ALWAYS_INLINE {
           const Vec values = TYPE::load(row + n * stride + k);
