@@ -68,4 +68,6 @@ def __dir__():
 when_imported("peft.tuners.lora.model", lambda: importlib.import_module(".hf.lora", __name__).install())
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
 when_imported("transformers.quantizers.auto", lambda: importlib.import_module(".hf.quantizers", __name__))
-when_imported("transformers.configuration_utils", lambda: importlib.import_module(".hf.old_checkpoints", __name__).install())
+when_imported(
+    "transformers.configuration_utils", lambda: importlib.import_module(".hf.old_checkpoints", __name__).install()
+)

@@ -1,10 +1,9 @@
-"""Quantized checkpoints made by hand: random tensors in a format's layout, packed bit by bit here and not by the library,
-with the weights they stand for; and models saved with such tensors in place of their own."""
+"""Quantized checkpoints made by hand: random tensors in a format's layout, packed bit by bit here and not by the
+library, with the weights they stand for; and models saved with such tensors in place of their own."""
 
 from __future__ import annotations
 
 import json
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,12 +93,22 @@ def fields(values: Tensor, bits: int, offset: int) -> Tensor:
 
 
 def packed_layer_of_ct(
-    N: int, K: int, *, bits: int = 4, group_size: int = 16, sym: bool = True, act_order: bool = False, dtype=torch.bfloat16
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    group_size: int = 16,
+    sym: bool = True,
+    act_order: bool = False,
+    dtype=torch.bfloat16,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """compressed-tensors' pack-quantized: (tensors, W [N, K])"""
     size = K if group_size == -1 else group_size
     half = 1 << bits - 1
-    q, scale = torch.randint(-half, half, (N, K)), random_scales(N, K // size, of=K, dtype=torch.float32) * 2.0 ** (4 - bits)
+    q, scale = (
+        torch.randint(-half, half, (N, K)),
+        random_scales(N, K // size, of=K, dtype=torch.float32) * 2.0 ** (4 - bits),
+    )
     scale = scale.to(dtype)
     z = torch.zeros(N, K // size, dtype=torch.long) if sym else torch.randint(-half, half, (N, K // size))
     g_idx = torch.arange(K) // size

@@ -51,15 +51,17 @@ def read(model, files: list[str]) -> Checkpoint:
 def give_back(tensors: Iterable[Tensor]) -> None:
     """Give back the memory of contiguous tensors that nobody looks at again, where the system allows it.
 
-    Safetensors maps a file as a whole, and its pages, once read, stay with the process as long as any tensor of the file
-    is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end.
+    Safetensors maps a file as a whole, and its pages, once read, stay with the process as long as any tensor of the
+    file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     advise = ctypes.CDLL(None).madvise
     for tensor in tensors:
         if tensor.device.type == "cpu":
-            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # its first and last page have neighbours in them
+            start = (
+                -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            )  # its first and last page have neighbours in them
             end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > start:
                 advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

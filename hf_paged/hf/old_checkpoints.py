@@ -1,8 +1,8 @@
 """Folders as auto-gptq and autoawq left them before transformers knew quantized checkpoints.
 
 What was quantized how lies in a file of its own beside config.json, and the weights have a name of their own
-(gptq_model-4bit-128g.safetensors). Both are put into the configuration that transformers reads: `quantization_config` and
-`transformers_weights`. Only folders on this machine are completed, not names of a hub.
+(gptq_model-4bit-128g.safetensors). Both are put into the configuration that transformers reads: `quantization_config`
+and `transformers_weights`. Only folders on this machine are completed, not names of a hub.
 """
 
 from __future__ import annotations

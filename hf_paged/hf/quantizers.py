@@ -30,7 +30,7 @@ from . import old_checkpoints
 
 
 class _Stored:
-    """A quantization config that keeps all the checkpoint says, also what transformers does not know, to be saved again."""
+    """A quantization config that keeps all the checkpoint says, to be saved again: also what transformers does not know."""
 
     stored: dict
 
@@ -84,8 +84,8 @@ class CompressedTensorsConfig(_Stored, configs.CompressedTensorsConfig):
 class PackedQuantizer(HfQuantizer):
     """Loads a quantized checkpoint into `QuantLinear`s.
 
-    A linear layer is converted if the checkpoint has quantized tensors of it, whatever the config says of layers to leave
-    out: what was stored is what the model is.
+    A linear layer is converted if the checkpoint has quantized tensors of it, whatever the config says of layers to
+    leave out: what was stored is what the model is.
     """
 
     names: tuple[str, ...]  # tensors that only a quantized layer has

@@ -105,7 +105,9 @@ class QuantLinear(Packed):
         bias = {"bias"} if self.bias is not None else set()
         tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if strict:
-            unexpected += [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in {*names, *bias}]
+            unexpected += [
+                key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in {*names, *bias}
+            ]
             required = bias if tensors else bias | {name for name, stored in names.items() if not stored.optional}
             missing += [prefix + name for name in required if prefix + name not in state_dict]
         try:  # without any, it is a part of a model's state, such as its adapters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from quantized_checkpoints import assert_layer, awq_layer, packed_layer
 
 from hf_paged import InvalidArgument

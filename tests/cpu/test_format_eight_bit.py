@@ -1,4 +1,4 @@
-"""Layers stored in 8 bits: one scale, channels, groups and blocks with ragged edges, in every shape and under every name."""
+"""Layers stored in 8 bits: one scale, channels, groups and blocks with ragged edges, in all shapes, under all names."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def test_zero_points_of_zero_are_none():
 def test_static_activations(shape, dtype):
     tensors, weight = eight_bit_layer(N, K)
     tensors["input_scale"] = torch.full(shape, 0.037, dtype=dtype)
-    format = EightBit(
-        "fp8", activations="fp8", input_scale="input_scale", input_dims=len(shape), input_dtype=dtype
-    )
+    format = EightBit("fp8", activations="fp8", input_scale="input_scale", input_dims=len(shape), input_dtype=dtype)
     layer = assert_layer(format, tensors, weight)
     assert layer.quantized.input_scale.tolist() == tensors["input_scale"].reshape(1).tolist()
 

@@ -105,7 +105,7 @@ def test_tokens(golden, name):
 
 
 def test_how_far_rounded_inputs_lead(golden):
-    """Outliers make the steps of a row's int8 inputs wide: 5 % of the logits' size, where the weights' rounding costs 1 %."""
+    """Outliers make the steps of a row's int8 inputs wide: 5 % of the logits' size. A rounded weight is 1 % off."""
     reference = load_file(golden / ROUNDED_INPUTS / "reference.safetensors")
     with torch.no_grad():
         logits = load(golden / ROUNDED_INPUTS)(reference["input_ids"]).logits

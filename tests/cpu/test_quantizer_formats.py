@@ -48,7 +48,9 @@ def test_awq(config, version, tmp_path):
     expected = source(**SQUARE)
     config["quant_method"] = "awq"
     group_size = config.get("group_size", config.get("q_group_size"))
-    save_quantized(expected, tmp_path, config, lambda name, N, K: awq_layer(N, K, group_size=group_size, version=version))
+    save_quantized(
+        expected, tmp_path, config, lambda name, N, K: awq_layer(N, K, group_size=group_size, version=version)
+    )
     model = load(tmp_path)
     assert len(quantized_names(model)) == 14
     assert_same_model(model, expected)
@@ -57,7 +59,10 @@ def test_awq(config, version, tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"version": "marlin"}, "q_proj: version must be one of .*not 'marlin'"), ({"bits": 3}, "q_proj: bits must be 4, not 3")],
+    [
+        ({"version": "marlin"}, "q_proj: version must be one of .*not 'marlin'"),
+        ({"bits": 3}, "q_proj: bits must be 4, not 3"),
+    ],
 )
 def test_awq_that_is_refused(change, message, tmp_path):
     config = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"} | change
@@ -143,7 +148,9 @@ def test_bad_fp8(change, message, tmp_path):
     elif change == "surplus":
         state[f"{layer}.output_scale"] = torch.rand(())
     else:
-        state[f"{layer}.weight"] = state[f"{layer}.weight"].to(torch.float32 if change == "plain" else torch.float8_e5m2)
+        state[f"{layer}.weight"] = state[f"{layer}.weight"].to(
+            torch.float32 if change == "plain" else torch.float8_e5m2
+        )
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InvalidArgument, match=message):
         load(tmp_path)

@@ -103,7 +103,9 @@ def test_saved_config_is_the_one_found(stored, tmp_path):
 def test_dynamic_overrides(tmp_path):
     """gptqmodel's settings for modules of their own: the first pattern that matches."""
     expected = source()
-    config = GPTQ_CONFIG | {"dynamic": {r"-:.*\.k_proj": {}, r"+:.*\.mlp\..*": {"bits": 8, "group_size": 32}, r".*o_proj": {"bits": 2}}}
+    config = GPTQ_CONFIG | {
+        "dynamic": {r"-:.*\.k_proj": {}, r"+:.*\.mlp\..*": {"bits": 8, "group_size": 32}, r".*o_proj": {"bits": 2}}
+    }
 
     def make(name, N, K):
         if "k_proj" in name:
@@ -191,7 +193,9 @@ def test_other_heads(stored):
 def test_routers_are_refused(tmp_path):
     """They inherit from Linear and give more than a product."""
     model = source("phimoe")
-    save_quantized(model, tmp_path, {"quant_method": "fp8"}, lambda name, N, K: eight_bit_layer(N, K) if "router" in name else None)
+    save_quantized(
+        model, tmp_path, {"quant_method": "fp8"}, lambda name, N, K: eight_bit_layer(N, K) if "router" in name else None
+    )
     with pytest.raises(InvalidArgument, match="router: PhimoeTopKRouter cannot be quantized"):
         load(tmp_path)
 

@@ -2,9 +2,10 @@
 
     W[n, k] = scales[g, n] * (q[n, k] - z[g, n])        g = k // group_size
 
-Version "gemm": qweight int32 [K, N / 8] and qzeros int32 [G, N / 8] hold 8 columns in a word, even ones in the lower half;
-scales [G, N]. Version "gemv": qweight int32 [N, K / 8] and qzeros int32 [N, w] hold values in their order; scales [N, 8 w];
-w is the number of words for G zero points, rounded up to a multiple of 2 for groups of 64 and of 4 for groups of 32.
+Version "gemm": qweight int32 [K, N / 8] and qzeros int32 [G, N / 8] hold 8 columns in a word, even ones in the lower
+half; scales [G, N]. Version "gemv": qweight int32 [N, K / 8] and qzeros int32 [N, w] hold values in their order; scales
+[N, 8 w]; w is the number of words for G zero points, rounded up to a multiple of 2 for groups of 64 and of 4 for groups
+of 32.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class Format(ABC):
 
     @abstractmethod
     def pack(self, tensors: dict[str, Tensor], N: int, K: int) -> QuantizedWeight:
-        """The kernels' layout of tensors whose names, shapes and types have been checked; those that are optional may be
-        missing. Raises InvalidArgument for values that no such layer can have."""
+        """The kernels' layout of tensors whose names, shapes and types have been checked; those that are optional may
+        be missing. Raises InvalidArgument for values that no such layer can have."""
 
     @abstractmethod
     def unpack(self, weight: QuantizedWeight) -> dict[str, Tensor]:

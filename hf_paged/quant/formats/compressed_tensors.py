@@ -123,8 +123,13 @@ class PackQuantized(Format):
 
 
 def layer_format(config: dict, name: str, classes: list[str], tensors: dict[str, Tensor]) -> Format:
-    """The format of a layer: the checkpoint's config, the layer's name, the names of its module's class and that class's
-    bases, and its tensors (their types and shapes).
+    """The format of a layer.
+
+    Args:
+        config: the checkpoint's `quantization_config`.
+        name: of the layer.
+        classes: names of its module's class and of that class's bases.
+        tensors: the layer's, for their types and shapes.
 
     Raises InvalidArgument, beginning with the setting or the tensor that is wrong.
     """
@@ -177,14 +182,16 @@ def _block(weights: dict) -> tuple[int | None, int | None]:
 
 
 def _check_inputs(inputs: dict, kind: str) -> None:
-    """Each row of inputs gets a scale of its own where the tool takes one for all rows of a call or for parts of a row."""
+    """Each row of inputs gets a scale of its own, where the tool may take one for a call's rows, or some for a row."""
     if inputs.get("type") != {"fp8": "float", "int8": "int"}[kind] or inputs.get("num_bits") != 8:
         given = f"{inputs.get('num_bits')!r} bits of type {inputs.get('type')!r}"
         raise UnsupportedOption(f"input_activations of {given} are not supported with {kind} weights")
     if not inputs.get("symmetric", True):
         raise UnsupportedOption("input_activations must be symmetric")
     if not inputs.get("dynamic") and inputs.get("strategy") != "tensor":
-        raise UnsupportedOption(f"input_activations: static ones with strategy {inputs.get('strategy')!r} are not supported")
+        raise UnsupportedOption(
+            f"input_activations: static ones with strategy {inputs.get('strategy')!r} are not supported"
+        )
     if inputs.get("dynamic") not in (True, False, None):
         raise UnsupportedOption(f"input_activations: dynamic {inputs['dynamic']!r} is not supported")
 
@@ -198,7 +205,11 @@ def _scheme(config: dict, name: str, classes: list[str]) -> dict:
     if sparsity != "dense":
         raise UnsupportedOption(f"sparsity_config: format {sparsity!r} is not supported")
     targets = [(target, group) for group in groups.values() for target in group["targets"]]
-    for fits in (lambda target: target == name, lambda target: _is_match(target, name), lambda target: target in classes):
+    for fits in (
+        lambda target: target == name,
+        lambda target: _is_match(target, name),
+        lambda target: target in classes,
+    ):
         for target, group in targets:
             if fits(target):
                 return group

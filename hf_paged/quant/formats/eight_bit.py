@@ -1,5 +1,5 @@
-"""Weights of 8 bits that lie in a checkpoint as they are, int8 or fp8 (e4m3), with scales for all, for channels, for groups
-of input features, or for blocks.
+"""Weights of 8 bits that lie in a checkpoint as they are, int8 or fp8 (e4m3), with scales for all, for channels, for
+groups of input features, or for blocks.
 
     W[n, k] = scale[n // rows, k // columns] * (weight[n, k] - zero[n // rows, k // columns])
 """
@@ -28,8 +28,8 @@ class EightBit(Format):
         kind: "fp8" or "int8".
         block: (rows, columns) that share a scale; None stands for all rows or all columns.
         scale: the scales' name.
-        scale_dims: their number of dimensions: one scale may be stored as [], [1] or [1, 1], one for each channel as [N] or
-            [N, 1]; others are [blocks of rows, blocks of columns].
+        scale_dims: their number of dimensions: one scale may be stored as [], [1] or [1, 1], one for each channel as [N]
+            or [N, 1]; others are [blocks of rows, blocks of columns].
         scale_dtype: their type if it is float8_e8m0fnu, which is float32 in memory; None for others.
         activations: "fp8", "int8" or None, as in QuantizedWeight.
         input_scale: the name of the one scale of all inputs; None if each row has its own.

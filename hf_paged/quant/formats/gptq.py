@@ -2,8 +2,8 @@
 
     W[n, k] = scales[g, n] * (q[n, k] - z[g, n])        g = g_idx[k]
 
-qweight int32 [K bits / 32, N] holds q along K, qzeros int32 [G, N bits / 32] holds z along N, both from the lowest bits;
-scales [G, N]; g_idx int32 [K], k // group_size where it is left out. With act-order g_idx goes up and down; the rows of
+qweight int32 [K bits / 32, N] holds q along K, qzeros int32 [G, N bits / 32] holds z along N, both from the lowest
+bits; scales [G, N]; g_idx int32 [K], k // group_size where it is left out. With act-order g_idx goes up and down; the rows of
 qweight stay in the order of the input all the same.
 """
 
@@ -31,8 +31,8 @@ _WORD_OFFSETS = {
     8: (0x01010101,) * 3,
 }
 _DAMAGED = (
-    "qzeros has fields with all bits set, as auto-gptq stores zero points of 0, which also damages the fields above. They are "
-    "read as auto-gptq reads them; quantize again with format gptq_v2 to get what was meant"
+    "qzeros has fields with all bits set, as auto-gptq stores zero points of 0, which also damages the fields above. "
+    "They are read as auto-gptq reads them; quantize again with format gptq_v2 to get what was meant"
 )
 
 
@@ -134,4 +134,3 @@ class GPTQ(Format):
         offsets = offsets.repeat(-(-qzeros.shape[1] // 3))[: qzeros.shape[1]]
         shifted = (qzeros.long() + sign * offsets) & 0xFFFFFFFF
         return (shifted - (shifted >> 31 << 32)).to(torch.int32)
-
