@@ -22,8 +22,7 @@ from . import words
 from .base import FLOATS, Format, Stored, packed_rows, require_finite
 
 VERSIONS = ("gemm", "gemv")
-_COLUMN_OF_FIELD = [0, 2, 4, 6, 1, 3, 5, 7]
-_FIELD_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
+_ROW_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)  # of W, in the words of version "gemm"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class AWQ(Format):
     def pack(self, tensors: dict[str, Tensor], N: int, K: int) -> QuantizedWeight:
         scales, qweight, size = require_finite("scales", tensors["scales"]), tensors["qweight"], self._group_size(K)
         if self.version == "gemm":
-            zeros = _unpack(tensors["qzeros"])
+            zeros = _unpack(tensors["qzeros"].T).T
         else:
             scales = scales[:, : K // size].T
             zeros = words.unpack(tensors["qzeros"], 4)[:, : K // size].T
@@ -70,7 +69,7 @@ class AWQ(Format):
         def values(rows: slice) -> Tensor:
             if self.version == "gemv":
                 return words.unpack(qweight[rows], 4)
-            return _unpack(qweight[:, rows.start // 8 : rows.stop // 8]).T
+            return _unpack(qweight[:, rows.start // 8 : rows.stop // 8].T.contiguous())
 
         data = packed_rows(4, N, K, values, scales.device)
         weight = QuantizedWeight("int4", in_features=K, data=data, scales=scales.contiguous(), block=(1, size))
@@ -82,7 +81,7 @@ class AWQ(Format):
         if zeros is None:
             zeros = torch.full_like(scales, weight.zero_point(), dtype=torch.int16)
         if self.version == "gemm":
-            return {"qweight": _pack(values.T), "qzeros": _pack(zeros), "scales": scales}
+            return {"qweight": _pack(values).T.contiguous(), "qzeros": _pack(zeros.T).T.contiguous(), "scales": scales}
         surplus = self._gemv_width(weight.in_features) - len(scales)
         scales, zeros = (torch.nn.functional.pad(tensor.T, (0, surplus)) for tensor in (scales, zeros))
         return {"qweight": words.pack(values, 4), "qzeros": words.pack(zeros, 4), "scales": scales}
@@ -99,11 +98,18 @@ class AWQ(Format):
         return -(-(K // size) // (8 * multiple)) * 8 * multiple
 
 
-def _unpack(words_of_columns: Tensor) -> Tensor:
-    """int32 [R, C] -> uint8 [R, 8 C]"""
-    return words.unpack(words_of_columns, 4).unflatten(-1, (-1, 8))[..., _FIELD_OF_COLUMN].flatten(-2)
+def _unpack(rows_of_words: Tensor) -> Tensor:
+    """int32 [R, C] -> uint8 [8 R, C]: each word becomes 8 values one below the other."""
+    values = torch.empty(len(rows_of_words), 8, rows_of_words.shape[1], dtype=torch.uint8, device=rows_of_words.device)
+    for field, row in enumerate(_ROW_OF_FIELD):
+        values[:, row] = rows_of_words >> 4 * field & 15
+    return values.flatten(0, 1)
 
 
 def _pack(values: Tensor) -> Tensor:
     """Undoes `_unpack`."""
-    return words.pack(values.unflatten(-1, (-1, 8))[..., _COLUMN_OF_FIELD].flatten(-2), 4)
+    rows = values.unflatten(0, (-1, 8))
+    packed = torch.zeros(len(rows), values.shape[1], dtype=torch.int32, device=values.device)
+    for field, row in enumerate(_ROW_OF_FIELD):
+        packed |= rows[:, row].to(torch.int32) << 4 * field
+    return packed

@@ -83,7 +83,7 @@ class GPTQ(Format):
         qweight = tensors["qweight"].T
 
         def values(rows: slice) -> Tensor:
-            found = words.unpack(qweight[rows], self.bits)
+            found = words.unpack(qweight[rows].contiguous(), self.bits)
             return found if perm is None else found[:, perm.long()]
 
         data = packed_rows(self.bits, N, K, values, scales.device)
