@@ -73,6 +73,10 @@ class FineGrainedFP8Config(_Stored, configs.FineGrainedFP8Config):
     pass
 
 
+class FbgemmFp8Config(_Stored, configs.FbgemmFp8Config):
+    pass
+
+
 class CompressedTensorsConfig(_Stored, configs.CompressedTensorsConfig):
     def __init__(self, dequantize: bool = False, use_optimized_inference: bool = False, **kwargs):
         """Without the package that transformers has parse the rest."""
@@ -89,6 +93,7 @@ class PackedQuantizer(HfQuantizer):
     """
 
     names: tuple[str, ...]  # tensors that only a quantized layer has
+    left_out: tuple[str, ...] = ()  # tensors that are not needed
     own: type[HfQuantizer]  # transformers' quantizer for this method
 
     def __new__(cls, quantization_config=None, pre_quantized: bool = True, **kwargs):
@@ -101,10 +106,10 @@ class PackedQuantizer(HfQuantizer):
         raise NotImplementedError
 
     def is_quantized(self, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
-        """Whether the checkpoint has quantized tensors of this module: in 8 bits, or with the names of one that is."""
-        if "weight" in tensors and tensors["weight"].dtype.itemsize == 1:
-            return True
-        return isinstance(module, (nn.Linear, Conv1D)) and any(name in tensors for name in self.names)
+        """Whether the checkpoint has quantized tensors of a linear layer: in 8 bits, or with the names of one that is."""
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            return False
+        return any(name in tensors for name in self.names) or "weight" in tensors and _is_8_bit(tensors["weight"])
 
     def update_dtype(self, dtype):
         return torch.bfloat16 if dtype.itemsize == 1 else dtype  # an 8-bit type is only the weights'
@@ -128,6 +133,7 @@ class PackedQuantizer(HfQuantizer):
         for name, module in modules:
             if self.is_quantized(module, checkpoint.layers[name]):
                 model.set_submodule(name, make(name, module))
+        _check_unconverted(model, checkpoint)
 
     def update_weight_conversions(self, weight_conversions, *args):
         return super().update_weight_conversions(self._experts.without_merging(weight_conversions), *args)
@@ -146,6 +152,7 @@ class PackedQuantizer(HfQuantizer):
         if module.bias is None and bias is not None:
             self._surplus_biases.append(name)
         format = self.layer_format(checkpoint.names.get(name, name), module, tensors)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in self.left_out}
         surplus = tensors.keys() - format.stored(N, K).keys()
         if surplus:
             raise UnsupportedOption(f"{', '.join(sorted(surplus))}: no tensor of {format}")
@@ -225,6 +232,13 @@ class FP8Quantizer(PackedQuantizer):
         return fp8_format(self.quantization_config.stored, tensors)
 
 
+class FbgemmFp8Quantizer(FP8Quantizer):
+    """fbgemm's rows of fp8. Inputs larger than its `activation_scale_ub` are not cut off."""
+
+    own = auto.FbgemmFp8HfQuantizer
+    left_out = ("input_scale_ub",)
+
+
 class CompressedTensorsQuantizer(PackedQuantizer):
     names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
     own = auto.CompressedTensorsHfQuantizer
@@ -236,12 +250,14 @@ class CompressedTensorsQuantizer(PackedQuantizer):
 
     def layer_format(self, name, module, tensors):
         classes = [cls.__name__ for cls in type(module).__mro__]
-        return compressed_tensors.layer_format(self.quantization_config.stored, name, classes, tensors)
+        stored = self.quantization_config.stored
+        return compressed_tensors.layer_format(stored.get("quantization_config", stored), name, classes, tensors)
 
 
 _OURS: dict[str, tuple[type[PackedQuantizer], type]] = {
     "awq": (AWQQuantizer, AwqConfig),
     "compressed-tensors": (CompressedTensorsQuantizer, CompressedTensorsConfig),
+    "fbgemm_fp8": (FbgemmFp8Quantizer, FbgemmFp8Config),
     "fp8": (FP8Quantizer, FineGrainedFP8Config),
     "gptq": (GPTQQuantizer, GPTQConfig),
 }
@@ -296,6 +312,21 @@ class _naming:
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is one that a `QuantLinear` can stand for: some that inherit from Linear, as routers, do more."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ == "FalconLinear"
+
+
+def _is_8_bit(tensor: Tensor) -> bool:
+    return tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool
+
+
+def _check_unconverted(model, checkpoint: checkpoints.Checkpoint) -> None:
+    """Raises UnsupportedOption for quantized tensors that transformers would load into plain ones without their scales."""
+    for name, module in model.named_modules():
+        for key, tensor in {} if isinstance(module, QuantLinear) else checkpoint.layers[name].items():
+            plain = module._parameters.get(key)
+            if plain is not None and _is_8_bit(tensor) and not _is_8_bit(plain):
+                raise UnsupportedOption(
+                    f"{name}: {key} of a {type(module).__name__} is {tensor.dtype}; only linear layers can be quantized"
+                )
 
 
 def _stand_in() -> Tensor:

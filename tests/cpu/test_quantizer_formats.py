@@ -105,6 +105,19 @@ def test_fp8(settings, block, shape, name, scheme, tmp_path):
     assert_saved_again(load(tmp_path), tmp_path)
 
 
+def test_fbgemm(tmp_path):
+    expected = source(**SQUARE)
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    save_quantized(expected, tmp_path, config, lambda name, N, K: eight_bit_layer(N, K))
+    model = load(tmp_path)
+    assert len(quantized_names(model)) == 14
+    assert_saved_again(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state |= {f"{name}.input_scale_ub": torch.tensor([1200.0]) for name in quantized_names(model)}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same_model(load(tmp_path).dequantize(), expected)
+
+
 def test_layers_that_fp8_left_alone(tmp_path):
     """transformers leaves a layer as it was where blocks do not fit, whatever the config says of it."""
     expected = source(**SQUARE)
@@ -134,7 +147,7 @@ def test_dequantized_while_loading(tmp_path):
         ("no scale", "model.layers.1.mlp.up_proj: weight_scale_inv is missing"),
         ("type", "model.layers.1.mlp.up_proj: weight is torch.float8_e5m2"),
         ("plain", "model.layers.1.mlp.up_proj: weight is torch.float32, not torch.float8_e4m3fn"),
-        ("embedding", "model.embed_tokens: Embedding cannot be quantized"),
+        ("embedding", "model.embed_tokens: weight of a Embedding is torch.float8_e4m3fn"),
         ("surplus", "model.layers.1.mlp.up_proj: output_scale: no tensor of EightBit"),
     ],
 )
@@ -202,9 +215,11 @@ def test_compressed_tensors(tmp_path):
 
 def test_compressed_tensors_dequantized_while_loading(tmp_path):
     expected = source(**SQUARE)
-    config = compressed({"targets": ["Linear"], "weights": FLOAT, "input_activations": None}, dequantize=True)
-    save_quantized(expected, tmp_path, config, lambda name, N, K: eight_bit_layer(N, K))
-    assert_same_model(load(tmp_path), expected)
+    config = compressed({"targets": ["Linear"], "weights": FLOAT, "input_activations": None})
+    save_quantized(expected, tmp_path, config | {"dequantize": True}, lambda name, N, K: eight_bit_layer(N, K))
+    model = load(tmp_path)
+    assert quantized_names(model) == []
+    assert_same_model(model, expected)
 
 
 def test_a_cache_scheme_is_not_followed_silently(tmp_path):
