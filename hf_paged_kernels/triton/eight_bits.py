@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..quantized import QuantizedWeight
 from .functions import activate, rounded
-from .launch import arch
+from .launch import arch, is_amd
+from .linear import stages
 from .quantize import ROUND
 
 PROMOTE = 128
@@ -27,9 +28,34 @@ def multiplies_fp8(device: torch.device) -> bool:
     return name == "interpreter" or name.startswith("sm_") and int(name[3:]) >= 89
 
 
+def rounds_to(weight: QuantizedWeight, device: torch.device) -> str | None:
+    """The type that inputs are rounded to: what the weight says, but for fp8 on a GPU that cannot multiply it."""
+    if weight.activations == "fp8" and not multiplies_fp8(device):
+        return None
+    return weight.activations
+
+
 def fp8_data(weight: QuantizedWeight) -> Tensor:
     """The data as kernels take it: as int8 where the GPU does not know e4m3."""
     return weight.data if multiplies_fp8(weight.device) or weight.kind == "int8" else weight.data.view(torch.int8)
+
+
+def depth_within(columns: int, limit: int) -> int:
+    """The depth of a tile that lies within a block of so many columns: of 32 to `limit`, and a divisor if there is one."""
+    divisor = columns & -columns
+    return min(limit, divisor if divisor >= 32 else max(32, triton.next_power_of_2(columns)))
+
+
+def is_even(K: int, columns: int, depth: int) -> bool:
+    """Whether tiles of `depth` end where blocks of so many columns do, the last included."""
+    return K % depth == 0 and (columns >= K or columns % depth == 0)
+
+
+def stages_for(tile_bytes: int, device: torch.device) -> int:
+    """As many as `linear` has with its tiles, and as many bytes in flight where tiles are smaller."""
+    if is_amd(device):
+        return 2
+    return min(8, stages(device) * max(1, 16384 // tile_bytes))
 
 
 @triton.jit
@@ -77,16 +103,24 @@ def rounded_to_8_bits(x, scale, dtype: tl.constexpr, CLIP: tl.constexpr):
 
 @triton.jit
 def from_e4m3(values, DTYPE: tl.constexpr):
-    """fp8 values in DTYPE. If they come as int8 (`fp8_data`), by hand: bf16 takes their 4 bits with no conversion.
+    """fp8 values in DTYPE. If they come as int8 (`fp8_data`), by hand.
 
-    Exponent and mantissa are put where bf16 has them; what is missing then is 2^(127 - 7), also for subnormals.
+    Exponent and mantissa are put where fp16 has them; what is missing then is 2^(15 - 7), also for subnormals.
     """
     if values.dtype == tl.int8:
         wide = values.to(tl.int16)
-        moved = ((wide & 0x7F) << 4) | (wide & -32768)
-        exact = moved.to(tl.bfloat16, bitcast=True).to(tl.float32) * 1.329227995784916e36
-        return tl.where((wide & 0x7F) == 0x7F, float("nan"), exact).to(DTYPE)
+        magnitude = wide & 0x7F
+        moved = (wide & -32768) | (magnitude << 7)
+        exact = moved.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where(magnitude == 0x7F, float("nan"), exact).to(DTYPE)
     return values.to(DTYPE)
+
+
+@triton.jit
+def num_steps(K, columns, BLOCK_K: tl.constexpr):
+    """Steps of `products` through all K: a block takes cdiv(columns, BLOCK_K), the last one those that it has."""
+    whole = K // columns
+    return whole * tl.cdiv(columns, BLOCK_K) + tl.cdiv(K - whole * columns, BLOCK_K)
 
 
 @triton.jit
@@ -106,7 +140,7 @@ def products(
         scales_next: from a block's scales to the next's.
         norm_weight: None, or what x is multiplied by (with `offset` added).
         columns: of a block. EVEN: BLOCK_K divides it and the last block.
-        first, last: of the steps: a block takes cdiv(columns, BLOCK_K) of them.
+        first, last: of `num_steps`.
         FLUSH: sums go to fp32 at every step.
 
     Returns:
@@ -155,21 +189,21 @@ def products(
             x = x.to(XTYPE)
             w = from_e4m3(w, XTYPE)
         if BLOCKED:
-            result += tl.dot(x, w, nothing, out_dtype=ACCUMULATOR).to(tl.float32) * by_block[None, :]
+            result += tl.dot(x, w, nothing, input_precision="ieee", out_dtype=ACCUMULATOR).to(tl.float32) * by_block[None, :]
         elif FLUSH:
-            result += tl.dot(x, w, nothing, out_dtype=ACCUMULATOR)
+            result += tl.dot(x, w, nothing, input_precision="ieee", out_dtype=ACCUMULATOR)
         else:
-            result = tl.dot(x, w, result, out_dtype=ACCUMULATOR)
+            result = tl.dot(x, w, result, input_precision="ieee", out_dtype=ACCUMULATOR)
         if GATED:
             w_up = tl.load(w_at + up, mask=w_mask, other=0.0, eviction_policy="evict_first")
             if x_scale is None and not X8:
                 w_up = from_e4m3(w_up, XTYPE)
             if BLOCKED:
-                result_up += tl.dot(x, w_up, nothing, out_dtype=ACCUMULATOR).to(tl.float32) * by_block_up[None, :]
+                result_up += tl.dot(x, w_up, nothing, input_precision="ieee", out_dtype=ACCUMULATOR).to(tl.float32) * by_block_up[None, :]
             elif FLUSH:
-                result_up += tl.dot(x, w_up, nothing, out_dtype=ACCUMULATOR)
+                result_up += tl.dot(x, w_up, nothing, input_precision="ieee", out_dtype=ACCUMULATOR)
             else:
-                result_up = tl.dot(x, w_up, result_up, out_dtype=ACCUMULATOR)
+                result_up = tl.dot(x, w_up, result_up, input_precision="ieee", out_dtype=ACCUMULATOR)
     return result.to(tl.float32), result_up.to(tl.float32), squares
 
 

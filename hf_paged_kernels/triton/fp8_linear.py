@@ -25,11 +25,22 @@ from torch import Tensor
 from ..norm import CASTS, Norm
 from ..quantized import QuantizedWeight
 from . import elementwise, fp8_many
-from .eight_bits import PROMOTE, finished, first_rows, fp8_data, multiplies_fp8, products, row_peaks
-from .fp8_many import depth_within, is_even
+from .eight_bits import (
+    PROMOTE,
+    depth_within,
+    finished,
+    first_rows,
+    fp8_data,
+    is_even,
+    num_steps,
+    products,
+    rounds_to,
+    row_peaks,
+    stages_for,
+)
 from .functions import ACTIVATIONS
 from .launch import arch, is_amd, launch, num_sms, tuned
-from .linear import MAX_ROWS, stages, tile
+from .linear import MAX_ROWS, tile
 from .quantize import scale_for
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,7 +77,7 @@ def _few_rows_kernel(
     if GATED:
         scales_up += (N + n) // block_rows - n // block_rows
     first = tl.program_id(1) * split_steps
-    last = tl.minimum(first + split_steps, tl.cdiv(K, columns) * tl.cdiv(columns, BLOCK_K))
+    last = tl.minimum(first + split_steps, num_steps(K, columns, BLOCK_K))
     y, y_up, squares = products(
         x + m * x_stride, m < M, x_scale, weight + n * w_stride, inside, up, scales, scales_up, scales_next,
         norm_weight, offset, K, columns, first, last, input_scale is not None, GATED, BLOCKED, EVEN, FLUSH,
@@ -92,13 +103,6 @@ def _few_rows_kernel(
             before = tl.load(residual + m[:, None] * residual_stride + n[None, :], mask=exists, other=0.0)
             y = y.to(DTYPE).to(tl.float32) + before.to(tl.float32)
         tl.store(out + m[:, None] * N + n[None, :], y.to(DTYPE), mask=exists)
-
-
-def rounds_to(weight: QuantizedWeight, device: torch.device) -> str | None:
-    """The type that inputs are rounded to: what the weight says, but for fp8 on a GPU that cannot multiply it."""
-    if weight.activations == "fp8" and not multiplies_fp8(device):
-        return None
-    return weight.activations
 
 
 def supports_weight(weight: QuantizedWeight) -> bool:
@@ -187,7 +191,8 @@ def _few_rows(x, weight: QuantizedWeight, bias, rounds, norm: Norm | None, *, ac
         "fp8_linear", columns=width, depth=depth, splits=_splits(triton.cdiv(N, width), K, norm, x.device),
         num_warps=4, num_stages=stages_for(width * depth * (2 if gated else 1), x.device),
     )  # fmt: skip
-    steps = triton.cdiv(K, columns) * triton.cdiv(columns, depth) if blocked else triton.cdiv(K, depth)
+    columns = min(columns, K)
+    steps = K // columns * triton.cdiv(columns, depth) + triton.cdiv(K % columns, depth)
     splits = min(splits, steps)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     parts = out if splits == 1 else torch.empty(splits, M, len(weight.data), dtype=torch.float32, device=x.device)
@@ -195,7 +200,7 @@ def _few_rows(x, weight: QuantizedWeight, bias, rounds, norm: Norm | None, *, ac
     launch(_few_rows_kernel, (triton.cdiv(N, width), splits), x, fp8_data(weight), weight.scales,
            weight.input_scale if rounds else None, bias, None if norm is None else norm.weight, residual,
            parts, M, N, K, x.stride(0), weight.data.stride(0), N * weight.data.stride(0), weight.scales.stride(0), rows,
-           columns if blocked else K, 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
+           columns, 0 if residual is None else residual.stride(0), 0.0 if norm is None else norm.eps,
            0.0 if norm is None else norm.offset, 1.0 / K, ceil(steps / splits), ROUND_X=rounds is not None,
            ACTIVATION=activation, BLOCKED=blocked, EVEN=is_even(K, columns, depth), FLUSH=flush, SPLIT=splits > 1,
            ROWS=held, CHUNK=min(_PEAK_TILE // held, max(32, triton.next_power_of_2(K))),
@@ -204,13 +209,6 @@ def _few_rows(x, weight: QuantizedWeight, bias, rounds, norm: Norm | None, *, ac
     if splits > 1:
         fp8_many.finish(parts, None, None if blocked else weight, bias, out, activation=activation, residual=residual)
     return out
-
-
-def stages_for(tile_bytes: int, device: torch.device) -> int:
-    """As many as `linear` has with its tiles, and as many bytes in flight where tiles are smaller."""
-    if is_amd(device):
-        return 2
-    return min(8, stages(device) * max(1, 16384 // tile_bytes))
 
 
 def _splits(programs: int, K: int, norm: Norm | None, device: torch.device) -> int:

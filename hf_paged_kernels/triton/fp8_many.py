@@ -16,7 +16,7 @@ from ..norm import Norm
 from ..quantized import DTYPES, QuantizedWeight
 from . import elementwise
 from .dequantize import dequantize
-from .eight_bits import PROMOTE, finished, products, rounded_to_8_bits, row_peaks
+from .eight_bits import PROMOTE, depth_within, finished, is_even, num_steps, products, rounded_to_8_bits, row_peaks
 from .launch import arch, interpreting, is_amd, launch, tuned
 from .quantize import scale_for
 
@@ -65,7 +65,7 @@ def _many_rows_kernel(
         scales_up += (N + n) // block_rows - n // block_rows
     y, y_up, _ = products(
         x + m * x_stride, m < M, None, weight + n * w_stride, inside, up, scales, scales_up, scales_next, None, 0.0,
-        K, columns, 0, tl.cdiv(K, columns) * tl.cdiv(columns, BLOCK_K), False, GATED, BLOCKED, EVEN, FLUSH,
+        K, columns, 0, num_steps(K, columns, BLOCK_K), False, GATED, BLOCKED, EVEN, FLUSH,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     by_row = tl.load(x_scale + m, mask=m < M, other=0.0)
@@ -203,17 +203,6 @@ def _multiply(values, scale, weight: QuantizedWeight, bias, out, activation, res
            columns if blocked else K, 0 if residual is None else residual.stride(0), ACTIVATION=activation,
            BLOCKED=blocked, EVEN=is_even(K, columns, depth), FLUSH=values.dtype != torch.int8, GROUP=_GROUP,
            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=depth, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
-
-
-def depth_within(columns: int, limit: int) -> int:
-    """The depth of a tile that lies within a block of so many columns: of 32 to `limit`, and a divisor if there is one."""
-    divisor = columns & -columns
-    return min(limit, divisor if divisor >= 32 else max(32, triton.next_power_of_2(columns)))
-
-
-def is_even(K: int, columns: int, depth: int) -> bool:
-    """Whether tiles of `depth` end where blocks of so many columns do, the last included."""
-    return K % depth == 0 and (columns >= K or columns % depth == 0)
 
 
 def finish(parts: Tensor, scale: Tensor | None, weight: QuantizedWeight | None, bias, out, *, activation, residual):

@@ -24,6 +24,30 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def pairs_of_expert(experts, num_pairs, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr):
+    """(the expert of program (place, ...), which of PAIRS pairs are its, how many: 0 if an earlier program has them)."""
+    pair = tl.arange(0, PAIRS)
+    of_pair = tl.load(experts + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    expert = tl.program_id(0)
+    if not BY_EXPERT:
+        expert = tl.load(experts + tl.program_id(0)).to(tl.int32)
+    mine = of_pair == expert
+    num_rows = tl.sum(mine.to(tl.int32), axis=0)
+    if not BY_EXPERT:
+        num_rows = tl.where(tl.min(tl.where(mine, pair, PAIRS), axis=0) == tl.program_id(0), num_rows, 0)
+    return expert, mine, num_rows
+
+
+@triton.jit
+def chosen_pairs(mine, m, PAIRS: tl.constexpr):
+    """The numbers (int64) of the m-th [BLOCK_M] of the pairs that `mine` [PAIRS] marks."""
+    pair = tl.arange(0, PAIRS)
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    chosen = mine[None, :] & (rank[None, :] == m[:, None])
+    return tl.sum(tl.where(chosen, pair[None, :], 0), axis=1).to(tl.int64)
+
+
+@triton.jit
 def _grouped_linear_kernel(
     x, weight, experts, bias, scale, out, num_pairs, per_row, N, K, x_stride, w_expert, w_n, w_k, up, bias_expert,
     ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
@@ -31,23 +55,11 @@ def _grouped_linear_kernel(
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     GATED: tl.constexpr = ACTIVATION is not None
-    pair = tl.arange(0, PAIRS)
-    of_pair = tl.load(experts + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-    if BY_EXPERT:
-        expert = tl.program_id(0)
-        mine = of_pair == expert
-    else:
-        expert = tl.load(experts + tl.program_id(0)).to(tl.int32)
-        mine = of_pair == expert
-        if tl.min(tl.where(mine, pair, PAIRS), axis=0) != tl.program_id(0):
-            return
+    expert, mine, num_rows = pairs_of_expert(experts, num_pairs, BY_EXPERT, PAIRS)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    num_rows = tl.sum(mine.to(tl.int32), axis=0)
     if num_rows <= tl.program_id(2) * BLOCK_M:
         return
-    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    chosen = mine[None, :] & (rank[None, :] == m[:, None])
-    row = tl.sum(tl.where(chosen, pair[None, :], 0), axis=1).to(tl.int64)
+    row = chosen_pairs(mine, m, PAIRS)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_rows = weight + expert.to(tl.int64) * w_expert + n * w_n
     y, y_up, _ = products(x + row // per_row * x_stride, m < num_rows, w_rows, n < N, up, None, 0.0, K, w_k,

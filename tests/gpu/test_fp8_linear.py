@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -14,7 +15,7 @@ from hf_paged_kernels.norm import CASTS, Norm
 from hf_paged_kernels.quantized import DTYPES
 from hf_paged_kernels.ref.quantize import LIMITS
 from hf_paged_kernels.ref.quantized import rounded_rows
-from hf_paged_kernels.triton import fp8_many
+from hf_paged_kernels.triton import eight_bits, fp8_many
 from hf_paged_kernels.triton.launch import observing, tuning
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -148,6 +149,15 @@ def test_k_split_among_programs(device, kind, activations, options):
         assert torch.equal(layer.run(), split[4:5])
 
 
+def test_tiles_shorter_than_blocks(device):
+    """The last block may end with any of them."""
+    for rows, kernel in ((5, "fp8_linear"), (MANY, "fp8_many")):
+        for K in (96, 160, 264):
+            layer = Layer(device, rows, 24, K, block=(16, 64))
+            with tuning(kernel, depth=32):
+                torch.testing.assert_close(layer.run(), layer.truth().bfloat16(), rtol=2**-7, atol=1e-2)
+
+
 def test_few_columns_and_many_inputs_are_split(device):
     layer = Layer(device, 2, 16, 16384)
     launched = []
@@ -180,6 +190,26 @@ def test_views_and_leading_dimensions(device, kind, activations):
     assert actual.shape == (2, 3, 32) and torch.equal(actual.view(6, 32), expected)
     layer.x, layer.options["residual"] = layer.x[:0], layer.options["residual"][:0]
     assert layer.run().shape == (0, 3, 32)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_without_products_of_fp8_inputs_are_not_rounded_to_it(device, kind, monkeypatch):
+    """As on GPUs before compute capability 8.9: bytes are decoded by hand, all of them right."""
+    monkeypatch.setattr(eight_bits, "multiplies_fp8", lambda device: False)
+    layer = Layer(device, 4, 32, 256, kind, kind)
+    data = layer.weight.data.view(torch.int8)
+    data[:] = torch.arange(256, device=device).to(torch.int8)
+    rounded = layer.weight
+    if kind == "fp8":
+        data[2:] = data[2:].where(data[2:] & 127 != 127, 5)
+        layer.weight = dataclasses.replace(rounded, activations=None)
+    truth, layer.weight = layer.truth(), rounded
+    assert truth[:, :2].isnan().all() == (kind == "fp8")
+    for rows in (4, MANY):
+        layer.x = layer.x[:1].expand(rows, -1).contiguous() if rows > 4 else layer.x
+        own, expected = layer.run(), truth[:1].expand(rows, -1) if rows > 4 else truth
+        first = 2 if kind == "fp8" else 0
+        assert own[:, :first].isnan().all() and error(own[:, first:], expected[:, first:]).max() <= 4e-3
 
 
 def test_what_torch_multiplies_is_what_the_kernel_does(device):
