@@ -1,6 +1,7 @@
 # Every target does its own set-up, once, from a bare checkout: a virtual environment in .venv, torch, this project.
 #   make demo       real model: chat, then the same requests through stock transformers and through hf_paged
 #   make test       the tests (minutes)            make test-all   the slow ones too
+#   make test-quantizers   other packages' quantized models under the engine, and our checkpoints read by the formats' own tools
 #   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
 #   make bench-quant   quantized weights and caches on this CPU: speed, memory, perplexity (8 minutes)
 #   make gpu        a machine with a GPU: is everything right there, then how fast (10 minutes); results in benchmarks/results/gpu
@@ -16,12 +17,13 @@ ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV   := $(ROOT)/.venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.hf_paged-installed
+QUANTIZERS := $(ROOT)/.venv-quantizers
 MIN    := import sys; sys.exit(sys.version_info < (3, 11))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup demo test test-all bench bench-quant models gpu clean
+.PHONY: help setup demo test test-all test-quantizers bench bench-quant models gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +40,9 @@ test: $(STAMP)
 test-all: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m pytest $(ARGS)
 
+test-quantizers: $(QUANTIZERS)/.installed
+	@cd '$(ROOT)' && '$(QUANTIZERS)/bin/python' -m pytest -W ignore tests/quantizers/packages.py tests/quantizers/tools.py $(ARGS)
+
 bench: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m hf_paged bench $(ARGS)
 
@@ -53,7 +58,7 @@ gpu:
 	@'$(PYTHON)' '$(ROOT)/benchmarks/run.py' gpu $(ARGS)
 
 clean:
-	rm -rf '$(VENV)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \
+	rm -rf '$(VENV)' '$(QUANTIZERS)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \
 	  '$(ROOT)/.hypothesis' '$(ROOT)/.ruff_cache'
 	find '$(ROOT)' -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -77,3 +82,13 @@ $(STAMP): $(ROOT)/pyproject.toml $(ROOT)/setup.py
 	@'$(PY)' -m pip install -q -e '$(ROOT)[demo,bench,test]'
 	@touch '$@'
 	@echo "[set-up] done"
+
+# An environment of its own: these packages want each other's and torch's versions. The last two no longer work beside
+# transformers 5 as a whole, and are installed without what they ask for: only the layers that read checkpoints are used.
+$(QUANTIZERS)/.installed: $(ROOT)/pyproject.toml $(ROOT)/tests/quantizers/requirements.txt
+	@[ -e '$(QUANTIZERS)/bin/python' ] || '$(PYTHON)' -m venv '$(QUANTIZERS)'
+	@'$(QUANTIZERS)/bin/python' -c 'import torch' 2>/dev/null || '$(QUANTIZERS)/bin/python' -m pip install '$(TORCH)'
+	@'$(QUANTIZERS)/bin/python' -m pip install -q -e '$(ROOT)[test]' -r '$(ROOT)/tests/quantizers/requirements.txt' \
+	  "torch==$$('$(QUANTIZERS)/bin/python' -c 'import torch; print(torch.__version__)')"
+	@'$(QUANTIZERS)/bin/python' -m pip install -q --no-deps auto-gptq==0.7.1 autoawq==0.2.9
+	@touch '$@'

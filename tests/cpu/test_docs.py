@@ -1,0 +1,38 @@
+"""The code in the documentation runs, from top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_checkpoints import gptq_layer, save_quantized
+from tiny_models import tiny_model
+
+DOCS = Path(__file__).parents[2] / "docs"
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own
+
+
+@pytest.fixture
+def names(tmp_path) -> dict:
+    """What the text takes for granted: a quantized checkpoint, a model, a folder, token ids."""
+    save_quantized(tiny_model("llama", **SIZES), tmp_path / "quantized", CONFIG, lambda name, N, K: gptq_layer(N, K))
+    tiny_model("llama", **SIZES).save_pretrained(tmp_path / "float")
+    ids = torch.tensor([[5, 9, 11, 40, 7, 8]])
+    return dict(checkpoint=tmp_path / "quantized", name=tmp_path / "float", folder=tmp_path / "out", ids=ids)
+
+
+@pytest.mark.parametrize("page", ["quantization.md"])
+def test_code_blocks_run(page, names, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM (float32 on cpu)" in printed
+    assert names["adapted"].generate(names["ids"], max_new_tokens=3, do_sample=False).shape == (1, 9)
+    assert (names["folder"] / "config.json").exists()
