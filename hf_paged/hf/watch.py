@@ -26,7 +26,7 @@ class Snapshot:
     def __init__(self, model: torch.nn.Module):
         modules = self.modules = list(model.modules())
         self._tensors = [
-            (tensors, name, tensor, memory, version_of(memory), memory.data_ptr())
+            (tensors, name, tensor, memory, _counted(memory), memory.data_ptr())
             for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
@@ -47,7 +47,9 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether the model is still like this, as far as a quick look tells: writes through `.data` escape it."""
         for tensors, name, tensor, memory, version, pointer in self._tensors:
-            if tensors.get(name) is not tensor or version_of(memory) != version or memory.data_ptr() != pointer:
+            if tensors.get(name) is not tensor or memory.data_ptr() != pointer:
+                return False
+            if version is not None and memory._version != version:
                 return False
         return (
             self._around == self._around_forwards()
@@ -153,9 +155,14 @@ def _adapter_state(module) -> tuple:
     )
 
 
+def _counted(tensor: torch.Tensor) -> int | None:
+    """Writes in place so far; None of an inference tensor, which counts none."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """Counts writes in place."""
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors count no versions
+    return _counted(tensor) or 0
 
 
 def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:

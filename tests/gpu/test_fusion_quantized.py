@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 from fusion_checks import GREEDY
+from quantized_checkpoints import eight_bit_layer, save_quantized
 from quantized_models import dequantized, quantized
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import hf_paged
 from hf_paged.hf.fusion import fuse, fuse_layers
@@ -22,7 +24,7 @@ def model_of(label, scheme, device, **options):
     return quantized(tiny_model(label, num_hidden_layers=1, layer_types=None, **options).to(device), scheme)
 
 
-@pytest.mark.parametrize(("label", "scheme"), [("qwen3", "fp8")])
+@pytest.mark.parametrize(("label", "scheme"), [("llama", "int4"), ("qwen3", "fp8")])
 def test_a_layer_launches_no_more_kernels_than_with_plain_weights(label, scheme, device):
     model = hf_paged.patch(model_of(label, scheme, device, dtype=torch.bfloat16), attention_backend="triton")
     report = hf_paged.explain(model)
@@ -59,3 +61,19 @@ def test_tokens_are_the_dequantized_models(device):
         outputs = engine.generate(PROMPTS, GREEDY)
     for prompt, output, ids in zip(PROMPTS, outputs, expected):
         assert prompt + output.outputs[0].token_ids == ids[0].tolist()
+
+
+def test_experts_that_round_their_inputs(device, tmp_path):
+    """Both products of fp8 experts, on the kernels and on the reference."""
+    source = tiny_model("qwen3_moe", num_hidden_layers=1, hidden_size=64, layer_types=None)
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    make = lambda name, N, K: eight_bit_layer(N, K, block=(16, 16), name="weight_scale_inv")  # noqa: E731
+    save_quantized(source, tmp_path, config, make)
+    experts = AutoModelForCausalLM.from_pretrained(tmp_path).to(device).model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 64, generator=generator).to(device, torch.bfloat16)
+    index = torch.rand(5, 4, generator=generator).argsort(-1)[:, :2].to(device)
+    router = torch.rand(5, 2, generator=generator).to(device)
+    assert experts.first.quantized.activations == "fp8"
+    actual, expected = (experts.run(x, index, router, backend).float() for backend in ("triton", "reference"))
+    assert (actual - expected).norm() < 0.02 * expected.norm()
