@@ -185,7 +185,7 @@ def quantize(
         bool | None,
         typer.Option(
             "--static-groups/--no-static-groups",
-            help="gptq: with --act-order, keep groups of neighbouring columns, which run faster.",
+            help="gptq: with --act-order, groups stay neighbouring columns, which run faster. Default yes.",
         ),
     ] = None,
     damping: Annotated[float | None, typer.Option(help="gptq: added to the Hessian's diagonal. Default 0.01.")] = None,

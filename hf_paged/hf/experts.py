@@ -46,8 +46,7 @@ class QuantizedExperts:
     ):
         self._converters: list[WeightConverter] = []
         self._replaced: dict[str, nn.Module] = {}
-        conversions = get_model_conversion_mapping(model)
-        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        converters = _converters(model)
         quantized = [name for name, tensors in layers.items() if is_quantized(tensors)]
         plain = None
         for name, module in [(name, module) for name, module in model.named_modules() if is_experts(module)]:
@@ -55,8 +54,8 @@ class QuantizedExperts:
                 plain = name
                 continue
             mine = [_converter(converters, name, side) for side in _SIDES]
-            names = [converter and _stored_names(converter) for converter in mine]
-            if None in names or module.is_transposed or not module.has_gate or _has_post_norm(module):
+            names = _names(mine, module)
+            if names is None:
                 raise UnsupportedOption(f"{name}: quantized experts of a {type(module).__name__} cannot be loaded")
             self._converters += mine
             self._replaced[name] = module
@@ -73,6 +72,34 @@ class QuantizedExperts:
         """Stack what was filled and packed."""
         for name in self._replaced:
             model.set_submodule(name, model.get_submodule(name).stacked())
+
+
+def separable(model: nn.Module) -> dict[str, tuple[nn.Module, tuple | None]]:
+    """Stacked experts by name, with what a checkpoint calls the projections of one; None if they cannot be quantized."""
+    converters = _converters(model)
+    found = {}
+    for name, module in model.named_modules():
+        if is_experts(module):
+            names = _names([_converter(converters, name, side) for side in _SIDES], module)
+            found[name] = module, None if module.has_bias else names
+    return found
+
+
+def separate(name: str, module: nn.Module, names: tuple, make: Callable[[str, Tensor], nn.Module]) -> ExpertLayers:
+    """What takes the place of stacked experts, which are used up; `make` gives an expert's layer of a name and a weight.
+
+    Args:
+        names: as `separable` gives them.
+    """
+    (first, (last,)), sides = names, (module.gate_up_proj.detach(), module.down_proj.detach())
+
+    def weight_of(layer: str) -> Tensor:
+        expert, projection = layer.removeprefix(f"{name}.").split(".")
+        if projection == last:
+            return sides[1][int(expert)]
+        return sides[0][int(expert)].chunk(len(first))[first.index(projection)]
+
+    return _layers(name, module, *names, lambda layer, _: make(layer, weight_of(layer)))
 
 
 def dequantize_experts(model: nn.Module, dtype: torch.dtype) -> None:
@@ -93,6 +120,18 @@ class _Gate:
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         return self.experts._apply_gate(gate_up)
+
+
+def _converters(model: nn.Module) -> list[WeightConverter]:
+    return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+
+
+def _names(converters: list[WeightConverter | None], module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """What a checkpoint calls the projections of one expert of `module`, or None for experts of an unusual kind."""
+    names = [converter and _stored_names(converter) for converter in converters]
+    if None in names or module.is_transposed or not module.has_gate or _has_post_norm(module):
+        return None
+    return tuple(names)
 
 
 def _converter(converters: list[WeightConverter], name: str, side: str) -> WeightConverter | None:

@@ -29,7 +29,8 @@ class Gptq:
     Attributes:
         act_order: round the columns of the largest inputs first, while many others can still make up for their error.
         static_groups: with `act_order`: groups stay neighbouring columns, with grids chosen beforehand. Otherwise groups
-            are columns that are rounded one after another: a little more exact, but inputs must be gathered at run time.
+            are columns that are rounded one after another: a little more exact, but inputs must be gathered at run time,
+            and experts, each with an order of its own, cannot be stacked.
         damping: added to the diagonal of H, as a share of its mean. Where H is too close to singular for it, it grows
             tenfold until the factorization works.
 
@@ -38,7 +39,7 @@ class Gptq:
     """
 
     act_order: bool = True
-    static_groups: bool = False
+    static_groups: bool = True
     damping: float = 0.01
 
     def __post_init__(self):
@@ -56,12 +57,13 @@ def gptq(weight: Tensor, moments: Moments, scheme: Scheme, options: Gptq = Gptq(
     second = moments.second
     importance = second.diagonal()
     order = importance.argsort(descending=True, stable=True) if options.act_order else torch.arange(K, device=weight.device)
-    groups = order // columns if options.static_groups else torch.arange(K, device=weight.device) // columns
+    static = options.act_order and options.static_groups
+    groups = order // columns if static else torch.arange(K, device=weight.device) // columns
     work = weight.float()[:, order].T.contiguous()  # [K, N]: a column of the weight lies together
     factor = _inverse_factor(second[order][:, order], options.damping)
-    grids = _static_grids(weight.float(), scheme, importance) if options.static_groups else None
+    grids = _static_grids(weight.float(), scheme, importance) if static else None
     q, scales, zeros = _round_columns(work, factor, groups, grids, importance[order], scheme)
-    return _in_order(q, scales, zeros, order, columns, scheme, gathered=options.act_order and not options.static_groups)
+    return _in_order(q, scales, zeros, order, columns, scheme, gathered=options.act_order and not static)
 
 
 def _round_columns(

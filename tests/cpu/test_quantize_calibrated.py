@@ -19,6 +19,7 @@ from hf_paged.hf.quantize.spot import quantize_on_the_spot
 from hf_paged.hf.quantize.stored import as_awq, as_gptq
 from hf_paged.hf.quantize.stream import LayerStream
 from hf_paged.hf.quantize.targets import find_targets
+from hf_paged.quant.experts import ExpertLayers, QuantExperts
 from hf_paged.quant.gptq import Gptq
 from hf_paged.quant.linear import QuantLinear
 from hf_paged.quant.rounding import Scheme, round_to_nearest
@@ -96,7 +97,7 @@ def round_plainly(layer, scheme):
 def test_layers_see_what_quantized_layers_before_them_give():
     """The moments that each layer was rounded with are those of its inputs in the finished model."""
     model, tokens = source(), ids(6)
-    linears = find_targets(model).linears
+    targets = find_targets(model)
     scheme = Scheme(2, 16, zero_from=1)
     seen = {}
 
@@ -106,7 +107,7 @@ def test_layers_see_what_quantized_layers_before_them_give():
             seen.update({name: moments.second for name, moments in found.items()})
             return found
 
-    calibrated.calibrate_gptq(model, Spy(model, tokens), linears, scheme, Gptq(), as_gptq(scheme, []).format, lambda name: None)
+    calibrated.calibrate_gptq(model, Spy(model, tokens), targets, scheme, Gptq(), as_gptq(scheme, []).format, lambda name: None)
     inputs = {}
     for name in seen:
         layer = model.get_submodule(name)
@@ -122,9 +123,9 @@ def test_awq_scales_change_nothing_but_the_rounding(monkeypatch):
     monkeypatch.setattr(calibrated, "replace", lambda *args: None)
     model, reference = with_outliers(source("llama-mha-bias")), with_outliers(source("llama-mha-bias"))
     norm = model.model.layers[0].input_layernorm.weight.clone()
-    scheme, linears = Scheme(4, 16, symmetric=False), find_targets(model).linears
+    scheme, targets = Scheme(4, 16, symmetric=False), find_targets(model)
     format = as_awq(scheme, [], []).format
-    unscaled = calibrated.calibrate_awq(model, LayerStream(model, ids(8)), linears, scheme, format, lambda name: None)
+    unscaled = calibrated.calibrate_awq(model, LayerStream(model, ids(8)), targets, scheme, format, lambda name: None)
     assert not unscaled and not torch.equal(model.model.layers[0].input_layernorm.weight, norm)
     assert error(model, reference, ids(4, seed=3)) < 1e-4
 
@@ -317,3 +318,28 @@ def test_layers_that_nothing_reached_are_rounded_to_nearest():
     model.model.layers[1].other = Unreached()
     quantize_model(model, Recipe(method="gptq", group_size=32), ids(4), ids(1))
     assert "model.layers.1.other.linear" in quantized(model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+@pytest.mark.parametrize("label", ["mixtral", "qwen3_moe"])
+def test_experts_are_quantized_one_by_one_and_stacked(label, method, tmp_path):
+    model, nearest, reference = source(label), source(label), source(label)
+    quantize_model(model, Recipe(method=method, group_size=None if method == "fp8" else 16), ids(24), ids(1))
+    experts = [module for module in model.modules() if isinstance(module, QuantExperts)]
+    assert len(experts) == 2 and not any(isinstance(module, ExpertLayers) for module in model.modules())
+    unseen = ids(4, seed=3)
+    if method == "gptq":
+        quantize_on_the_spot(nearest, "int4")
+        assert error(model, reference, unseen) < error(nearest, reference, unseen)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, unseen), logits(model, unseen))
+
+
+def test_experts_with_orders_of_their_own_run_one_by_one(tmp_path):
+    model = source("mixtral")
+    quantize_model(model, Recipe(method="gptq", group_size=16, static_groups=False), ids(24), ids(1))
+    assert sum(isinstance(module, ExpertLayers) for module in model.modules()) == 2
+    model.save_pretrained(tmp_path)
+    unseen = ids(4, seed=3)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), unseen), logits(model, unseen))

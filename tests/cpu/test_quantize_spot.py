@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import hf_paged
 from hf_paged import InvalidArgument, UnsupportedModel
 from hf_paged.hf.quantize import spot
+from hf_paged.quant.experts import QuantExperts
 from hf_paged.quant.linear import QuantLinear
 
 PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 3, 4, 5, 6, 7, 8]])
@@ -119,6 +120,21 @@ def test_explain_names_the_layers_left_plain():
     hf_paged.patch(odd, quantization="int8")
     assert hf_paged.explain(odd).plain["model.layers.*.mlp.down_proj"] == "64 x 72 are no multiples of 16"
     assert "plain   model.layers.*.mlp.up_proj: 72 x 64" in str(hf_paged.explain(odd))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts(kind, tmp_path):
+    model, before = source("qwen3_moe"), logits(source("qwen3_moe"))
+    hf_paged.patch(model, quantization=kind)
+    assert sum(isinstance(module, QuantExperts) for module in model.modules()) == 2
+    assert not hf_paged.explain(model).plain
+    difference = ((logits(model) - before).norm() / before.norm()).item()
+    assert 0 < difference < {"int4": 0.6, "int8": 0.1, "fp8": 0.3}[kind]
+    tokens = model.generate(PROMPT, max_new_tokens=8)
+    hf_paged.unpatch(model)
+    assert model.generate(PROMPT, max_new_tokens=8).tolist() == tokens.tolist()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_routers_and_the_head_stay(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...quant.awq import round_clipped, search_scales
 from ...quant.formats.base import Format
@@ -13,37 +14,39 @@ from ...quant.moments import Moments
 from ...quant.rounding import Scheme
 from .folds import Fold, FoldFinder
 from .stream import LayerStream
-from .targets import is_linear, naming, replace, weight_of
+from .targets import Targets, is_linear, naming, replace, stack_experts, weight_of
 
 Progress = Callable[[str], None]  # called with a layer's name when that is done
 
 
 def calibrate_gptq(
-    model: nn.Module, stream: LayerStream, linears: dict[str, nn.Module], scheme: Scheme, options: Gptq, format: Format,
-    done: Progress,
-) -> None:  # fmt: skip
-    """Replace `linears` by quantized layers. Also inside a decoder layer, inputs are those that quantized ones give."""
+    model: nn.Module, stream: LayerStream, targets: Targets, scheme: Scheme, options: Gptq, format: Format, done: Progress
+) -> None:
+    """Replace `targets` by quantized layers. Also inside a decoder layer, inputs are those that quantized ones give."""
     for _ in range(len(stream.layers)):
-        prefix = stream.name + "."
-        mine = {name: module for name, module in linears.items() if name.startswith(prefix)}
-        for group in stream.groups(mine):
-            moments = stream.moments({group[0]: mine[group[0]]})[group[0]]
-            for name in group:
-                with naming(name):
-                    replace(model, name, gptq(weight_of(mine[name]), moments, scheme, options), format)
-                done(name)
+        experts, mine = _open(model, stream, targets)
+        for groups in _levels(stream.groups(mine)):
+            found = stream.moments({group[0]: mine[group[0]] for group in groups})
+            for group in groups:
+                moments = found.pop(group[0])
+                for name in group:
+                    with naming(name):
+                        replace(model, name, gptq(weight_of(mine.pop(name)), moments, scheme, options), format)
+                    done(name)
+        stack_experts(model, experts)
         stream.advance()
 
 
 def calibrate_awq(
-    model: nn.Module, stream: LayerStream, linears: dict[str, nn.Module], scheme: Scheme, format: Format, done: Progress
+    model: nn.Module, stream: LayerStream, targets: Targets, scheme: Scheme, format: Format, done: Progress
 ) -> list[str]:
-    """Replace `linears` by quantized layers whose inputs are scaled by what comes before them.
+    """Replace `targets` by quantized layers whose inputs are scaled by what comes before them.
 
     Returns the names of those whose scales found no place; their ranges alone were searched.
     """
     finder, unscaled = FoldFinder(stream), []
     for _ in range(len(stream.layers)):
+        experts, linears = _open(model, stream, targets)
         readers = {f"{stream.name}.{name}": module for name, module in stream.layer.named_modules() if is_linear(module)}
         groups = [group for group in stream.groups(readers) if any(name in linears for name in group)]
         folds = finder.find(readers, groups)
@@ -58,8 +61,33 @@ def calibrate_awq(
                 with naming(name):
                     replace(model, name, round_clipped(weight_of(linears[name]), moments[group[0]], scheme), format)
                 done(name)
+        stack_experts(model, experts)
         stream.advance()
     return unscaled
+
+
+def _open(model: nn.Module, stream: LayerStream, targets: Targets) -> tuple[list[str], dict[str, nn.Module]]:
+    """(names of the decoder layer's experts, which are linear layers now; its linear layers to quantize, by name)."""
+    prefix = stream.name + "."
+    experts = targets.take_experts(model, prefix, _plain)
+    mine = {name: targets.linears.pop(name) for name in list(targets.linears) if name.startswith(prefix)}
+    for name in experts:
+        mine |= {f"{name}.{leaf}": module for leaf, module in model.get_submodule(name).named_modules() if is_linear(module)}
+    return experts, mine
+
+
+def _plain(name: str, weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _levels(groups: list[list[str]]) -> list[list[list[str]]]:
+    """Groups that do not depend on each other together: those of several experts that differ in the expert's number."""
+    levels: dict[str, list[list[str]]] = {}
+    for group in groups:
+        levels.setdefault(re.sub(r"\d+", "*", group[0]), []).append(group)
+    return list(levels.values())
 
 
 def _scale(layer: nn.Module, readers: list[nn.Module], fold: Fold, moments: Moments, scheme: Scheme) -> None:

@@ -63,7 +63,7 @@ class Recipe:
             self._refuse("group_size", "symmetric", "act_order", "static_groups", "damping")
             return
         self.scheme(LARGEST_GROUP if self.group_size is None else self.group_size)
-        if self.gptq().static_groups and not self.gptq().act_order:
+        if self.static_groups and self.act_order is False:
             raise InvalidArgument("static_groups: without act_order groups are neighbours anyway; leave it out")
 
     def scheme(self, group_size: int) -> Scheme:
@@ -130,14 +130,14 @@ def quantize_model(
     stream = None if recipe.method == "fp8" else LayerStream(model, sequences)
     before = perplexity(model, held_out, progress("perplexity before", len(held_out))), _num_bytes(model)
     start = time.perf_counter()
-    layers, unscaled = len(targets.linears), []
+    layers, unscaled = _count(recipe, targets), []
     done = progress(recipe.method, layers)
     if recipe.method == "gptq":
-        calibrate_gptq(model, stream, targets.linears, scheme, recipe.gptq(), stored.format, done)
+        calibrate_gptq(model, stream, targets, scheme, recipe.gptq(), stored.format, done)
     elif recipe.method == "fp8":
         round_layers(model, targets, round_to_fp8, stored.format, done)
     else:
-        unscaled = calibrate_awq(model, stream, targets.linears, scheme, stored.format, done)
+        unscaled = calibrate_awq(model, stream, targets, scheme, stored.format, done)
     seconds = time.perf_counter() - start
     mark_quantized(model, stored.config)
     after = perplexity(model, held_out, progress("perplexity after", len(held_out))), _num_bytes(model)
@@ -155,8 +155,14 @@ def _plan(recipe: Recipe, targets: Targets) -> tuple[Scheme | None, Stored]:
         return None, as_fp8(list(targets.kept), targets.classes)
     most = LARGEST_GROUP if recipe.group_size is None else recipe.group_size
     scheme = recipe.scheme(-1 if most == -1 else group_size_for(targets, most))
-    kept, quantized = list(targets.kept), list(targets.linears)
+    kept, quantized = list(targets.kept), [*targets.linears, *targets.experts]
     return scheme, as_gptq(scheme, kept, recipe.gptq()) if recipe.method == "gptq" else as_awq(scheme, kept, quantized)
+
+
+def _count(recipe: Recipe, targets: Targets) -> int:
+    """Number of steps: linear layers, and those of experts, which are rounded to nearest all at once."""
+    layers = (1 if recipe.method == "fp8" else len(m.gate_up_proj) * sum(map(len, n)) for m, n in targets.experts.values())
+    return len(targets.linears) + sum(layers)
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -11,10 +11,11 @@ from hf_paged_kernels.quantized import QuantizedWeight
 from ...base.errors import InvalidArgument
 from ...quant.formats.base import Format
 from ...quant.linear import QuantLinear
+from ...quant.packed import Packed
 from ...quant.rounding import Scheme, round_to_fp8, round_to_nearest
 from ..quantizers import mark_quantized
 from .stored import Stored, as_fp8, as_gptq
-from .targets import LARGEST_GROUP, Targets, find_targets, group_size_for, naming, replace, weight_of
+from .targets import LARGEST_GROUP, Targets, find_targets, group_size_for, naming, replace, stack_experts, weight_of
 
 KINDS = ("int4", "int8", "fp8")
 
@@ -51,6 +52,9 @@ def round_layers(
         with naming(name):
             replace(model, name, rounded(weight_of(targets.linears.pop(name))), format)
         done(name)
+    for name in list(targets.experts):
+        stack_experts(model, targets.take_experts(model, name, lambda _, weight: QuantLinear.of(rounded(weight), None, format)))
+        done(name)
 
 
 def _way(kind: str, targets: Targets) -> tuple[Stored, Callable[[Tensor], QuantizedWeight]]:
@@ -69,4 +73,4 @@ def check_kind(kind: str | None) -> None:
 
 
 def _kinds(model: nn.Module) -> set[str]:
-    return {module.quantized.kind for module in model.modules() if isinstance(module, QuantLinear)}
+    return {module.quantized.kind for module in model.modules() if isinstance(module, Packed) and module.is_packed}

@@ -33,7 +33,7 @@ def as_gptq(scheme: Scheme, kept: list[str], options: Gptq | None = None) -> Sto
         "group_size": scheme.group_size,
         "sym": scheme.symmetric,
         "desc_act": options is not None and options.act_order and not options.static_groups,
-        "static_groups": options is not None and options.static_groups,
+        "static_groups": options is not None and options.act_order and options.static_groups,
         "true_sequential": options is not None,
         "lm_head": False,
         "checkpoint_format": "gptq",

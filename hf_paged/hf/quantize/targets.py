@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,8 @@ from hf_paged_kernels.quantized import QuantizedWeight
 from ...base.errors import InvalidArgument, UnsupportedModel
 from ...quant.formats.base import Format
 from ...quant.linear import QuantLinear
+from ...quant.packed import Packed
+from ..experts import separable, separate
 from ..spec import decoder_layers, text_config
 
 MULTIPLE = 16  # of rows and columns: the smallest group, and what packs into whole words
@@ -31,16 +33,34 @@ class Targets:
 
     Attributes:
         linears: those to quantize.
+        experts: stacked experts to quantize, with what checkpoints call the projections of one.
         kept: those that stay as they are -> why.
     """
 
     linears: dict[str, nn.Module] = field(default_factory=dict)
+    experts: dict[str, tuple[nn.Module, tuple]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes of those to quantize."""
-        return sorted({"Conv1D" if isinstance(module, Conv1D) else "Linear" for module in self.linears.values()})
+        """Names of the classes of those to quantize; a checkpoint has experts as linear layers."""
+        return sorted({"Conv1D" if isinstance(module, Conv1D) else "Linear" for module in self.linears.values()} or {"Linear"})
+
+    @property
+    def input_sizes(self) -> set[int]:
+        """Numbers of input features."""
+        sizes = {weight_of(module).shape[1] for module in self.linears.values()}
+        return sizes | {side.shape[2] for module, _ in self.experts.values() for side in _sides(module)}
+
+    def take_experts(self, model: nn.Module, prefix: str, make: Callable[[str, Tensor], nn.Module]) -> list[str]:
+        """Put layers, which `make` gives for a name and a weight, in place of the experts below `prefix`.
+
+        Returns the experts' names; `stack_experts` is what comes in the end.
+        """
+        names = [name for name in self.experts if name.startswith(prefix)]
+        for name in names:
+            model.set_submodule(name, separate(name, *self.experts.pop(name), make))
+        return names
 
 
 def find_targets(model: nn.Module, *, multiple: int = MULTIPLE) -> Targets:
@@ -55,7 +75,7 @@ def find_targets(model: nn.Module, *, multiple: int = MULTIPLE) -> Targets:
     """
     check_quantizable(model)
     targets = sort_linears(model, multiple)
-    if not targets.linears:
+    if not targets.linears and not targets.experts:
         reasons = "; ".join(dict.fromkeys(targets.kept.values())) or "its decoder layers have none"
         raise UnsupportedModel(f"model: {type(model).__name__} has no linear layer to quantize: {reasons}")
     return targets
@@ -75,6 +95,11 @@ def sort_linears(model: nn.Module, multiple: int = MULTIPLE) -> Targets:
                 targets.linears[name] = module
             else:
                 targets.kept[name] = reason
+    for name, (module, names) in separable(model).items():
+        if reason := _why_experts_kept(module, names, multiple):
+            targets.kept[name] = reason
+        else:
+            targets.experts[name] = module, names
     return targets
 
 
@@ -106,9 +131,8 @@ def group_size_for(targets: Targets, most: int) -> int:
 
     A checkpoint has one group size. Raises InvalidArgument if `most` is no group size.
     """
-    sizes = {weight_of(module).shape[1] for module in targets.linears.values()}
     size = most
-    while any(K % size for K in sizes):
+    while any(K % size for K in targets.input_sizes):
         size //= 2
     return size
 
@@ -123,7 +147,7 @@ def left_plain(model: nn.Module) -> dict[str, str]:
     if not _quantized(model):
         return {}
     targets = sort_linears(model)
-    kept = targets.kept | dict.fromkeys(targets.linears, "the checkpoint leaves it as it is")
+    kept = targets.kept | dict.fromkeys([*targets.linears, *targets.experts], "the checkpoint leaves it as it is")
     return summary(kept)
 
 
@@ -137,8 +161,9 @@ def smaller_groups(model: nn.Module) -> str | None:
     return f"weights are in groups of {min(sizes)}, as {LARGEST_GROUP} does not divide {', '.join(map(str, odd))} input features"
 
 
-def _quantized(model: nn.Module) -> list[QuantLinear]:
-    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+def _quantized(model: nn.Module) -> list[Packed]:
+    """Of experts, each side counts as a layer."""
+    return [module for module in model.modules() if isinstance(module, Packed) and module.is_packed]
 
 
 def replace(model: nn.Module, name: str, weight: QuantizedWeight, format: Format) -> None:
@@ -149,6 +174,12 @@ def replace(model: nn.Module, name: str, weight: QuantizedWeight, format: Format
     layer = QuantLinear.of(weight, before.bias, format).train(before.training)
     layer.__dict__.update({key: hooks for key, hooks in before.__dict__.items() if "_hooks" in key})
     setattr(parent, leaf, layer)
+
+
+def stack_experts(model: nn.Module, names: list[str]) -> None:
+    """Stack experts whose layers are all quantized."""
+    for name in names:
+        model.set_submodule(name, model.get_submodule(name).stacked())
 
 
 @contextmanager
@@ -206,6 +237,18 @@ def _computes_linear(module: nn.Module) -> bool:
     with torch.no_grad():
         actual, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
     return isinstance(actual, Tensor) and torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def _why_experts_kept(module: nn.Module, names: tuple | None, multiple: int) -> str | None:
+    if names is None:
+        return f"experts of a {type(module).__name__} have no layers of their own in checkpoints"
+    if any(size % multiple for side in _sides(module) for size in side.shape[1:]):
+        return f"the experts' sizes are no multiples of {multiple}"
+    return None
+
+
+def _sides(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.gate_up_proj, module.down_proj
 
 
 def _reads_weight(leaf: str, parents: tuple) -> bool:
