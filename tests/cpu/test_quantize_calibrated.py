@@ -213,6 +213,7 @@ def test_command_shows_progress(folder, text, tmp_path, capsys):
     ("options", "message"),
     [
         (["--format", "nf4"], "format must be one of"),
+        (["--bits", 0], "bits must be one of 2, 3, 4, 8, got 0"),
         (["--bits", 5], "bits must be one of 2, 3, 4, 8, got 5"),
         (["--group-size", 100], "group_size must be -1 or one of"),
         (["--group-size", 0], "group_size must be -1 or one of"),

@@ -63,13 +63,14 @@ class Recipe:
             self._refuse("group_size", "symmetric", "act_order", "static_groups", "damping")
             return
         self.scheme(LARGEST_GROUP if self.group_size is None else self.group_size)
+        self.gptq()
         if self.static_groups and self.act_order is False:
             raise InvalidArgument("static_groups: without act_order groups are neighbours anyway; leave it out")
 
     def scheme(self, group_size: int) -> Scheme:
         is_gptq = self.method == "gptq"
         symmetric = is_gptq if self.symmetric is None else self.symmetric
-        return Scheme(self.bits or 4, group_size, symmetric, zero_from=int(is_gptq))
+        return Scheme(4 if self.bits is None else self.bits, group_size, symmetric, zero_from=int(is_gptq))
 
     def gptq(self) -> Gptq:
         options = {"act_order": self.act_order, "static_groups": self.static_groups, "damping": self.damping}
