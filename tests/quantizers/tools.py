@@ -13,7 +13,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from awq.utils.packing_utils import dequantize_gemm
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from quantized_checkpoints import awq_layer, gptq_layer, packed_layer, packed_layer_of_ct, save_quantized
@@ -27,16 +26,17 @@ from hf_paged.quant.formats.gptq import GPTQ
 from hf_paged.quant.linear import QuantLinear
 
 
-
 def without_init(package: str) -> None:
-    """Make a package's modules importable without what the package itself imports, which beside transformers 5 fails."""
+    """Make a package's modules importable without what the package itself imports, which fails beside transformers 5."""
     stub = ModuleType(package)
     stub.__path__ = list(find_spec(package).submodule_search_locations)
     sys.modules[package] = stub
 
 
-without_init("auto_gptq")
+for package in ("auto_gptq", "awq", "awq.utils"):
+    without_init(package)
 auto_gptq = import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda")
+awq = import_module("awq.utils.packing_utils")
 
 N, K = 96, 128
 PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14]])
@@ -63,7 +63,7 @@ def test_autoawq_reads_a_layer_as_we_do(group_size):
     tensors, weight = awq_layer(N, K, group_size=group_size)
     mine = packed_layer(AWQ(group_size), tensors, N, K)
     saved = mine.state_dict()
-    dequantized = dequantize_gemm(saved["qweight"], saved["qzeros"], saved["scales"], 4, group_size).T.float()
+    dequantized = awq.dequantize_gemm(saved["qweight"], saved["qzeros"], saved["scales"], 4, group_size).T.float()
     torch.testing.assert_close(dequantized, mine.dequantize(), rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(mine.dequantize(), weight, rtol=1e-6, atol=0)
 
