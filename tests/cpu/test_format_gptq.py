@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from quantized_checkpoints import assert_layer, gptq_layer, packed_layer, same_bits
+from quantized_checkpoints import assert_layer, bit_stream, gptq_layer, packed_layer, same_bits
 
 from hf_paged import InvalidArgument
 from hf_paged.quant.formats.gptq import GPTQ
@@ -50,12 +51,14 @@ def test_zero_points_of_zero_as_auto_gptq_reads_them(bits):
 
 
 def test_three_bits_as_gptqmodel_stores_them():
-    """Its constants for 3 bits are not ones in every field; what it subtracts on saving is what it adds on loading."""
+    """Fields cross words; it takes the 1 away from every field, and a zero point of 0 becomes 7."""
     N, K = 96, 64
     tensors, weight = gptq_layer(N, K, bits=3, group_size=32, version="gptq_v2")
-    offsets = torch.tensor([0o4444444444, 0o22222222222, 0o11111111111]).repeat(3)
-    words = (tensors["qzeros"].long() - offsets) % 2**32
-    tensors["qzeros"] = (words - (words >> 31) * 2**32).to(torch.int32)
+    every = tensors["qzeros"].numpy().view("uint8")
+    bits = np.unpackbits(every, axis=1, bitorder="little").reshape(len(every), N, 3)
+    zeros = torch.from_numpy(bits @ np.array([1, 2, 4]))
+    assert (zeros == 0).any()
+    tensors["qzeros"] = bit_stream((zeros - 1) % 8, 3)
     layer = packed_layer(GPTQ(3, 32, whole_words=True), tensors, N, K)
     assert torch.equal(layer.dequantize(), weight)
     assert same_bits(layer.state_dict()["qzeros"], tensors["qzeros"])

@@ -15,6 +15,8 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from quantized_checkpoints import awq_layer, gptq_layer, packed_layer, packed_layer_of_ct, save_quantized
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -56,6 +58,25 @@ def test_auto_gptq_reads_a_layer_as_we_do(bits, sym, act_order):
     dequantized = theirs(torch.eye(K).half()).T.float()
     torch.testing.assert_close(dequantized, mine.dequantize(), rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(mine.dequantize(), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptqmodel_reads_a_layer_as_we_do(bits, sym, act_order, version):
+    tensors, weight = gptq_layer(N, K, bits=bits, group_size=32, sym=sym, act_order=act_order, version=version)
+    mine = packed_layer(GPTQ(bits, 32, version, whole_words=version == "gptq"), tensors, N, K)
+    saved = mine.state_dict()
+    theirs = TorchLinear(bits, 32, sym, act_order, K, N)
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        getattr(theirs, name).copy_(saved[name])
+    if version == "gptq":
+        convert_gptq_v1_to_v2_format_module(theirs, bits, torch.int32)
+    theirs.post_init()
+    torch.testing.assert_close(theirs.dequantize_weight().T.float(), mine.dequantize(), rtol=2e-3, atol=1e-5)
+    if version == "gptq_v2":
+        torch.testing.assert_close(mine.dequantize(), weight, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("group_size", [32, 128])

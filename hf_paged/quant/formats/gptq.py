@@ -23,13 +23,8 @@ from .base import FLOATS, Format, Stored, in_groups, packed_rows, require_finite
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
-# What gptqmodel adds to every word of the zero points (word j: entry j of three) to get from version 1 to 2.
-_WORD_OFFSETS = {
-    2: (0x55555555,) * 3,
-    3: (0x24924924, 0x92492492, 0x49249249),
-    4: (0x11111111,) * 3,
-    8: (0x01010101,) * 3,
-}
+# What gptqmodel adds to every word of the zero points to get from version 1 to 2: a 1 for each field.
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 _DAMAGED = (
     "qzeros has fields with all bits set, as auto-gptq stores zero points of 0, which also damages the fields above. "
     "They are read as auto-gptq reads them; quantize again with format gptq_v2 to get what was meant"
@@ -45,7 +40,7 @@ class GPTQ(Format):
         group_size: input features that share a scale; -1: all.
         version: "gptq" stores zero points less 1, "gptq_v2" as they are.
         whole_words: how "gptq" took the 1 away: gptqmodel from words at a time, so that a field of 0 borrows from the
-            next, auto-gptq from every field. The same unless a zero point is 0.
+            next (of 3 bits from every field, modulo 8), auto-gptq from every field. The same unless a zero point is 0.
     """
 
     bits: int
@@ -117,20 +112,21 @@ class GPTQ(Format):
 
     def _zeros(self, qzeros: Tensor) -> Tensor:
         """int32 [G, words] -> int16 [G, N]: the zero points."""
-        if self.version == "gptq" and self.whole_words:
-            qzeros = self._shifted(qzeros, 1)
+        if self.version == "gptq" and self.whole_words and self.bits != 3:
+            return words.unpack(self._shifted(qzeros, 1), self.bits).to(torch.int16)
         zeros = words.unpack(qzeros, self.bits).to(torch.int16)
-        return zeros + 1 if self.version == "gptq" and not self.whole_words else zeros
+        if self.version == "gptq":
+            zeros = zeros + 1
+        return zeros & 7 if self.whole_words and self.bits == 3 else zeros
 
     def _qzeros(self, zeros: Tensor) -> Tensor:
         """Undoes `_zeros`."""
-        if self.version == "gptq" and not self.whole_words:
+        if self.version == "gptq" and self.whole_words and self.bits != 3:
+            return self._shifted(words.pack(zeros, self.bits), -1)
+        if self.version == "gptq":
             zeros = zeros - 1
-        qzeros = words.pack(zeros & (1 << self.bits) - 1, self.bits)
-        return self._shifted(qzeros, -1) if self.version == "gptq" and self.whole_words else qzeros
+        return words.pack(zeros & (1 << self.bits) - 1, self.bits)
 
     def _shifted(self, qzeros: Tensor, sign: int) -> Tensor:
-        offsets = torch.tensor(_WORD_OFFSETS[self.bits], device=qzeros.device)
-        offsets = offsets.repeat(-(-qzeros.shape[1] // 3))[: qzeros.shape[1]]
-        shifted = (qzeros.long() + sign * offsets) & 0xFFFFFFFF
+        shifted = (qzeros.long() + sign * _ONES[self.bits]) & 0xFFFFFFFF
         return (shifted - (shifted >> 31 << 32)).to(torch.int32)
