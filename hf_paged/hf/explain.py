@@ -12,7 +12,7 @@ from ..base.errors import KernelUnavailable
 from ..engine.build import wants_graphs
 from ..quant.packed import Packed
 from .attention import drops_softcap
-from .quantize.targets import left_plain, smaller_groups
+from .quantize.targets import left_plain
 from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
 
@@ -173,8 +173,6 @@ def explain_patch(model, patch, config) -> Explanation:
             "its own layers round what they are given to few bits, so tokens may differ where choices are close: its own "
             f"logits scatter by {patch.scatter:.1g} of the largest"
         )
-    if groups := smaller_groups(model):
-        limits.append(groups)
     whole = dict.fromkeys(spec.kind for spec in adapter.states if not spec.takes_chunks)
     if whole:
         limits.append(f"{', '.join(whole)} needs a prompt in one step, even one longer than max_batch_tokens")

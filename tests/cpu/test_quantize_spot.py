@@ -104,11 +104,11 @@ def test_groups_are_as_large_as_all_layers_allow():
     model = source(hidden_size=128, intermediate_size=256, head_dim=32)
     hf_paged.patch(model, quantization="int4")
     assert {layer.quantized.block for layer in quantized(model).values()} == {(1, 128)}
-    assert not any("groups" in limit for limit in hf_paged.explain(model).limits)
+    assert "GPTQ 4 bit, groups of 128: int4" in str(hf_paged.explain(model))
     model = source()
     hf_paged.patch(model, quantization="int4")
     assert {layer.quantized.block for layer in quantized(model).values()} == {(1, 32)}
-    assert "weights are in groups of 32, as 128 does not divide 64, 96 input features" in str(hf_paged.explain(model))
+    assert "GPTQ 4 bit, groups of 32: int4" in str(hf_paged.explain(model))
 
 
 def test_explain_names_the_layers_left_plain():

@@ -151,16 +151,6 @@ def left_plain(model: nn.Module) -> dict[str, str]:
     return summary(kept)
 
 
-def smaller_groups(model: nn.Module) -> str | None:
-    """Why a scale is for fewer than the usual 128 input features, where that is the layers' sizes' doing."""
-    weights = [layer.quantized for layer in _quantized(model)]
-    sizes = {weight.block[1] for weight in weights if weight.is_packed}
-    odd = sorted({weight.in_features for weight in weights if weight.in_features % LARGEST_GROUP})
-    if not sizes or min(sizes) >= LARGEST_GROUP or not odd:
-        return None
-    return f"weights are in groups of {min(sizes)}, as {LARGEST_GROUP} does not divide {', '.join(map(str, odd))} input features"
-
-
 def _quantized(model: nn.Module) -> list[Packed]:
     """Of experts, each side counts as a layer."""
     return [module for module in model.modules() if isinstance(module, Packed) and module.is_packed]

@@ -19,7 +19,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, packed_rows, require_finite
+from .base import FLOATS, Format, Stored, groups_text, packed_rows, require_finite
 
 VERSIONS = ("gemm", "gemv")
 _ROW_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)  # of W, in the words of version "gemm"
@@ -42,6 +42,9 @@ class AWQ(Format):
             raise InvalidArgument(f"group_size must be positive or -1, not {self.group_size!r}")
         if self.version not in VERSIONS:
             raise InvalidArgument(f"version must be one of {VERSIONS}, not {self.version!r}")
+
+    def __str__(self):
+        return f"AWQ {self.version} 4 bit, {groups_text(self.group_size)}"
 
     def stored(self, N: int, K: int) -> dict[str, Stored]:
         size = self._group_size(K)

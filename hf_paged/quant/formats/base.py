@@ -34,7 +34,7 @@ class Stored:
 class Format(ABC):
     """The stored tensors of a linear layer with a weight [N, K], and the way to the kernels' layout and back.
 
-    Instances are frozen dataclasses of what the checkpoint's config says. Errors are `InvalidArgument`s whose messages
+    Instances are frozen dataclasses of what the checkpoint's config says; `str` of one is for people. Errors are `InvalidArgument`s whose messages
     begin with what is wrong ("group_size", "qweight"); the caller puts the layer's name before it.
     """
 
@@ -62,6 +62,11 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """What `pack` was given, as a checkpoint stores it."""
+
+
+def groups_text(size: int) -> str:
+    """What shares a scale, for people."""
+    return "a scale a row" if size == -1 else f"groups of {size}"
 
 
 def require_finite(name: str, tensor: Tensor) -> Tensor:

@@ -46,6 +46,13 @@ class EightBit(Format):
     input_dims: int = 1
     input_dtype: torch.dtype = torch.float32
 
+    def __str__(self):
+        rows, columns = self.block
+        scales = "a scale each" if rows is columns is None else "a scale a row"
+        if None not in (rows, columns):
+            scales = f"blocks of {rows} x {columns}"
+        return f"{self.kind}, {scales}"
+
     def stored(self, N: int, K: int) -> dict[str, Stored]:
         grid = self._grid(N, K)
         found = {

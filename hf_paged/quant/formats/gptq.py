@@ -19,7 +19,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, in_groups, packed_rows, require_finite, unsigned
+from .base import FLOATS, Format, Stored, groups_text, in_groups, packed_rows, require_finite, unsigned
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
@@ -55,6 +55,9 @@ class GPTQ(Format):
             raise InvalidArgument(f"group_size must be positive or -1, not {self.group_size!r}")
         if self.version not in VERSIONS:
             raise InvalidArgument(f"format must be one of {VERSIONS}, not {self.version!r}")
+
+    def __str__(self):
+        return f"GPTQ {self.bits} bit, {groups_text(self.group_size)}"
 
     def stored(self, N: int, K: int) -> dict[str, Stored]:
         for name, size in (("in_features", K), ("out_features", N)):
