@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.errors import InvalidArgument
 
@@ -48,8 +48,9 @@ def read(model, files: list[str]) -> Checkpoint:
     return checkpoint
 
 
-def give_back(tensors: Iterable[Tensor]) -> None:
-    """Give back the memory of contiguous tensors that nobody looks at again, where the system allows it.
+def give_back(tensors: Iterable[Tensor], module: nn.Module) -> None:
+    """Give back the memory of contiguous tensors that nobody but `module` looks at again, and that it does not keep, where
+    the system allows it.
 
     Safetensors maps a file as a whole, and its pages, once read, stay with the process as long as any tensor of the
     file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end.
@@ -57,8 +58,9 @@ def give_back(tensors: Iterable[Tensor]) -> None:
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     advise = ctypes.CDLL(None).madvise
+    kept = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
     for tensor in tensors:
-        if tensor.device.type == "cpu":
+        if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in kept:
             start = (
                 -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             )  # its first and last page have neighbours in them

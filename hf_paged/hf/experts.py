@@ -7,7 +7,7 @@ stacked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,16 +61,26 @@ class QuantizedExperts:
             self._replaced[name] = module
             model.set_submodule(name, _layers(name, module, *names, make))
         if plain and self._replaced:
-            raise UnsupportedOption(f"{plain}: its experts are not quantized, those of {next(iter(self._replaced))} are")
+            raise UnsupportedOption(
+                f"{plain}: its experts are not quantized, those of {next(iter(self._replaced))} are"
+            )
 
     def without_merging(self, conversions: list) -> list:
         """Conversions of names and weights, without those that would merge the tensors of these experts."""
         merging = [converter.target_patterns for converter in self._converters]
         return [entry for entry in conversions if entry.target_patterns not in merging]
 
-    def stack(self, model: nn.Module) -> None:
-        """Stack what was filled and packed."""
-        for name in self._replaced:
+    def owners(self, layers: Iterable[str]) -> dict[str, list[str]]:
+        """The layers of each module that holds experts, and every other layer for itself, in their order."""
+        found: dict[str, list[str]] = {}
+        for layer in layers:
+            owner = next((name for name in self._replaced if layer.startswith(f"{name}.")), layer)
+            found.setdefault(owner, []).append(layer)
+        return found
+
+    def stack(self, model: nn.Module, name: str) -> None:
+        """Stack the layers of the module `name`, which have been packed, if it holds experts."""
+        if name in self._replaced:
             model.set_submodule(name, model.get_submodule(name).stacked())
 
 
@@ -162,7 +172,8 @@ def _layers(name: str, module: nn.Module, first: tuple[str, ...], last: tuple[st
     (count, N, H), I = module.gate_up_proj.shape, module.down_proj.shape[2]  # noqa: E741
     shapes = {**dict.fromkeys(first, (H, N // len(first))), last[0]: (I, H)}
     plain = {
-        layer: nn.Linear(*sizes, bias=False, device="meta", dtype=module.down_proj.dtype) for layer, sizes in shapes.items()
+        layer: nn.Linear(*sizes, bias=False, device="meta", dtype=module.down_proj.dtype)
+        for layer, sizes in shapes.items()
     }
     experts = [
         {layer: make(f"{name}.{expert}.{layer}", linear) for layer, linear in plain.items()} for expert in range(count)

@@ -164,21 +164,29 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         _check_plain(model)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-        for name, layer in layers.items():
-            with _naming(name):
-                _check_loaded(layer)
-                vars(layer).pop("weight", None)
-                loaded = {name: tensor for name, tensor in layer.named_parameters() if name != "bias"}
-                layer.pack_()
-                kept = {tensor.untyped_storage().data_ptr() for tensor in layer.parameters()}
-                checkpoints.give_back(t for t in loaded.values() if t.untyped_storage().data_ptr() not in kept)
-            if name in self._surplus_biases and not layer.bias.any():
-                layer.bias = None  # auto-gptq gives every layer a bias
-        self._experts.stack(model)
+        for owner, names in self._experts.owners(layers).items():
+            loaded = []
+            for name in names:
+                layer = layers.pop(name)  # nothing else may hold on to what stacking takes out
+                with _naming(name):
+                    loaded += self._pack(name, layer)
+                del layer
+            self._experts.stack(model, owner)
+            checkpoints.give_back(loaded, model.get_submodule(owner))
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # saved, the file has another name
         if getattr(self.quantization_config, "dequantize", False):
             _dequantize(model, model.dtype)
+
+    def _pack(self, name: str, layer: QuantLinear) -> list[Tensor]:
+        """What was loaded, for which there may be no more use."""
+        _check_loaded(layer)
+        vars(layer).pop("weight", None)
+        loaded = [tensor for key, tensor in layer.named_parameters() if key != "bias"]
+        layer.pack_()
+        if name in self._surplus_biases and not layer.bias.any():
+            layer.bias = None  # auto-gptq gives every layer a bias
+        return loaded
 
     def _dequantize(self, model, dtype=None):
         _dequantize(model, dtype or model.dtype)
