@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantized_checkpoints import eight_bit_layer, save_quantized
 from quantized_models import quantized
 from recording import Recorder
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import hf_paged
 from hf_paged import Engine, EngineConfig, InvalidArgument, SamplingParams, UnsupportedOption
@@ -146,6 +148,21 @@ def test_quantized_layers_are_recorded_too(device, recorders, scheme):
         assert recorders[0].num_records == 1
     with Engine(other, config=config(fuse=True, cuda_graphs=False)) as engine:
         assert tokens(engine.generate(jobs, greedy(5))) == after != expected
+
+
+@pytest.mark.slow
+def test_quantized_experts_are_recorded_too(device, recorders, tmp_path):
+    """Whatever the routing is, what is launched is the same."""
+    stored = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    make = lambda name, N, K: eight_bit_layer(N, K, block=(None, None), name="weight_scale_inv", shape=())  # noqa: E731
+    save_quantized(tiny_model("qwen3_moe", vocab_size=320, num_hidden_layers=1), tmp_path, stored, make)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(device)
+    jobs = prompts(5, 18)
+    with Engine(model, config=config(fuse=True, cuda_graphs=False)) as engine:
+        expected = tokens(engine.generate(jobs, greedy(5)))
+    with Engine(model, config=config(fuse=True)) as engine:
+        assert tokens(engine.generate(jobs, greedy(5))) == expected
+        assert engine.stats()["cuda_graphs"] == 1 and recorders[0].num_replays >= 3
 
 
 def test_requests_that_join_and_leave(model, recorders):
