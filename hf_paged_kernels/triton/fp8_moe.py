@@ -29,7 +29,7 @@ from .fp8_many import quantize
 from .functions import ACTIVATIONS, rounded
 from .launch import arch, is_amd, launch
 from .linear import tile
-from .moe import MAX_PAIRS, MAX_ROWS, chosen_pairs, pairs_of_expert
+from .moe import MAX_PAIRS, MAX_ROWS, chosen_pairs, pairs_of_expert, pairs_of_tile, sorted_pairs
 from .quantize import scale_for
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -103,19 +103,9 @@ def _many_pairs_kernel(
     ACTIVATION: tl.constexpr, BLOCKED: tl.constexpr, EVEN: tl.constexpr, FLUSH: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """starts [E + 1]: where the pairs of an expert begin in `order`, pairs sorted by expert."""
-    e = tl.arange(0, EXPERTS)
-    start = tl.load(starts + e, mask=e < num_experts, other=0)
-    count = tl.load(starts + e + 1, mask=e < num_experts, other=0) - start
-    ends = tl.cumsum(tl.cdiv(count, BLOCK_M), axis=0)  # of the experts' tiles
-    at = tl.program_id(0)
-    expert = tl.sum((ends <= at).to(tl.int32), axis=0)
+    expert, pair, exists = pairs_of_tile(starts, order, num_experts, EXPERTS, BLOCK_M)
     if expert >= num_experts:
         return
-    before = tl.sum(tl.where(e == expert, ends - tl.cdiv(count, BLOCK_M), 0), axis=0)
-    place = tl.load(starts + expert) + (at - before) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = place < tl.load(starts + expert + 1)
-    pair = tl.load(order + place, mask=exists, other=0).to(tl.int64)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     by_row = None
     if x_scale is not None:
@@ -191,9 +181,7 @@ def _many_pairs(x, weight: QuantizedWeight, experts, bias, scale, out, activatio
     rounds, amd = rounds_to(weight, x.device), is_amd(x.device)
     pairs, (num_experts, _, K) = len(experts), weight.shape
     per_row, dtype = pairs // len(x), _TYPES[x.dtype]
-    by_expert, order = experts.sort(stable=True)
-    bounds = torch.arange(num_experts + 1, device=x.device, dtype=by_expert.dtype)
-    starts = torch.searchsorted(by_expert, bounds, out_int32=True)
+    starts, order = sorted_pairs(experts, num_experts)
     values, x_scale = (x, None) if rounds is None else quantize(x, rounds, weight.input_scale)
     small = pairs <= 64 * num_experts or amd or rounds is None
     narrow = activation is not None or amd or rounds is None or arch(x.device) == "sm_100"

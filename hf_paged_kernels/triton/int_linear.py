@@ -23,8 +23,8 @@ from torch import Tensor
 from ..norm import CASTS, Norm
 from ..quantized import BITS, FIELDS, LANES, QuantizedWeight
 from .dequantize import dequantize
-from .functions import ACTIVATIONS, activate, rounded
-from .int_tile import products
+from .functions import ACTIVATIONS, rounded
+from .int_tile import finished, products, rows_of_tile
 from .int_values import extraction, subtraction
 from .launch import arch, is_amd, launch, num_sms, tuned
 
@@ -48,10 +48,9 @@ def _int_linear_kernel(
     """A tile: BLOCK_N rows of the weight, with an activation half of them from each half; see `_int_linear`."""
     GATED: tl.constexpr = ACTIVATION is not None
     DTYPE: tl.constexpr = x.dtype.element_ty
-    HALF: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    in_tile, slot = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    n = tl.program_id(0).to(tl.int64) * HALF + in_tile % HALF
-    row = n + in_tile // HALF * N
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    n, row = rows_of_tile(tl.program_id(0), N, BLOCK_N, GATED)
+    slot = tl.arange(0, BLOCK_M)
     m = tl.program_id(2).to(tl.int64) * BLOCK_M + slot
     split = tl.program_id(1)
     blocks = tl.cdiv(K, FIELDS * LANES)
@@ -63,7 +62,8 @@ def _int_linear_kernel(
     )  # fmt: skip
     if SPLITS > 1:
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        at = parts + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + slot[None, :] * BLOCK_N + in_tile[:, None]
+        at = parts + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + slot[None, :] * BLOCK_N
+        at += tl.arange(0, BLOCK_N)[:, None]
         if norm_weight is not None:
             at_squares = part_squares + tile * (SPLITS * BLOCK_M) + slot
         tl.store(at + split * (BLOCK_M * BLOCK_N), y, mask=(m < M)[None, :])
@@ -86,12 +86,8 @@ def _int_linear_kernel(
         tl.store(counters + tile, 0)  # for the next launch
     if norm_weight is not None:
         y *= tl.rsqrt(squares * inverse_k + eps)[None, :]
-    if bias is not None:
-        y += tl.load(bias + row, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(y, (2, HALF, BLOCK_M)), (1, 2, 0)))
-        y = rounded(activate(rounded(gate, DTYPE), ACTIVATION), DTYPE) * rounded(up, DTYPE)
-    to = tl.program_id(0).to(tl.int64) * HALF + tl.arange(0, HALF)
+    y = finished(y, bias if bias is None else bias + row, n < N, DTYPE, ACTIVATION)
+    to = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = (to < N)[:, None] & (m < M)[None, :]
     if residual is not None:
         before = tl.load(residual + m[None, :] * residual_stride + to[:, None], mask=inside)

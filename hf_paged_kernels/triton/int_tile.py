@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .dequantize import small_float
+from .functions import activate, rounded
 from .int_values import field_of_word, fields_of_half, from_int8, less
 
 
@@ -141,3 +142,23 @@ def products(
                 result += sums * scale[:, None]
                 sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     return result, tl.sum(squares, axis=1)
+
+
+@triton.jit
+def rows_of_tile(index, N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """(columns n of the result, rows of the weight) [BLOCK_N] of a tile; GATED: as many rows of either half, the gates first."""
+    in_tile = tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    n = index.to(tl.int64) * WIDTH + in_tile % WIDTH
+    return n, n + in_tile // WIDTH * N
+
+
+@triton.jit
+def finished(y, bias, inside, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """y [BLOCK_N, BLOCK_M] plus a bias (pointers [BLOCK_N], or None); then, with an activation, gates times the rest."""
+    if bias is not None:
+        y += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, y.shape[0] // 2, y.shape[1])), (1, 2, 0)))
+        y = rounded(activate(rounded(gate, DTYPE), ACTIVATION), DTYPE) * rounded(up, DTYPE)
+    return y

@@ -48,6 +48,25 @@ def chosen_pairs(mine, m, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def pairs_of_tile(starts, order, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(the expert of program (tile, ...), its pairs [BLOCK_M], int64, which exist) of what `sorted_pairs` gives.
+
+    There are fewer tiles than programs: beyond, the expert is `num_experts` or more.
+    """
+    e = tl.arange(0, EXPERTS)
+    start = tl.load(starts + e, mask=e < num_experts, other=0)
+    tiles = tl.cdiv(tl.load(starts + e + 1, mask=e < num_experts, other=0) - start, BLOCK_M)
+    ends = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((ends <= tl.program_id(0)).to(tl.int32), axis=0)
+    is_one = expert < num_experts
+    before = tl.sum(tl.where(e == expert, ends - tiles, 0), axis=0)
+    place = (tl.program_id(0) - before) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place += tl.load(starts + expert, mask=is_one, other=0)
+    exists = place < tl.load(starts + expert + 1, mask=is_one, other=0)
+    return expert, tl.load(order + place, mask=exists, other=0).to(tl.int64), exists
+
+
+@triton.jit
 def _grouped_linear_kernel(
     x, weight, experts, bias, scale, out, num_pairs, per_row, N, K, x_stride, w_expert, w_n, w_k, up, bias_expert,
     ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
@@ -77,6 +96,13 @@ def _grouped_linear_kernel(
         y += float("nan")
     inside = (m < num_rows)[:, None] & (n < N)[None, :]
     tl.store(out + row[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+def sorted_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(where an expert's pairs begin in the order [E + 1], pairs ordered by expert [S]), without asking the host."""
+    by_expert, order = experts.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=experts.device, dtype=by_expert.dtype)
+    return torch.searchsorted(by_expert, bounds, out_int32=True), order
 
 
 def supports(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, activation: str | None) -> bool:

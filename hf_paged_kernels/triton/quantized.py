@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ..norm import Norm
 from ..quantized import QuantizedWeight
-from . import fp8_linear, fp8_moe, int_linear
+from . import fp8_linear, fp8_moe, int_linear, int_moe
 
 
 def _kernels(weight: QuantizedWeight):
     """(linear layers, experts) on such weights, modules; None where there are none."""
     if weight.kind != "fp8" and weight.activations is None:
-        return int_linear, None
+        return int_linear, int_moe
     return (fp8_linear, fp8_moe) if fp8_linear.supports_weight(weight) else (None, None)
 
 

@@ -51,6 +51,11 @@ def integers(name: str, *call, mma=TENSOR, **options) -> Case:
     return Case(name, lambda: dense_calls.quantized_linear(*call, **options), mma=mma, without_conversions=True)
 
 
+def integer_experts(name: str, *call, mma=TENSOR, **options) -> Case:
+    """Experts on such weights. Finding a pair's row, before the loop, is a division, which converts."""
+    return Case(name, lambda: dense_calls.quantized_experts(*call, **options), mma=mma)
+
+
 def copy_blocks() -> None:
     cache = ops.allocate_kv(64, 8, 128, 128, 64, torch.bfloat16, "cpu", backend="triton")
     ops.copy_blocks(*cache, torch.empty(3, 2, dtype=torch.int64), backend="triton")
@@ -142,6 +147,10 @@ CASES = [
     integers("int2 g64", 4, "int2", 4096, 4096, group=64),
     integers("int8 norm", 4, "int8", 4096, 4096, group=4096, norm=True, mma=HMMA),
     integers("int8 g128, zeros, fp16", 8, "int8", 4096, 4096, zeros=True, dtype=torch.float16, mma=HMMA),
+    integer_experts("experts int4, 8 of 128", 1, 8, 128, "int4", 2048, 768),
+    integer_experts("experts int4 g32, zeros, 64 tokens", 64, 2, 8, "int4", 4096, 14336, group=32, zeros=True),
+    integer_experts("experts int4, 1024 tokens", 1024, 2, 8, "int4", 4096, 14336),
+    integer_experts("experts int8", 4, 2, 8, "int8", 4096, 14336, mma=HMMA),
     integers("int8 128 rows", 128, "int8", 4096, 4096, group=4096),
     Case("rotary 32/8 x 128, R 64", lambda: dense_calls.rotary(32, 8, 128, 64)),
     Case("argmax of 4 rows", lambda: sampling_calls.argmax(4)),

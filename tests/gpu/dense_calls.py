@@ -70,3 +70,12 @@ def quantized_linear(
         torch.empty(rows, K, dtype=dtype), weight, norm=Norm(torch.empty(K, dtype=dtype), 1e-6) if norm else None,
         activation=activation, residual=torch.empty(rows, N, dtype=dtype) if residual else None, backend="triton",
     )  # fmt: skip
+
+
+def quantized_experts(tokens: int, top_k: int, num_experts: int, kind: str, H: int, size: int, **options) -> None:
+    """`options` of the weights: group, zeros."""
+    gate_up = unread_weight(kind, num_experts, 2 * size, H, **options)
+    down = unread_weight(kind, num_experts, H, size, **options)
+    x, router = torch.empty(tokens, H, dtype=BF16), torch.empty(tokens, top_k, dtype=BF16)
+    pairs = torch.zeros(tokens, top_k, dtype=torch.int64)
+    fused.moe_experts(x, gate_up, down, pairs, router, activation="silu", backend="triton")
