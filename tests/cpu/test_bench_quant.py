@@ -11,7 +11,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 from hf_paged.benchmarks import schema
 from hf_paged.benchmarks.engine import workload
-from hf_paged.benchmarks.quant import engine
+from hf_paged.benchmarks.quant import engine, kernels
+from hf_paged_kernels.cpu import build
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,15 @@ def test_an_unknown_system_is_refused(capsys):
 def test_windows_lie_evenly_over_the_text():
     windows = workload.windows(tiny_tokenizer(320), 3, 50)
     assert [len(window) for window in windows] == [50] * 3 and len(set(map(tuple, windows))) == 3
+
+
+@pytest.mark.skipif(not build.available(), reason=str(build.why_unavailable()))
+def test_layers_alone_are_measured_side_by_side(tmp_path):
+    kernels.main(["--short", "--threads", "1", "--rows", "1,3", "--out", str(tmp_path)])
+    with (tmp_path / "quant_kernels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == schema.COLUMNS
+    ratios = {(row["workload"], row["system"]) for row in rows if row["metric"] == "speed-up"}
+    systems = {*kernels.KINDS, "torch int4pack", "torch int8pack"}
+    assert ratios == {(f"{N}x{K}, {M} rows", system) for N, K in kernels.SMALL for M in (1, 3) for system in systems}
+    assert all(float(row["p50"]) > 0 for row in rows)
