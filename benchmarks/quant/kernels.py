@@ -1,9 +1,10 @@
-"""Linear layers on quantized weights on the CPU: our kernels, our fp32 layer on the dequantized weight, torch's packed ops.
+"""Linear layers on quantized weights on the CPU, beside our fp32 layer and torch's packed ones.
 
     python benchmarks/run.py quant.kernels [--rows 1,2,4,8,16,64,256] [--threads 1] [--large]
 
 Each shape has as many weights as do not fit in a cache together, as a model's layers have. The candidates take turns in
-every repeat; ratios are of the same repeat, to the fp32 layer. torch's ops are fast with bf16 inputs only, and get these.
+every repeat; ratios are of the same repeat, to the fp32 layer. torch's layers are fast with bf16 inputs only, and get
+these.
 """
 
 from __future__ import annotations

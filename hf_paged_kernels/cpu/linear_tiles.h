@@ -2,8 +2,8 @@
 //
 // Both operands are contiguous along k, so the tile is vectorised along k: MR rows of x times NR rows of the
 // weight, MR * NR vector accumulators in registers, and one horizontal sum of each at the end. Every output is summed
-// in the same order in every tile shape: lane l takes k = l, l + W, l + 2W, ... of one block of k, the lanes are added as
-// a fixed tree, the blocks in order, then the bias. So a row's bits depend on that row and the weight only.
+// in the same order in every tile shape: lane l takes k = l, l + W, l + 2W, ... of one block of k, the lanes are added
+// as a fixed tree, the blocks in order, then the bias. So a row's bits depend on that row and the weight only.
 #pragma once
 
 #include "common.h"

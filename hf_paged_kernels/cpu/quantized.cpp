@@ -79,7 +79,8 @@ constexpr auto register_tiles(std::integer_sequence<int, I...>) {
 template <class Values>
 constexpr auto kRegisterTiles = register_tiles<Values>(std::make_integer_sequence<int, kMaxRows>{});
 
-// All rows of x, at most kMaxRows, times rows n0 to n1 of the weight, at least kColumns of them; K is a multiple of kStep.
+// All rows of x, at most kMaxRows, times rows n0 to n1 of the weight, at least kColumns of them. K is a multiple of
+// kStep.
 template <class Values>
 void in_registers(const Quantized& w, const Problem& p, int64_t expert, int64_t n0, int64_t n1) {
   const int64_t block_k = hf_paged::block_k(w.K);
@@ -127,7 +128,8 @@ void decode(const Quantized& w, int64_t expert, int64_t n, int64_t k, int64_t en
 
 // Rows m0 to m1 of x times rows n0 to n1 of the weight.
 template <class Values>
-void through_cache(const Quantized& w, const Problem& p, int64_t expert, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+void through_cache(
+    const Quantized& w, const Problem& p, int64_t expert, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   constexpr int64_t kRow = kBlockK + kStep;
   alignas(64) float panel[kTileN * kRow];
   const int64_t block_k = hf_paged::block_k(w.K);
@@ -152,8 +154,8 @@ void through_cache(const Quantized& w, const Problem& p, int64_t expert, int64_t
 
 }  // namespace
 
-// x [M, K] is multiplied by the weights of `groups` experts, each by its own rows: expert groups[2 i] by rows groups[2 i + 1]
-// to groups[2 i + 3]. bias is null or has N values for each expert. out is [M, N].
+// x [M, K] is multiplied by the weights of `num_groups` experts, each by its own rows: expert groups[2 i] by rows
+// groups[2 i + 1] to groups[2 i + 3]. bias is null or has N values for each expert. out is [M, N].
 HF_PAGED_EXPORT void hf_paged_quantized_linear(
     const Quantized* weight, const float* x, int64_t x_row, const float* bias, float* out, int64_t out_row,
     const int64_t* groups, int64_t num_groups) {

@@ -1,8 +1,9 @@
 """Linear layers on quantized weights: see quantized.cpp and quantized_int8.cpp. No autograd.
 
-Sums are fp32, in the order of `linear.linear`: of float32 x the result is bit for bit what that gives on the dequantized
-weight (its columns in the order of the data, if there is `perm`). bfloat16 and float16 x are widened, and the result is
-rounded once. `activations` of "int8" are honoured; those of "fp8", for which a CPU has no instructions, are not rounded.
+Sums are fp32, in the order of `linear.linear`: of float32 x the result is bit for bit what that gives on the
+dequantized weight (its columns in the order of the data, if there is `perm`). bfloat16 and float16 x are widened, and
+the result is rounded once. `activations` of "int8" are honoured; those of "fp8", for which a CPU has no instructions,
+are not rounded.
 """
 
 from __future__ import annotations
@@ -45,13 +46,21 @@ class _Weight(ctypes.Structure):
             _expert_stride(scales), *zeros_strides, weight.zero_point(),
         )  # fmt: skip
 
+    def is_of(self, weight: QuantizedWeight) -> bool:
+        """Whether the weight's memory is where it was: `share_memory_` moves that of a tensor."""
+        zeros = weight.zeros
+        return (
+            self.data == weight.data.data_ptr()
+            and self.scales == weight.scales.data_ptr()
+            and self.zeros == (None if zeros is None else zeros.data_ptr())
+        )
 
-# The weights there are kernels for, as these take them; None for others.
-_weights: WeakKeyDictionary[QuantizedWeight, _Weight | None] = WeakKeyDictionary()
+
+_weights: WeakKeyDictionary[QuantizedWeight, _Weight] = WeakKeyDictionary()  # as kernels take them, once asked for
 
 
 def supports_weight(weight: QuantizedWeight) -> bool:
-    """Whether there are kernels for this weight: groups of a multiple of 16 columns (or one), tensors as they are made."""
+    """Whether there are kernels for this weight: its groups have a multiple of 16 columns, or all."""
     return _described(weight) is not None
 
 
@@ -171,9 +180,10 @@ def _multiplies_int8(weight: QuantizedWeight) -> bool:
 
 
 def _described(weight: QuantizedWeight) -> _Weight | None:
+    """The weight as kernels take it, or None if there are none for it."""
     described = _weights.get(weight)
-    if described is None and weight not in _weights:
-        described = _weights[weight] = _Weight.of(weight) if _fits(weight) else None
+    if (described is None or not described.is_of(weight)) and _fits(weight):
+        described = _weights[weight] = _Weight.of(weight)
     return described
 
 

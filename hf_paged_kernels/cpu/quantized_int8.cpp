@@ -2,8 +2,8 @@
 //
 //     out[m, n] = (sum over blocks of columns of scale[block, n] * (sum_k q[m, k] * w[n, k])) * x_scale[m] + bias[n]
 //
-// x is rounded to q = x / x_scale here, row by row. The inner sums are exact integers, so a row's bits depend on that row
-// and the weight only.
+// x is rounded to q = x / x_scale here, row by row. The inner sums are exact integers, so a row's bits depend on that
+// row and the weight only.
 
 #include "quantized_values.h"
 

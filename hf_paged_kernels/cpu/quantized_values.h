@@ -169,7 +169,8 @@ struct Fp8Values {
 
   static Vec load(const int8_t* p) {
 #if defined(CPU_CAPABILITY_AVX512)
-    const __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
     return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16(int16_t(0xBFFF))));
 #elif defined(CPU_CAPABILITY_AVX2)
     const __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
@@ -178,7 +179,7 @@ struct Fp8Values {
     float values[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const int bits = p[i] & 0x7F;
-      const uint32_t single = uint32_t(bits + (112 << 3)) << 20;  // exponents of e4m3 begin at -7, those of fp32 at -127
+      const uint32_t single = uint32_t(bits + (112 << 3)) << 20;  // e4m3 begins at 2^-7, fp32 at 2^-127
       float value = bits * 0x1p-17f;  // subnormal
       if (bits >> 3) std::memcpy(&value, &single, 4);
       values[i] = p[i] & 0x80 ? -value : value;

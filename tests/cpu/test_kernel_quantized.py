@@ -1,4 +1,4 @@
-"""Linear layers on quantized weights: bit for bit the dense kernel on the dequantized weight, and the reference's results."""
+"""Linear layers on quantized weights: bit for bit the dense kernel on the dequantized weight."""
 
 import os
 import subprocess
@@ -17,7 +17,8 @@ from hf_paged_kernels.ref import quantized as reference
 pytestmark = pytest.mark.skipif(not build.available(), reason=str(build.why_unavailable()))
 
 # N, K, (rows, columns) that share a scale; None: all columns
-PACKED = [(13, 48, 1, 16), (97, 576, 1, 64), (40, 1536, 1, 32), (7, 33, 1, None), (31, 1000, 1, None), (20, 1808, 1, 128)]
+PACKED = [(13, 48, 1, 16), (97, 576, 1, 64), (40, 1536, 1, 32), (7, 33, 1, None), (31, 1000, 1, None),
+          (20, 1808, 1, 128)]  # fmt: skip
 BYTES = [(50, 300, 16, 128), (9, 1000, 9, None), (33, 40, 1, 16)]
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 40)
 CASES = [(kind, *case) for kind in BITS for case in PACKED + BYTES * (kind in ("int8", "fp8"))]
@@ -95,6 +96,15 @@ def test_parts_and_views():
     assert quantized.linear(x[:0], weight).shape == (0, 2, 96)
     backwards = randn(576, 4).t()
     assert torch.equal(quantized.linear(backwards, weight), quantized.linear(backwards.contiguous(), weight))
+
+
+def test_live_weights():
+    weight, x = make("int4", 40, 576, columns=64, zeros=True), randn(2, 576)
+    quantized.linear(x, weight)
+    weight.scales.mul_(2)
+    for tensor in weight.tensors().values():
+        tensor.share_memory_()  # moves its memory
+    assert torch.equal(quantized.linear(x, weight), dense(x, weight.dequantize()))
 
 
 def test_the_order_of_columns():
