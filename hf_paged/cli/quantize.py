@@ -67,8 +67,8 @@ def _lines(report, recipe, calibrated: int, held_out: int, length: int) -> Itera
         points = "symmetric" if scheme.symmetric else "with zero points"
         how = f"{scheme.bits} bits, {groups}, {points}, on {calibrated} sequences of {length} tokens"
     yield f"quantized   {report.layers} linear layers to {recipe.method}, {how}, in {report.seconds:.0f} s"
-    if scheme is not None and recipe.group_size not in (None, scheme.group_size):
-        yield f"note        groups of {recipe.group_size} do not divide the input features of every layer"
+    if scheme is not None and scheme.group_size != recipe.largest_group:
+        yield f"note        groups of {recipe.largest_group} do not divide the input features of every layer"
     for name, reason in report.kept.items():
         yield f"plain       {name}: {reason}"
     for name in report.unscaled:

@@ -130,6 +130,19 @@ def test_awq_scales_change_nothing_but_the_rounding(monkeypatch):
     assert error(model, reference, ids(4, seed=3)) < 1e-4
 
 
+def test_experts_that_few_tokens_reach_are_scaled_by_what_comes_before_them(monkeypatch):
+    """Of 4 experts with 2 tokens a sequence, the first sequence reaches only some."""
+    monkeypatch.setattr(calibrated, "replace", lambda *args: None)
+    monkeypatch.setattr(calibrated, "stack_experts", lambda *args: None)
+    # an expert's gate is as wide as what it reads, so that it could be taken for what comes before another's
+    options = dict(hidden_size=32, intermediate_size=64, num_local_experts=8)
+    model, reference = source("mixtral", **options), source("mixtral", **options)
+    scheme, targets = Scheme(4, 16, symmetric=False), find_targets(model)
+    sequences = ids(24, length=2)
+    calibrated.calibrate_awq(model, LayerStream(model, sequences), targets, scheme, as_awq(scheme, [], []).format, lambda name: None)
+    assert error(model, reference, sequences) < 1e-4
+
+
 def test_value_heads_shared_by_query_heads_are_scaled_together():
     model = with_outliers(source())
     report = quantize_model(model, Recipe(method="awq", group_size=32), ids(8), ids(2, seed=2))
@@ -202,6 +215,7 @@ def test_command(folder, text, tmp_path, capsys, options, config):
     assert f"{after:.3f} after" in printed and "14 linear layers" in printed
     groups = "rows" if stored.get("group_size", -1) == -1 else f"groups of {stored['group_size']}"
     assert groups in printed
+    assert ("groups of 128 do not divide" in printed) == (options in ([], ["--format", "awq"]))
 
 
 def test_command_shows_progress(folder, text, tmp_path, capsys):

@@ -78,18 +78,21 @@ class FoldFinder:
         """For each group of the layer's linear layers that share an input: where its scales go, None for nowhere."""
         prefix = self.stream.name + "."
         shared = _shared_parameters(self.stream.model)
-        outputs = self._norms_before(linears, groups)
-        expected = self.stream.run()
+        norms = self._norms_before(linears, groups)
+        expected: dict[int, Tensor] = {}  # the layer's output, by sequence
         earlier: list[str] = []
         found = []
         for group in groups:
             key = tuple(name.removeprefix(prefix) for name in group)
-            candidates = list(self._candidates(linears[group[0]], outputs.get(group[0]), earlier))
-            known = self._known.get(key)
-            if known is not None:
-                candidates.insert(0, known)
             readers = [linears[name] for name in group]
-            fold = next((each for each in candidates if self._holds(each, readers, shared, expected)), None)
+            candidates = [self._known[key]] if key in self._known else []
+            candidates += self._candidates(readers[0], norms.get(group[0]), earlier)
+            place = self.stream.reaching(readers[0])  # on other sequences every fold would seem to hold
+            if place is None:
+                candidates = []
+            elif place not in expected:
+                expected[place] = self.stream.run(place)
+            fold = next((each for each in candidates if self._holds(each, readers, shared, place, expected[place])), None)
             if fold is not None:
                 self._known[key] = fold
             found.append(fold)
@@ -112,7 +115,8 @@ class FoldFinder:
                 if N >= count and count % width == 0:
                     yield from (Fold(name, first, count, repeat, width) for first in dict.fromkeys((N - count, 0)))
 
-    def _holds(self, fold: Fold, readers: list[nn.Module], shared: set[int], expected: Tensor) -> bool:
+    def _holds(self, fold: Fold, readers: list[nn.Module], shared: set[int], place: int, expected: Tensor) -> bool:
+        """Whether the layer's output on the sequence at `place`, `expected`, stays what it is."""
         producer = self.stream.layer.get_submodule(fold.producer)
         touched = [producer, *readers]
         parameters = [p for module in touched for p in module.parameters(recurse=False)]
@@ -122,10 +126,10 @@ class FoldFinder:
         powers = torch.randint(-1, 2, (fold.count,), generator=generator).to(expected.device)
         with _restoring(parameters):
             fold.apply(self.stream.layer, readers, fold.spread(2.0**powers))
-            actual = self.stream.run()
+            actual = self.stream.run(place)
         if not fold.offset:
             return torch.equal(actual, expected)
-        added = (expected - self.stream.hidden()).float().norm(dim=-1).clamp(min=1e-30)
+        added = (expected - self.stream.hidden(place)).float().norm(dim=-1).clamp(min=1e-30)
         difference = (actual.float() - expected.float()).norm(dim=-1) / added
         return bool(difference.max() <= (LIMIT if expected.dtype == torch.float32 else LIMIT_NARROW))
 

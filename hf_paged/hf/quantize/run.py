@@ -62,10 +62,14 @@ class Recipe:
                 raise InvalidArgument(f"bits must be 8 for fp8, got {self.bits!r}")
             self._refuse("group_size", "symmetric", "act_order", "static_groups", "damping")
             return
-        self.scheme(LARGEST_GROUP if self.group_size is None else self.group_size)
+        self.scheme(self.largest_group)
         self.gptq()
         if self.static_groups and self.act_order is False:
             raise InvalidArgument("static_groups: without act_order groups are neighbours anyway; leave it out")
+
+    @property
+    def largest_group(self) -> int:
+        return LARGEST_GROUP if self.group_size is None else self.group_size
 
     def scheme(self, group_size: int) -> Scheme:
         is_gptq = self.method == "gptq"
@@ -154,7 +158,7 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
 def _plan(recipe: Recipe, targets: Targets) -> tuple[Scheme | None, Stored]:
     if recipe.method == "fp8":
         return None, as_fp8(list(targets.kept), targets.classes)
-    most = LARGEST_GROUP if recipe.group_size is None else recipe.group_size
+    most = recipe.largest_group
     scheme = recipe.scheme(-1 if most == -1 else group_size_for(targets, most))
     kept, quantized = list(targets.kept), [*targets.linears, *targets.experts]
     return scheme, as_gptq(scheme, kept, recipe.gptq()) if recipe.method == "gptq" else as_awq(scheme, kept, quantized)

@@ -87,6 +87,20 @@ class LayerStream:
                 break
         return [*groups.values(), *([name] for name in linears if name not in seen)]
 
+    def reaching(self, module: nn.Module) -> int | None:
+        """The place of the first sequence on which the layer calls `module`."""
+
+        def stop(name: str, x: Tensor) -> None:
+            raise _Enough
+
+        for place, hidden in enumerate(self._hidden):
+            with _watching({"": module}, stop):
+                try:
+                    self._call(hidden)
+                except _Enough:
+                    return place
+        return None
+
     def moments(self, heads: dict[str, nn.Module]) -> dict[str, Moments]:
         """Moments of the inputs of these layers over all sequences. Each forward ends when all of them were reached."""
         found = {name: Moments(_in_features(module), self._sequences.device) for name, module in heads.items()}
