@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from fusion_checks import GREEDY
-from quantized_checkpoints import eight_bit_layer, save_quantized
+from quantized_checkpoints import eight_bit_layer, gptq_layer, save_quantized
 from quantized_models import dequantized, quantized
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -60,6 +60,23 @@ def test_tokens_are_the_dequantized_models(device):
     with hf_paged.Engine(model, config=config) as engine:
         outputs = engine.generate(PROMPTS, GREEDY)
     for prompt, output, ids in zip(PROMPTS, outputs, expected):
+        assert prompt + output.outputs[0].token_ids == ids[0].tolist()
+
+
+@pytest.mark.parametrize("act_order", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_quantized_experts_have_the_tokens_of_the_dequantized_ones(device, tmp_path, act_order):
+    """Stacked, and one after the other where every expert has an order of its own."""
+    expected = tiny_model("qwen3_moe", num_hidden_layers=1, hidden_size=64, layer_types=None)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": act_order, "sym": False}
+    save_quantized(expected, tmp_path, config, lambda name, N, K: gptq_layer(N, K, act_order=act_order))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(device)
+    with hf_paged.Engine(model, config=hf_paged.EngineConfig(attention_backend="triton")) as engine:
+        outputs = engine.generate(PROMPTS, hf_paged.SamplingParams(temperature=0, max_tokens=3))
+        report = hf_paged.explain(model)
+    assert {entry.kernel for entry in report.weights} == {"triton"}
+    assert report.fused.get("experts", 0) == 1 - act_order and bool(report.fallbacks) == act_order
+    for prompt, output in zip(PROMPTS, outputs):
+        ids = expected.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)
         assert prompt + output.outputs[0].token_ids == ids[0].tolist()
 
 
