@@ -83,12 +83,15 @@ $(STAMP): $(ROOT)/pyproject.toml $(ROOT)/setup.py
 	@touch '$@'
 	@echo "[set-up] done"
 
-# An environment of its own: these packages want each other's and torch's versions. The last two no longer work beside
-# transformers 5 as a whole, and are installed without what they ask for: only the layers that read checkpoints are used.
+# An environment of its own: these packages want each other's and torch's versions. Of the tools only the layers that read
+# checkpoints are used, which need little of what the tools ask for; two no longer work beside transformers 5 as a whole.
+TOOLS := auto-gptq==0.7.1 autoawq==0.2.9 gptqmodel==7.7.0 \
+  defuser device-smi kernels logbar pillow pypcre threadpoolctl tokenicer
 $(QUANTIZERS)/.installed: $(ROOT)/pyproject.toml $(ROOT)/tests/quantizers/requirements.txt
 	@[ -e '$(QUANTIZERS)/bin/python' ] || '$(PYTHON)' -m venv '$(QUANTIZERS)'
 	@'$(QUANTIZERS)/bin/python' -c 'import torch' 2>/dev/null || '$(QUANTIZERS)/bin/python' -m pip install '$(TORCH)'
 	@'$(QUANTIZERS)/bin/python' -m pip install -q -e '$(ROOT)[test]' -r '$(ROOT)/tests/quantizers/requirements.txt' \
 	  "torch==$$('$(QUANTIZERS)/bin/python' -c 'import torch; print(torch.__version__)')"
-	@'$(QUANTIZERS)/bin/python' -m pip install -q --no-deps auto-gptq==0.7.1 autoawq==0.2.9
+	@'$(QUANTIZERS)/bin/python' -m pip install -q --no-deps setuptools wheel
+	@GPTQMODEL_BUILD_CUDA_EXT=0 '$(QUANTIZERS)/bin/python' -m pip install -q --no-deps --no-build-isolation $(TOOLS)
 	@touch '$@'
