@@ -189,7 +189,8 @@ def products(
             x = x.to(XTYPE)
             w = from_e4m3(w, XTYPE)
         if BLOCKED:
-            result += tl.dot(x, w, nothing, input_precision="ieee", out_dtype=ACCUMULATOR).to(tl.float32) * by_block[None, :]
+            sums = tl.dot(x, w, nothing, input_precision="ieee", out_dtype=ACCUMULATOR)
+            result += sums.to(tl.float32) * by_block[None, :]
         elif FLUSH:
             result += tl.dot(x, w, nothing, input_precision="ieee", out_dtype=ACCUMULATOR)
         else:
@@ -199,7 +200,8 @@ def products(
             if x_scale is None and not X8:
                 w_up = from_e4m3(w_up, XTYPE)
             if BLOCKED:
-                result_up += tl.dot(x, w_up, nothing, input_precision="ieee", out_dtype=ACCUMULATOR).to(tl.float32) * by_block_up[None, :]
+                sums_up = tl.dot(x, w_up, nothing, input_precision="ieee", out_dtype=ACCUMULATOR)
+                result_up += sums_up.to(tl.float32) * by_block_up[None, :]
             elif FLUSH:
                 result_up += tl.dot(x, w_up, nothing, input_precision="ieee", out_dtype=ACCUMULATOR)
             else:

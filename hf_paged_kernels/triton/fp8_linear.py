@@ -1,16 +1,17 @@
 """Linear layers on fp8 weights, and on int8 weights with int8 inputs: few rows here, many in `fp8_many`.
 
-Inputs are rounded inside the kernel that multiplies, with the norm before it: every program reads the rows of x twice, from
-the L2 cache, which costs less than another launch. The norm's scale is a factor of a whole row and leaves what the row is
-rounded to alone, so it is applied to the sums (as in `linear`):
+Inputs are rounded inside the kernel that multiplies, with the norm before it: every program reads the rows of x twice,
+from the L2 cache, which costs less than another launch. The norm's scale is a factor of a whole row and leaves what
+the row is rounded to alone, so it is applied to the sums (as in `linear`):
 
-    y = r * s * sum_k round8((x * (offset + w))_k / s) W_k      r = rsqrt(mean(x^2) + eps),  s = max_k |x * (offset + w)| / limit
+    y = r * s * sum_k round8((x * (offset + w))_k / s) W_k
+    r = rsqrt(mean(x^2) + eps),  s = max_k |x * (offset + w)| / limit
 
-With an `input_scale` the row must be normed before it is rounded: there the norm is a kernel of its own. GPUs that cannot
-multiply fp8 take the weight as it is and do not round the input.
+With an `input_scale` the row must be normed before it is rounded: there the norm is a kernel of its own. GPUs that
+cannot multiply fp8 take the weight as it is and do not round the input.
 
-A row's sums are taken in one order whatever the number of rows. Where the columns are too few to occupy the GPU and long,
-K is split among programs and a second kernel adds their sums, in order.
+A row's sums are taken in one order whatever the number of rows. Where the columns are too few to occupy the GPU and
+long, K is split among programs and a second kernel adds their sums, in order.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def linear(
 
 
 def _max_rows(rounds: str | None, device: torch.device) -> int:
-    """Beyond, inputs are rounded once beforehand. On AMD tiles on their way are in registers, and so many rows spill."""
+    """Beyond, inputs are rounded beforehand. On AMD tiles on their way are in registers, and more rows spill."""
     return 16 if rounds is not None and is_amd(device) else MAX_ROWS
 
 
@@ -212,7 +213,7 @@ def _few_rows(x, weight: QuantizedWeight, bias, rounds, norm: Norm | None, *, ac
 
 
 def _splits(programs: int, K: int, norm: Norm | None, device: torch.device) -> int:
-    """Programs that share the columns of one tile: 1 if there are enough without, and with a norm, whose sum is of all K."""
+    """Programs that share a tile's columns: 1 if there are enough without, and with a norm, whose sum is of all K."""
     if norm is not None:
         return 1
     return max(1, min(_MAX_SPLITS, num_sms(device) // programs, K // _SPLIT_DEPTH))

@@ -1,7 +1,7 @@
-"""Linear layers on 8-bit weights for many rows, whose inputs are rounded to 8 bits beforehand, by the norm if there is one.
+"""Linear layers on 8-bit weights for many rows: inputs are rounded beforehand, by the norm if there is one.
 
-torch multiplies (cuBLAS, CUTLASS) where it can: int8, and fp8 with one scale for a row or column. Blocks of scales take a
-kernel of their own. fp8 weights with inputs that are not rounded are dequantized for the call.
+torch multiplies (cuBLAS, CUTLASS) where it can: int8, and fp8 with one scale for a row or column. Blocks of scales
+take a kernel of their own. fp8 weights with inputs that are not rounded are dequantized for the call.
 """
 
 from __future__ import annotations
@@ -175,11 +175,13 @@ def _on_nvidia(values: Tensor) -> bool:
     return values.device.type == "cuda" and not interpreting() and torch.version.hip is None
 
 
-def scaled_mm(values: Tensor, scale: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled_mm(
+    values: Tensor, scale: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """fp8 values [M, K] with scales [M, 1] times weights with a scale for each row or for all -> [M, N]."""
     by_column = weight.scales.float()
     if weight.block[0] > 1:
-        by_column = by_column.repeat_interleave(weight.block[0], 1)[:, : len(weight.data)]
+        by_column = by_column.repeat_interleave(weight.block[0], 1).narrow(1, 0, len(weight.data))
     # Without fast accumulation: sums go to fp32 after every few products.
     return torch._scaled_mm(
         values, weight.data.t(), scale_a=scale, scale_b=by_column.contiguous(), bias=bias, out_dtype=dtype,
@@ -206,7 +208,7 @@ def _multiply(values, scale, weight: QuantizedWeight, bias, out, activation, res
 
 
 def finish(parts: Tensor, scale: Tensor | None, weight: QuantizedWeight | None, bias, out, *, activation, residual):
-    """out [M, N] from sums [splits, M, N or 2 N], which are added, times `scale` [M, 1] and the weight's scales of rows."""
+    """out [M, N] from sums [splits, M, N or 2 N], added, times `scale` [M, 1] and scales of the weight's rows."""
     M, N = out.shape
     block = min(1024, triton.next_power_of_2(N))
     launch(_finish_kernel, (M, triton.cdiv(N, block)), parts, scale, None if weight is None else weight.scales, bias,

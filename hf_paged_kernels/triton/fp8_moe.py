@@ -1,8 +1,8 @@
 """Experts on fp8 weights, and on int8 weights with int8 inputs.
 
-Few pairs of tokens and experts take a kernel that finds its rows itself, as in `moe`, and rounds them to 8 bits on the way.
-Many are sorted by expert, without the host being asked for anything: tiles of rows belong to one expert each, and there are
-as many programs as there could be tiles.
+Few pairs of tokens and experts take a kernel that finds its rows itself, as in `moe`, and rounds them to 8 bits on the
+way. Many are sorted by expert, without the host being asked for anything: tiles of rows belong to one expert each, and
+there are as many programs as there could be tiles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of the kernels for fp8 weights, and int8 ones with int8 inputs, on tensors of real shapes, for the compile gate."""
+"""Calls of the kernels for fp8 weights, and int8 ones with int8 inputs, of real shapes, for the compile gate."""
 
 from __future__ import annotations
 

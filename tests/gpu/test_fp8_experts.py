@@ -30,7 +30,8 @@ class Experts:
         sizes = torch.logspace(-1, 1, tokens)[:, None] if input_scale is None else 1.0
         self.x = (torch.randn(tokens, K, generator=generator) * sizes).to(device, dtype)
         self.bias = torch.randn(num_experts, N, generator=generator).to(device, dtype)
-        self.experts = torch.rand(tokens, num_experts, generator=generator).argsort(-1)[:, :top_k].to(device).reshape(-1)
+        order = torch.rand(tokens, num_experts, generator=generator).argsort(-1)
+        self.experts = order[:, :top_k].to(device).reshape(-1)
         self.scale = torch.rand(len(self.experts), generator=generator).to(device)
 
     def run(self, bias=True, **options):

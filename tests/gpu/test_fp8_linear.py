@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantized_weights import quantized_weight
+from torch._subclasses import FakeTensorMode
 
 from hf_paged_kernels import fused
 from hf_paged_kernels.norm import CASTS, Norm
-from hf_paged_kernels.quantized import DTYPES
+from hf_paged_kernels.quantized import DTYPES, QuantizedWeight
 from hf_paged_kernels.ref.quantize import LIMITS
 from hf_paged_kernels.ref.quantized import rounded_rows
 from hf_paged_kernels.triton import eight_bits, fp8_many
@@ -75,7 +76,8 @@ def error(actual, truth):
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_products_of_rounded_inputs_are_rounded_once(device, block, kind, activations):
     """What is rounded to 8 bits is the reference's to the last value; then nothing is but the result."""
-    for rows, N, K, dtype in ((1, 48, 96, torch.bfloat16), (19, 130, 264, torch.float16), (MANY, 66, 264, torch.bfloat16)):
+    bf16, fp16 = FLOATS[:2]
+    for rows, N, K, dtype in ((1, 48, 96, bf16), (19, 130, 264, fp16), (MANY, 66, 264, bf16)):
         layer = Layer(device, rows, N, K, kind, activations, block=block, dtype=dtype, bias=N == 130)
         actual, expected = layer.run(), layer.truth().to(dtype)
         assert actual.dtype == dtype and actual.is_contiguous()
@@ -139,13 +141,14 @@ def test_a_row_has_the_same_bits_alone_and_in_company(device, kind, activations,
     dict(bias=True, residual=True), dict(activation="silu", bias=True), dict(block=(64, 64), residual=True),
 ], ids=str)  # fmt: skip
 def test_k_split_among_programs(device, kind, activations, options):
-    """The sums of the parts are added in order: the same bits in any batch, and the result but for the order of sums."""
+    """Sums of the parts are added in order: the same bits in any batch."""
     layer = Layer(device, 20, 48, 320, kind, activations, **options)
     whole = layer.run()
     with tuning("fp8_linear", splits=3, depth=32):
         split, x = layer.run(), layer.x
         torch.testing.assert_close(split, whole, rtol=2**-7, atol=2e-3 * whole.abs().max().item())
-        layer.x, layer.options["residual"] = x[4:5], None if "residual" not in options else layer.options["residual"][4:5]
+        layer.x, residual = x[4:5], layer.options["residual"]
+        layer.options["residual"] = None if residual is None else residual[4:5]
         assert torch.equal(layer.run(), split[4:5])
 
 
@@ -212,10 +215,31 @@ def test_without_products_of_fp8_inputs_are_not_rounded_to_it(device, kind, monk
         assert own[:, :first].isnan().all() and error(own[:, first:], expected[:, first:]).max() <= 4e-3
 
 
-def test_what_torch_multiplies_is_what_the_kernel_does(device):
-    """Both ways of many rows, where torch has them on this device."""
-    for block in ("row", "all"):
-        layer = Layer(device, 64, 48, 96, block=block, bias=True)
-        values, scale = fp8_many.quantize(layer.x, "fp8")
-        y = fp8_many.scaled_mm(values, scale, layer.weight, layer.bias, torch.bfloat16)
-        torch.testing.assert_close(y, layer.run(), rtol=2**-7, atol=1e-2)
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("block", ["row", "all"])
+def test_what_torch_multiplies_is_what_the_kernel_does(device, kind, block, monkeypatch):
+    """Both ways of many rows; torch's products, which are meant for GPUs, take CPU tensors too."""
+    for options in ({}, dict(bias=True, activation="silu"), dict(norm=Norm(None, 1e-6), residual=True)):
+        layer = Layer(device, 64, 48, 96, kind, kind, block=block, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(fp8_many, f"_torch_multiplies_{kind}", lambda *_: False)
+            own = layer.run()
+            patch.setattr(fp8_many, f"_torch_multiplies_{kind}", lambda *_: True)
+            by_torch = layer.run()
+        if kind == "int8":  # sums are exact in any order, and what follows is the same
+            assert torch.equal(by_torch, own)
+        else:
+            truth = layer.truth()
+            assert error(by_torch, truth).mean() <= 1.5 * error(own, truth).mean() + 2e-3
+
+
+def test_torch_takes_these_arguments_on_a_gpu():
+    """torch's own checks of shapes, strides and types, on tensors that only pretend to be there."""
+    for rows in ((1, 64), (48, 64)):
+        with FakeTensorMode():
+            data = torch.empty_strided((48, 64), (128, 1), dtype=torch.float8_e4m3fn, device="cuda")
+            scales = torch.empty(1, 48 // rows[0], dtype=torch.bfloat16, device="cuda")
+            weight = QuantizedWeight("fp8", 64, data, scales, block=rows, activations="fp8")
+            values = torch.empty(40, 64, dtype=torch.float8_e4m3fn, device="cuda")
+            scale, bias = torch.empty(40, 1, device="cuda"), torch.empty(48, dtype=torch.bfloat16, device="cuda")
+            assert fp8_many.scaled_mm(values, scale, weight, bias, torch.bfloat16).shape == (40, 48)
