@@ -234,7 +234,8 @@ def tile(M: int, weight: QuantizedWeight, device: torch.device) -> Tile:
     return Tile(*tuned("int_linear", **chosen))
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+# Of a device and stream: all there ever were, for graphs may hold any of them.
+_counters: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def counters(count: int, device: torch.device) -> Tensor:
@@ -242,12 +243,11 @@ def counters(count: int, device: torch.device) -> Tensor:
 
     What a graph records on a stream that has none yet gets its own, which it sets to 0 each time it runs.
     """
-    stream = 0
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-    kept = _counters.get((device, stream))
-    if kept is None or len(kept) < count:
-        kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            _counters[device, stream] = kept
-    return kept
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _counters.setdefault((device, stream), [])
+    if kept and len(kept[-1]) >= count:
+        return kept[-1]
+    new = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        kept.append(new)
+    return new

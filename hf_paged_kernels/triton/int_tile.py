@@ -146,7 +146,7 @@ def products(
 
 @triton.jit
 def rows_of_tile(index, N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
-    """(columns n of the result, rows of the weight) [BLOCK_N] of a tile; GATED: as many rows of either half, the gates first."""
+    """(columns n of the result, rows of the weight) [BLOCK_N] of a tile; GATED: of either half as many, gates first."""
     in_tile = tl.arange(0, BLOCK_N)
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     n = index.to(tl.int64) * WIDTH + in_tile % WIDTH
