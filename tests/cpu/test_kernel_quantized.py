@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,8 +165,9 @@ def test_what_there_is_no_kernel_for_goes_to_the_reference():
 @pytest.mark.slow  # compiles everything twice more
 @pytest.mark.parametrize("wanted", ["avx2", "default"])
 def test_other_instruction_sets_give_the_same(wanted):
-    """These very tests, where torch's own switch picks other instructions."""
+    """These very tests and those of int8 inputs, where torch's own switch picks other instructions."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": wanted}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_kernel_quantized_int8.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout
