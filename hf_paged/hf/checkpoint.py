@@ -53,20 +53,22 @@ def give_back(tensors: Iterable[Tensor], module: nn.Module) -> None:
     the system allows it.
 
     Safetensors maps a file as a whole, and its pages, once read, stay with the process as long as any tensor of the
-    file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end.
+    file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end. glibc
+    keeps what packing freed between what it made; that goes back too.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
-    advise = ctypes.CDLL(None).madvise
+    libc = ctypes.CDLL(None)
     kept = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in kept:
-            start = (
-                -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            )  # its first and last page have neighbours in them
+            # the first and the last page are not its alone
+            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > start:
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _own_name(module: str, modules: set[str], prefix: str) -> str:

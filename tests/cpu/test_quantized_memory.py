@@ -10,7 +10,7 @@ import pytest
 import torch
 from quantized_checkpoints import awq_layer, eight_bit_layer, gptq_layer, save_quantized
 from tiny_models import tiny_config
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 CHILD = """
 import sys
@@ -27,25 +27,30 @@ AutoModelForCausalLM.from_pretrained(large)
 print(resident("VmHWM") - before)
 """
 SIZES = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=8, head_dim=128)
+MOE_SIZES = dict(SIZES, hidden_size=512, moe_intermediate_size=1024, num_experts=16, num_experts_per_tok=2, head_dim=64)
 CONFIG = {"bits": 4, "group_size": 128, "weight_block_size": None}
-CASES = {
-    "gptq": lambda N, K: gptq_layer(N, K, group_size=128),
-    "awq": lambda N, K: awq_layer(N, K, group_size=128),
-    "fp8": eight_bit_layer,
+CASES = {  # model, number of layers, sizes, method, layer
+    "gptq": ("llama", 12, SIZES, "gptq", lambda N, K: gptq_layer(N, K, group_size=128)),
+    "awq": ("llama", 12, SIZES, "awq", lambda N, K: awq_layer(N, K, group_size=128)),
+    "fp8": ("llama", 6, SIZES, "fp8", eight_bit_layer),
+    "gptq-experts": ("qwen3_moe", 12, MOE_SIZES, "gptq", lambda N, K: gptq_layer(N, K, group_size=128)),
+    "fp8-experts": ("qwen3_moe", 8, MOE_SIZES, "fp8", eight_bit_layer),
 }
 
 
-@pytest.mark.parametrize("method", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("awq", "fp8"))])
-def test_peak(method, tmp_path):
-    make = cache(CASES[method])
+@pytest.mark.parametrize("case", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:])])
+def test_peak(case, tmp_path):
+    label, most, sizes, method, maker = CASES[case]
+    make = cache(maker)
 
     def copied(name, N, K):
         tensors, weight = make(N, K)
         return {key: tensor.clone() for key, tensor in tensors.items()}, weight
 
-    for folder, layers in ("small", 1), ("large", 6 if method == "fp8" else 12):
+    for folder, layers in ("small", 1), ("large", most):
         with torch.device("meta"):
-            model = LlamaForCausalLM(tiny_config("llama", **SIZES, num_hidden_layers=layers)).to(torch.bfloat16)
+            config = tiny_config(label, **sizes, num_hidden_layers=layers)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         save_quantized(model.to_empty(device="cpu"), tmp_path / folder, CONFIG | {"quant_method": method}, copied)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", CHILD, tmp_path / "small", tmp_path / "large"]
