@@ -148,7 +148,7 @@ def test_dequantized_while_loading(tmp_path):
         ("type", "model.layers.1.mlp.up_proj: weight is torch.float8_e5m2"),
         ("plain", "model.layers.1.mlp.up_proj: weight is torch.float32, not torch.float8_e4m3fn"),
         ("embedding", "model.embed_tokens: weight of a Embedding is torch.float8_e4m3fn"),
-        ("surplus", "model.layers.1.mlp.up_proj: output_scale: no tensor of EightBit"),
+        ("surplus", "model.layers.1.mlp.up_proj: output_scale: no tensor of fp8"),
     ],
 )
 def test_bad_fp8(change, message, tmp_path):
