@@ -69,6 +69,7 @@ def repair_interpreter(device: torch.device) -> None:
     if device.type == "cpu" and path.exists() and path.stem not in sys.modules:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))  # where its own parts are
         spec.loader.exec_module(module)
 
 
