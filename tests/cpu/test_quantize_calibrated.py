@@ -94,9 +94,10 @@ def round_plainly(layer, scheme):
     layer.weight.data.copy_(round_to_nearest(layer.weight.data, scheme).dequantize())
 
 
-def test_layers_see_what_quantized_layers_before_them_give():
+@pytest.mark.parametrize(("label", "groups"), [("llama", 4), ("opt", 4), ("phi", 3)])
+def test_layers_see_what_quantized_layers_before_them_give(label, groups):
     """The moments that each layer was rounded with are those of its inputs in the finished model."""
-    model, tokens = source(), ids(6)
+    model, tokens = source(label), ids(6)
     targets = find_targets(model)
     scheme = Scheme(2, 16, zero_from=1)
     seen = {}
@@ -113,7 +114,7 @@ def test_layers_see_what_quantized_layers_before_them_give():
         layer = model.get_submodule(name)
         layer.register_forward_pre_hook(lambda module, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2)))
     logits(model, tokens)
-    assert len(seen) == 8  # of each layer: q with k and v, o, gate with up, down
+    assert len(seen) == 2 * groups  # llama's: q with k and v, o, gate with up, down; phi's first MLP layer is beside q
     for name, x in inputs.items():
         torch.testing.assert_close(seen[name], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 

@@ -86,7 +86,7 @@ def _levels(groups: list[list[str]]) -> list[list[list[str]]]:
     """Groups that do not depend on each other together: those of several experts that differ in the expert's number."""
     levels: dict[str, list[list[str]]] = {}
     for group in groups:
-        levels.setdefault(re.sub(r"\d+", "*", group[0]), []).append(group)
+        levels.setdefault(re.sub(r"\.\d+\.", ".*.", group[0]), []).append(group)
     return list(levels.values())
 
 
