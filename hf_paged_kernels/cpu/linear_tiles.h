@@ -111,24 +111,6 @@ inline void finish(const float* sums, bool first, const float* bias, float* out)
   *reinterpret_cast<Floats*>(out) = value;
 }
 
-// The sums of a tile's accumulators, at their positions, go to MR rows of out.
-template <int MR, int NR>
-inline __attribute__((always_inline)) void finish_tile(
-    const Vec* acc, bool first, const float* bias, float* out, int64_t out_stride) {
-  alignas(64) float sums[(MR * NR + 7) / 8 * 8];
-  horizontal_sums<MR * NR>(acc, sums);
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-    const auto columns = [&]<int COUNT>(std::integral_constant<int, COUNT>, int n) __attribute__((always_inline)) {
-      finish<COUNT>(sums + position<MR, NR>(m, n), first, bias ? bias + n : nullptr, out + m * out_stride + n);
-    };
-    if constexpr (NR >= 4) columns(std::integral_constant<int, 4>{}, 0);
-    if constexpr (NR >= 8) columns(std::integral_constant<int, 4>{}, 4);
-    if constexpr (NR % 4 >= 2) columns(std::integral_constant<int, 2>{}, NR / 4 * 4);
-    if constexpr (NR % 2 == 1) columns(std::integral_constant<int, 1>{}, NR - 1);
-  }
-}
-
 // One tile over one block of k. `prefetch` is where PREFETCH of the weight rows that come next begin: a tile fetches
 // them while it computes, so that a small M, bound by memory, never waits for them.
 template <int MR, int NR, int PREFETCH>
@@ -163,7 +145,17 @@ inline void tile(
       for (int m = 0; m < MR; ++m) acc[position<MR, NR>(m, n)] = at::vec::fmadd(a[m], b, acc[position<MR, NR>(m, n)]);
     }
   }
-  finish_tile<MR, NR>(acc, first, bias, out, out_stride);
+  alignas(64) float sums[(MR * NR + 7) / 8 * 8];
+  horizontal_sums<MR * NR>(acc, sums);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    const auto columns = [&]<int COUNT>(std::integral_constant<int, COUNT>, int n) __attribute__((always_inline)) {
+      finish<COUNT>(sums + position<MR, NR>(m, n), first, bias ? bias + n : nullptr, out + m * out_stride + n);
+    };
+    if constexpr (NR >= 4) columns(std::integral_constant<int, 4>{}, 0);
+    if constexpr (NR % 4 >= 2) columns(std::integral_constant<int, 2>{}, NR / 4 * 4);
+    if constexpr (NR % 2 == 1) columns(std::integral_constant<int, 1>{}, NR - 1);
+  }
 }
 
 using TileFunction = void (*)(
