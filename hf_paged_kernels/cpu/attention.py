@@ -11,7 +11,7 @@ from torch import Tensor
 from . import build
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-_ARGS = struct.Struct("@14P 12q 12q 2q 2d")  # struct Args in attention.cpp
+_ARGS = struct.Struct("@14P 12q 12q 2q 2d")  # struct Args in attention_store.h
 _ERRORS = {
     1: "cu_seqlens_q, seq_lens and block_table do not fit together at sequence {}",
     2: "block_table has a block id at or above the cache's number of blocks in sequence {}",

@@ -1,4 +1,4 @@
-// What `attention.cpp` is called with, and the write of new keys and values to the cache: rounded to its type, or to 8
+// What `attention_kernel.h` is called with, and the write of new keys and values to the cache: rounded to its type, or to 8
 // bits with a scale of their own,
 //
 //   scale = max |x| / the type's largest number,  q = x / scale rounded to nearest even,
@@ -8,11 +8,9 @@
 
 #include "quantized_cache.h"
 
-#include <cmath>
 #include <limits>
 
 namespace hf_paged {
-namespace {
 
 // The C interface; `attention.py` packs the same fields in the same order.
 struct Args {
@@ -32,20 +30,30 @@ struct Args {
   double scale, softcap;                                    // softcap 0: none
 };
 
+namespace {
+
 // x [dims] -> q, element d at to[d * stride]; returns the scale.
 template <class Cache, class New>
-float store_quantized(const New* x, int64_t dims, Cache* to, int64_t stride) {
-  Vec highest(0.0f);
-  for (int64_t d = 0; d < dims; d += kLanes)
-    highest = at::vec::maximum(highest, load(x + d, std::min<int64_t>(kLanes, dims - d)).abs());
-  float peak = max_lanes(highest);
-  if (peak != peak) peak = std::numeric_limits<float>::infinity();
+inline float store_quantized(const New* x, int64_t dims, Cache* to, int64_t stride) {
+  alignas(64) float lanes[kLanes];
+  alignas(64) uint32_t sizes[kLanes] = {};  // bits of |x|, which are ordered as the numbers are, and NaN above them
+  for (int64_t d = 0; d < dims; d += kLanes) {
+    load(x + d, std::min<int64_t>(kLanes, dims - d)).store(lanes);
+    for (int i = 0; i < kLanes; ++i) sizes[i] = std::max(sizes[i], std::bit_cast<uint32_t>(lanes[i]) & 0x7FFFFFFF);
+  }
+  uint32_t largest = 0;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, sizes[i]);
+  const float peak = std::bit_cast<float>(std::min(largest, 0x7F800000u));
   const float scale = std::max(peak, 1e-30f) / Rounding<Cache>::kLargest;
   for (int64_t d = 0; d < dims; d += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, dims - d);
-    Cache lanes[kLanes];
-    Rounding<Cache>::round(load(x + d, count) / Vec(scale), lanes);
-    for (int64_t i = 0; i < count; ++i) to[(d + i) * stride] = lanes[i];
+    (load(x + d, count) / Vec(scale)).store(lanes);
+    Cache q[kLanes];
+    for (int i = 0; i < kLanes; ++i) q[i] = Rounding<Cache>::round(lanes[i]);
+    if (stride == 1)
+      std::memcpy(to + d, q, count * sizeof(Cache));
+    else
+      for (int64_t i = 0; i < count; ++i) to[(d + i) * stride] = q[i];
   }
   return scale;
 }

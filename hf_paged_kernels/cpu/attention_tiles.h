@@ -1,5 +1,5 @@
-// Inner loops of attention.cpp: products of a few rows with a split's keys and values, and a row's softmax. Each has
-// one order of operations per row, whatever the number of rows (attention.cpp says why).
+// Inner loops of attention_kernel.h: products of a few rows with a split's keys and values, and a row's softmax. Each has
+// one order of operations per row, whatever the number of rows (attention_kernel.h says why).
 #pragma once
 
 #include "quantized_cache.h"

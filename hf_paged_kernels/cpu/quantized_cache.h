@@ -3,9 +3,7 @@
 
 #include "common.h"
 
-#include <c10/util/Float8_e4m3fn.h>
-
-#include <cmath>
+#include <bit>
 
 namespace hf_paged {
 
@@ -44,27 +42,28 @@ inline Vec load(const E4m3* p) {
 #endif
 }
 
-// How numbers are rounded to 8 bits, and `kUnit`, the factor between what `load` gives and the number.
+// How numbers of at most `kLargest` are rounded to 8 bits, and `kUnit`, the factor between what `load` gives and the number.
 template <class T>
 struct Rounding;
 
 template <>
 struct Rounding<int8_t> {
   static constexpr float kLargest = 127.0f, kUnit = 1.0f;
-  static void round(const Vec& x, int8_t* to) {  // NaN becomes 0
-    alignas(64) float lanes[kLanes];
-    x.store(lanes);
-    for (int i = 0; i < kLanes; ++i) to[i] = lanes[i] == lanes[i] ? static_cast<int8_t>(std::nearbyint(lanes[i])) : 0;
-  }
+  // In the sum the unit of the last place is 1, so that its low bits are x rounded. NaN becomes 0.
+  static int8_t round(float x) { return x == x ? static_cast<int8_t>(std::bit_cast<uint32_t>(x + 12582912.0f)) : 0; }
 };
 
 template <>
 struct Rounding<E4m3> {
   static constexpr float kLargest = 448.0f, kUnit = 256.0f;
-  static void round(const Vec& x, E4m3* to) {
-    alignas(64) float lanes[kLanes];
-    x.store(lanes);
-    for (int i = 0; i < kLanes; ++i) to[i].bits = c10::Float8_e4m3fn(lanes[i]).x;
+  static E4m3 round(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), size = bits & 0x7FFFFFFF;
+    const uint32_t normal = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3);
+    // Below 2^-6 the step is 2^-9: the unit of the last place in this sum.
+    const float sum = std::bit_cast<float>(size) + 16384.0f;
+    const uint32_t subnormal = std::bit_cast<uint32_t>(sum) - std::bit_cast<uint32_t>(16384.0f);
+    const uint32_t rounded = size < 121u << 23 ? subnormal : size > 0x7F800000 ? 0x7F : normal;
+    return {static_cast<uint8_t>(bits >> 24 & 0x80 | rounded)};
   }
 };
 
