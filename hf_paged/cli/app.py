@@ -114,6 +114,11 @@ def serve(
     model_name: Annotated[
         str | None, typer.Option("--served-model-name", help="What clients call the model. Default: its id or folder.")
     ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key clients must send; repeatable. Better in a file, or in HF_PAGED_API_KEYS, with commas."),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.", min=1)] = 64,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting; more are answered 429.", min=1)] = 1024,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's limit.")] = None,
@@ -140,7 +145,7 @@ def serve(
     engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
-    run_serve(host, port, grace, settings, loading | {"engine": engine})
+    run_serve(host, port, grace, api_key or [], api_key_file, settings, loading | {"engine": engine})
 
 
 @app.command()

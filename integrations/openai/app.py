@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import chat, completions, errors, models
+from . import chat, completions, errors, metrics, models
+from .auth import RequireKey
 from .middleware import LimitBody
 from .service import Service
 from .settings import Settings
@@ -41,6 +42,9 @@ def create_app(engine: BatchEngine | AsyncEngine, settings: Settings | None = No
     app.state.service = service
     errors.install(app)
     app.add_middleware(LimitBody, limit=settings.limits.body_bytes)
+    if settings.api_keys:
+        app.add_middleware(RequireKey, keys=settings.api_keys)
     for part in (chat, completions, models):
         app.include_router(part.router(service))
+    app.include_router(metrics.router(service.metrics))
     return app

@@ -16,6 +16,7 @@ from ...base.sampling_params import SamplingParams
 from ...base.types import RequestDelta
 from ...engine.async_engine import AsyncEngine
 from .errors import Refused
+from .metrics import Metrics
 from .sampling import defaults_of
 from .settings import Settings
 
@@ -37,6 +38,7 @@ class Service:
         self.model_name = settings.model_name or getattr(config, "_name_or_path", "") or type(model.module).__name__
         self.max_model_len = engine.engine.max_model_len
         self.defaults = defaults_of(model.module.generation_config)
+        self.metrics = Metrics(engine, self.model_name)
         self.started = int(time.time())
 
     def check_model(self, name: str | None) -> None:
@@ -80,7 +82,7 @@ class Service:
             await asyncio.gather(*readers, return_exceptions=True)
 
     def _deltas(self, job: Job) -> AsyncIterator[RequestDelta]:
-        return self.engine.stream(
+        deltas = self.engine.stream(
             job.prompt,
             job.params,
             request_id=job.request_id,
@@ -88,6 +90,7 @@ class Service:
             cache_salt=job.cache_salt,
             deadline=self.settings.request_timeout,
         )
+        return self.metrics.watched(deltas)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...base.errors import InvalidArgument
+from .auth import check_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Settings:
     """
     Attributes:
         model_name: what clients call the model; default its name or path.
+        api_keys: one of them has to come with every request, as `Authorization: Bearer KEY`; none: anybody may ask.
         limits: see Limits.
         request_timeout: seconds after which a request ends with an error; None: never.
         default_max_tokens: of completions that name none; None: as many as fit. (Chats always get as many as fit.)
@@ -44,11 +46,13 @@ class Settings:
     """
 
     model_name: str | None = None
+    api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     request_timeout: float | None = None
     default_max_tokens: int | None = 16
     request_chat_templates: bool = False
 
     def __post_init__(self):
+        check_keys(self.api_keys)
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
