@@ -168,6 +168,8 @@ def _few_pairs(x, weight: QuantizedWeight, experts, bias, scale, out, activation
     block = 16 if pairs <= 8 * num_experts or is_amd(x.device) else 32
     grid = (places, triton.cdiv(out.shape[1], columns), triton.cdiv(max_rows or pairs, block))
     limit = 64 if rounds is None and block > 16 else PROMOTE if arch(x.device) == "sm_89" else 256
+    if rounds == "int8" and arch(x.device) == "sm_90":
+        limit = 64  # deeper tiles spill with Triton 3.9
     options = _options(x, weight, activation, out, columns, min(limit, depth // 2), block)
     launch(_few_pairs_kernel, grid, x, fp8_data(weight), weight.scales, weight.input_scale if rounds else None, experts,
            bias, scale, out, pairs, pairs // len(x), *_sizes(x, weight, bias, out), ROUND_X=rounds is not None,
@@ -184,7 +186,7 @@ def _many_pairs(x, weight: QuantizedWeight, experts, bias, scale, out, activatio
     starts, order = sorted_pairs(experts, num_experts)
     values, x_scale = (x, None) if rounds is None else quantize(x, rounds, weight.input_scale)
     small = pairs <= 64 * num_experts or amd or rounds is None
-    narrow = activation is not None or amd or rounds is None or arch(x.device) == "sm_100"
+    narrow = activation is not None or amd or rounds is None or arch(x.device) in ("sm_80", "sm_86", "sm_100")
     block, width = 64 if small else 128, 32 if rounds is None and activation is not None else 64 if narrow else 128
     limit = PROMOTE if rounds is not None else 64 if x.dtype != torch.float32 else 32
     options = _options(values, weight, activation, out, width, limit, block) | {"DTYPE": dtype}
