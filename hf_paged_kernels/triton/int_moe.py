@@ -152,10 +152,11 @@ def _many_pairs(tensors: tuple, experts: Tensor, sizes: tuple, weight: Quantized
     device, pairs, num_experts = weight.device, len(experts), len(weight.data)
     starts, order = sorted_pairs(experts, num_experts)
     block = 128 if pairs > 64 * num_experts and _depth(device, 128) == 128 else 64
-    width = 128 if options["ACTIVATION"] is None else 64
+    rows = 64 if is_amd(device) else 128
+    width = rows if options["ACTIVATION"] is None else rows // 2
     grid = (triton.cdiv(pairs, block) + min(pairs, num_experts), triton.cdiv(sizes[1], width))
     launch(_many_pairs_kernel, grid, *tensors, starts, order, num_experts, *sizes,
-           EXPERTS=triton.next_power_of_2(num_experts), **options, DEPTH=64, BLOCK_M=block, BLOCK_N=128,
+           EXPERTS=triton.next_power_of_2(num_experts), **options, DEPTH=64, BLOCK_M=block, BLOCK_N=rows,
            num_warps=8)  # fmt: skip
 
 
