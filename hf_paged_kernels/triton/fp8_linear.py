@@ -41,7 +41,7 @@ from .eight_bits import (
 )
 from .functions import ACTIVATIONS
 from .launch import arch, is_amd, launch, num_sms, tuned
-from .linear import MAX_ROWS, tile
+from .linear import MAX_ROWS, is_vector, tile
 from .quantize import scale_for
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -125,13 +125,9 @@ def supports(
         and x.device == weight.device
         and x.shape[-1] == K
         and (activation is None or activation in ACTIVATIONS and N % 2 == 0)
-        and (norm is None or norm.cast in CASTS and (norm.weight is None or _is_vector(norm.weight, x, K)))
-        and (bias is None or _is_vector(bias, x, N))
+        and (norm is None or norm.cast in CASTS and (norm.weight is None or is_vector(norm.weight, x, K)))
+        and (bias is None or is_vector(bias, x, N))
     )
-
-
-def _is_vector(vector: Tensor, x: Tensor, size: int) -> bool:
-    return vector.shape == (size,) and vector.dtype == x.dtype and vector.is_contiguous()
 
 
 def linear(

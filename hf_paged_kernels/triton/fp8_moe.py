@@ -26,10 +26,10 @@ from .eight_bits import (
     stages_for,
 )
 from .fp8_many import quantize
-from .functions import ACTIVATIONS, rounded
+from .functions import rounded
 from .launch import arch, is_amd, launch
 from .linear import tile
-from .moe import MAX_PAIRS, MAX_ROWS, chosen_pairs, pairs_of_expert, pairs_of_tile, sorted_pairs
+from .moe import MAX_PAIRS, MAX_ROWS, chosen_pairs, fits, pairs_of_expert, pairs_of_tile, sorted_pairs
 from .quantize import scale_for
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -122,16 +122,7 @@ def supports(
     x: Tensor, weight: QuantizedWeight, experts: Tensor, bias: Tensor | None, activation: str | None
 ) -> bool:
     """Whether `grouped_linear` takes this call; of such weights as `fp8_linear` takes."""
-    data = weight.data
-    return (
-        data.dim() == 3
-        and x.dtype in _TYPES
-        and x.device == weight.device == experts.device
-        and x.shape[1] == weight.in_features
-        and (activation is None or activation in ACTIVATIONS and data.shape[1] % 2 == 0)
-        and len(experts) > 0
-        and (bias is None or bias.dtype == x.dtype and bias.shape == data.shape[:2] and bias.stride(1) == 1)
-    )
+    return x.dtype in _TYPES and fits(x, weight, experts, bias, activation)
 
 
 def grouped_linear(

@@ -27,6 +27,7 @@ from .functions import ACTIVATIONS, rounded
 from .int_tile import finished, products, rows_of_tile
 from .int_values import extraction, subtraction
 from .launch import arch, is_amd, launch, num_sms, tuned
+from .linear import is_vector
 
 FEW_ROWS = 32  # up to these the norm and the activation are inside, and a row's bits are the same in any company
 MAX_ROWS = 512  # beyond, torch on the dequantized weight
@@ -102,7 +103,7 @@ def supports(
     N, K = weight.shape[-2:]
     if not (x.dtype in _FLOATS and x.device == weight.device and weight.data.dim() == 2 and x.shape[-1] == K):
         return False
-    if bias is not None and not _is_vector(bias, x, N):
+    if bias is not None and not is_vector(bias, x, N):
         return False
     if norm is None and activation is None:
         return True
@@ -111,11 +112,7 @@ def supports(
     if activation is not None and (activation not in ACTIVATIONS or N % 2):
         return False
     # As in triton.linear: the product before it is scaled may overflow in fp16.
-    return norm is None or x.dtype == torch.bfloat16 and norm.cast in CASTS and _is_vector(norm.weight, x, K)
-
-
-def _is_vector(vector: Tensor | None, x: Tensor, size: int) -> bool:
-    return vector is not None and vector.shape == (size,) and vector.dtype == x.dtype and vector.is_contiguous()
+    return norm is None or x.dtype == torch.bfloat16 and norm.cast in CASTS and is_vector(norm.weight, x, K)
 
 
 def has_kernel(x: Tensor, weight: QuantizedWeight) -> bool:

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..quantized import QuantizedWeight
-from .functions import ACTIVATIONS, rounded
+from .functions import rounded
 from .int_linear import constants, has_kernel
 from .int_tile import finished, products, rows_of_tile
 from .launch import arch, is_amd, launch, num_sms
-from .moe import MAX_PAIRS, MAX_ROWS, chosen_pairs, pairs_of_expert, pairs_of_tile, sorted_pairs
+from .moe import MAX_PAIRS, MAX_ROWS, chosen_pairs, fits, pairs_of_expert, pairs_of_tile, sorted_pairs
 
 
 @triton.jit
@@ -92,14 +92,9 @@ def _many_pairs_kernel(
 def supports(x: Tensor, weight: QuantizedWeight, experts: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Whether `grouped_linear` takes this call; fp32 it does not."""
     return (
-        weight.data.dim() == 3
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.device == weight.device == experts.device
-        and x.shape[1] == weight.in_features
+        x.dtype in (torch.bfloat16, torch.float16)
+        and fits(x, weight, experts, bias, activation)
         and has_kernel(x, weight)
-        and (activation is None or activation in ACTIVATIONS and weight.shape[1] % 2 == 0)
-        and len(experts) > 0
-        and (bias is None or bias.dtype == x.dtype and bias.shape == weight.shape[:2] and bias.stride(1) == 1)
     )
 
 

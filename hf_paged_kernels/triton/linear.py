@@ -128,12 +128,13 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, 
         return False
     if norm is not None and (x.dtype != torch.bfloat16 or norm.cast not in CASTS):
         return False
-    if norm is not None and not _is_vector(norm.weight, x, x.shape[-1]):
+    if norm is not None and not is_vector(norm.weight, x, x.shape[-1]):
         return False
-    return bias is None or _is_vector(bias, x, len(weight))
+    return bias is None or is_vector(bias, x, len(weight))
 
 
-def _is_vector(vector: Tensor | None, x: Tensor, size: int) -> bool:
+def is_vector(vector: Tensor | None, x: Tensor, size: int) -> bool:
+    """Whether a bias or a norm's weight is one of `size` values of x's type, side by side."""
     return vector is not None and vector.shape == (size,) and vector.dtype == x.dtype and vector.is_contiguous()
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..quantized import QuantizedWeight
 from .functions import ACTIVATIONS, activate, rounded
 from .launch import is_amd, launch
 from .linear import products, stages, tile
@@ -109,12 +110,22 @@ def supports(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, ac
     """Whether `grouped_linear` takes this call and is meant for it."""
     return (
         x.dtype == weight.dtype in _FLOATS
-        and x.device == weight.device == experts.device
-        and weight.dim() == 3
-        and x.shape[1] == weight.shape[2]
+        and fits(x, weight, experts, bias, activation)
         and 1 in weight.stride()[1:]
+        and len(experts) <= min(MAX_PAIRS, MAX_ROWS * len(weight))
+    )
+
+
+def fits(
+    x: Tensor, weight: Tensor | QuantizedWeight, experts: Tensor, bias: Tensor | None, activation: str | None
+) -> bool:
+    """What kernels for experts of any kind of weight [E, N, K] ask of a call."""
+    return (
+        x.device == weight.device == experts.device
+        and len(weight.shape) == 3
+        and x.shape[1] == weight.shape[2]
         and (activation is None or activation in ACTIVATIONS and weight.shape[1] % 2 == 0)
-        and 0 < len(experts) <= min(MAX_PAIRS, MAX_ROWS * len(weight))
+        and len(experts) > 0
         and (bias is None or bias.dtype == x.dtype and bias.shape == weight.shape[:2] and bias.stride(1) == 1)
     )
 

@@ -90,18 +90,13 @@ class _Run:
         return choice | self._extras(completion)
 
     async def whole(self) -> ChatCompletion:
-        sums: dict[int, CompletionDelta] = {}
-        async for place, delta in self._service.merged([self._job]):
-            self._usage.add(place, delta)
-            for completion in delta.outputs:
-                before = sums.get(completion.index)
-                sums[completion.index] = completion if before is None else before.then(completion)
+        [whole] = await self._service.finished([self._job], self._usage)
         extra = {}
         if self._body.prompt_logprobs is not None:
-            extra["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
+            extra["prompt_logprobs"] = prompt_logprobs(whole.prompt_logprobs)
         if self._body.return_token_ids:
-            extra["prompt_token_ids"] = delta.prompt_token_ids
-        choices = [self._choice(sums[index]) for index in sorted(sums)]
+            extra["prompt_token_ids"] = whole.prompt_token_ids
+        choices = [self._choice(completion) for completion in whole.outputs]
         return ChatCompletion.model_construct(
             **self._head("chat.completion"), choices=choices, usage=self._usage.as_dict(), **extra
         )

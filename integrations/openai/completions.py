@@ -90,15 +90,10 @@ class _Run:
             yield self._completion([], self._usage.as_dict())
 
     async def whole(self) -> Completion:
-        sums: dict[tuple[int, int], CompletionDelta] = {}
-        last: dict[int, RequestDelta] = {}
-        async for place, delta in self._service.merged(self._jobs):
-            self._usage.add(place, delta)
-            last[place] = delta
-            for completion in delta.outputs:
-                before = sums.get((place, completion.index))
-                sums[place, completion.index] = completion if before is None else before.then(completion)
-        choices = [self._choice(place, sums[place, index], last[place]) for place, index in sorted(sums)]
+        wholes = await self._service.finished(self._jobs, self._usage)
+        choices = [
+            self._choice(place, completion, whole) for place, whole in enumerate(wholes) for completion in whole.outputs
+        ]
         if self._only_prompt:
             self._usage.completion = 0
         return self._completion(choices, self._usage.as_dict())

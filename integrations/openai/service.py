@@ -81,6 +81,14 @@ class Service:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
+    async def finished(self, jobs: list[Job], usage: Usage) -> list[RequestDelta]:
+        """All that each job gives, in their order; counted in `usage`."""
+        wholes: dict[int, RequestDelta] = {}
+        async for place, delta in self.merged(jobs):
+            usage.add(place, delta)
+            wholes[place] = wholes[place].then(delta) if place in wholes else delta
+        return [wholes[place] for place in range(len(jobs))]
+
     def _deltas(self, job: Job) -> AsyncIterator[RequestDelta]:
         deltas = self.engine.stream(
             job.prompt,

@@ -19,7 +19,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, groups_text, packed_rows, require_finite
+from .base import FLOATS, Format, Stored, check_group_size, groups_text, packed_rows, require_finite
 
 VERSIONS = ("gemm", "gemv")
 _ROW_OF_FIELD = (0, 2, 4, 6, 1, 3, 5, 7)  # of W, in the words of version "gemm"
@@ -38,8 +38,7 @@ class AWQ(Format):
     version: str = "gemm"
 
     def __post_init__(self):
-        if not isinstance(self.group_size, int) or self.group_size < 1 and self.group_size != -1:
-            raise InvalidArgument(f"group_size must be positive or -1, not {self.group_size!r}")
+        check_group_size(self.group_size)
         if self.version not in VERSIONS:
             raise InvalidArgument(f"version must be one of {VERSIONS}, not {self.version!r}")
 

@@ -64,6 +64,12 @@ class Format(ABC):
         """What `pack` was given, as a checkpoint stores it."""
 
 
+def check_group_size(size) -> None:
+    """Raises InvalidArgument unless it is a number of input features, or -1 for all."""
+    if not isinstance(size, int) or size < 1 and size != -1:
+        raise InvalidArgument(f"group_size must be positive or -1, not {size!r}")
+
+
 def groups_text(size: int) -> str:
     """What shares a scale, for people."""
     return "a scale a row" if size == -1 else f"groups of {size}"

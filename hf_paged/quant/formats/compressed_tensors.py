@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument, UnsupportedOption
-from .base import FLOATS, Format, Stored, groups_text, in_groups, packed_rows, require_finite, unsigned
+from .base import FLOATS, Format, Stored, check_group_size, groups_text, in_groups, packed_rows, require_finite, unsigned
 from .eight_bit import EightBit
 
 BITS = (2, 3, 4, 8)  # of packed weights
@@ -42,8 +42,7 @@ class PackQuantized(Format):
     def __post_init__(self):
         if self.bits not in BITS:
             raise InvalidArgument(f"num_bits must be one of {BITS}, not {self.bits!r}")
-        if not isinstance(self.group_size, int) or self.group_size < 1 and self.group_size != -1:
-            raise InvalidArgument(f"group_size must be positive or -1, not {self.group_size!r}")
+        check_group_size(self.group_size)
 
     def __str__(self):
         return f"pack-quantized {self.bits} bit, {groups_text(self.group_size)}"

@@ -19,7 +19,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, groups_text, in_groups, packed_rows, require_finite, unsigned
+from .base import FLOATS, Format, Stored, check_group_size, groups_text, in_groups, packed_rows, require_finite, unsigned
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
@@ -51,8 +51,7 @@ class GPTQ(Format):
     def __post_init__(self):
         if self.bits not in BITS:
             raise InvalidArgument(f"bits must be one of {BITS}, not {self.bits!r}")
-        if not isinstance(self.group_size, int) or self.group_size < 1 and self.group_size != -1:
-            raise InvalidArgument(f"group_size must be positive or -1, not {self.group_size!r}")
+        check_group_size(self.group_size)
         if self.version not in VERSIONS:
             raise InvalidArgument(f"format must be one of {VERSIONS}, not {self.version!r}")
 
