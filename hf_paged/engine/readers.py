@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import copy
 import threading
-from collections import deque
 
-from ..base.types import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
+from ..base.types import CompletionDelta, CompletionOutput, Logprob, RequestDelta, RequestOutput
 
 
 class Readers:
@@ -48,6 +47,10 @@ def _set_all(readers: list[Reader]) -> None:
 class Reader:
     """Hands one request's news to a coroutine of one event loop.
 
+    The engine's thread only marks how far the output has come; what lies between two marks is cut out of the live output
+    by whoever reads, and so nothing piles up for a slow reader. (What an output says up to a mark never changes: texts and
+    lists only grow.)
+
     Attributes:
         changed: set in the loop when there is news.
         finished: whether the request has ended, or never began.
@@ -58,12 +61,14 @@ class Reader:
         self.loop = loop
         self.changed = asyncio.Event()
         self.finished = self.gone = False
+        self._latest: Marks | None = None  # replaced as a whole: one thread writes it, another reads it
+        self._read: Marks | None = None
         self._failure: Exception | None = None
         self._readers = readers
 
     def put(self, output: RequestOutput) -> None:
         """The request's output has changed. Called by whichever thread runs the engine."""
-        self._note(output)
+        self._latest = Marks(output)
         self.finished = self.finished or output.finished
         self._readers.tell(self)
 
@@ -72,50 +77,70 @@ class Reader:
         self._failure, self.finished = error, True
         self._readers.tell(self)
 
-    async def get(self):
+    async def get(self) -> RequestOutput | RequestDelta:
         """All news since the last call; waits until there is some. Raises what `fail` was given."""
         while True:
             await self.changed.wait()
             self.changed.clear()
             if self._failure is not None:
                 raise self._failure
-            news = self._taken()
-            if news is not None:  # else an earlier call had what this was told of
-                return news
+            latest = self._latest
+            if latest is not self._read:  # else an earlier call had what this was told of
+                self._read = latest
+                return self._news(latest)
 
-    def _note(self, output: RequestOutput) -> None:
+    def _news(self, marks: Marks) -> RequestOutput | RequestDelta:
         raise NotImplementedError
 
-    def _taken(self) -> RequestOutput | RequestDelta | None:
-        raise NotImplementedError
+
+class Marks:
+    """How far a request had come at one moment.
+
+    Attributes:
+        completions: (completion, characters, tokens, cumulative log-probability, finish reason, stop reason) of each.
+    """
+
+    __slots__ = ("output", "completions", "finished", "error")
+
+    def __init__(self, output: RequestOutput):
+        self.output, self.finished, self.error = output, output.finished, output.error
+        self.completions = [
+            (one, len(one.text), len(one.token_ids), one.cumulative_logprob, one.finish_reason, one.stop_reason)
+            for one in output.outputs
+        ]
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        entries = self.output.prompt_logprobs
+        return None if entries is None else list(entries)
 
 
 class OutputReader(Reader):
     """The newest output as a whole."""
 
-    def __init__(self, loop, readers):
-        super().__init__(loop, readers)
-        self._latest: deque[RequestOutput] = deque(maxlen=1)  # one thread fills it, another empties it
-
-    def _note(self, output):
-        self._latest.append(_snapshot(output))
-
-    def _taken(self):
-        return self._latest.pop() if self._latest else None
-
-
-def _snapshot(output: RequestOutput) -> RequestOutput:
-    """A copy that later steps do not change. Token and log-probability entries themselves never change."""
-    result = copy.copy(output)
-    result.outputs = [copy.copy(completion) for completion in output.outputs]
-    for completion in result.outputs:
-        completion.token_ids = list(completion.token_ids)
-        if completion.logprobs is not None:
-            completion.logprobs = list(completion.logprobs)
-    if result.prompt_logprobs is not None:
-        result.prompt_logprobs = list(result.prompt_logprobs)
-    result.metrics = copy.copy(output.metrics)
-    return result
+    def _news(self, marks):
+        output = marks.output
+        return RequestOutput(
+            request_id=output.request_id,
+            prompt=output.prompt,
+            prompt_token_ids=output.prompt_token_ids,
+            outputs=[
+                CompletionOutput(
+                    index=one.index,
+                    text=one.text[:characters],
+                    token_ids=one.token_ids[:tokens],
+                    logprobs=None if one.logprobs is None else one.logprobs[:tokens],
+                    cumulative_logprob=cumulative,
+                    finish_reason=finish_reason,
+                    stop_reason=stop_reason,
+                )
+                for one, characters, tokens, cumulative, finish_reason, stop_reason in marks.completions
+            ],
+            metrics=copy.copy(output.metrics),
+            finished=marks.finished,
+            prompt_logprobs=marks.prompt_logprobs,
+            error=marks.error,
+        )
 
 
 class DeltaReader(Reader):
@@ -123,43 +148,36 @@ class DeltaReader(Reader):
 
     def __init__(self, loop, readers):
         super().__init__(loop, readers)
-        self._seen: dict[int, tuple[int, int]] = {}  # completion -> (characters, tokens) noted
-        self._waiting: deque[RequestDelta] = deque()  # appended by one thread, emptied by another
+        self._seen: dict[int, tuple[int, int]] = {}  # completion -> (characters, tokens) told; negative: its end
 
-    def _note(self, output):
-        added = [self._added(completion) for completion in output.outputs]
-        self._waiting.append(
-            RequestDelta(
-                request_id=output.request_id,
-                prompt_token_ids=output.prompt_token_ids,
-                outputs=[delta for delta in added if delta is not None],
-                metrics=copy.copy(output.metrics),
-                finished=output.finished,
-                prompt_logprobs=list(output.prompt_logprobs) if output.finished and output.prompt_logprobs else None,
-                error=output.error,
-            )
+    def _news(self, marks):
+        output = marks.output
+        added = [self._added(*mark) for mark in marks.completions]
+        return RequestDelta(
+            request_id=output.request_id,
+            prompt_token_ids=output.prompt_token_ids,
+            outputs=[delta for delta in added if delta is not None],
+            metrics=copy.copy(output.metrics),
+            finished=marks.finished,
+            prompt_logprobs=(marks.prompt_logprobs or None) if marks.finished else None,
+            error=marks.error,
         )
 
-    def _added(self, completion: CompletionOutput) -> CompletionDelta | None:
+    def _added(
+        self, one: CompletionOutput, characters: int, tokens: int, _, finish_reason: str | None, stop_reason: int | str | None
+    ) -> CompletionDelta | None:
         """None for a completion that ended before, or has nothing new."""
-        characters, tokens = self._seen.get(completion.index, (0, 0))
-        if characters < 0:
+        first_character, first_token = self._seen.get(one.index, (0, 0))
+        if first_character < 0:
             return None
-        ended = completion.finished
-        delta = CompletionDelta(
-            index=completion.index,
-            text=completion.text[characters:],
-            token_ids=completion.token_ids[tokens:],
-            logprobs=None if completion.logprobs is None else completion.logprobs[tokens:],
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason,
+        if finish_reason is None and (characters, tokens) == (first_character, first_token):
+            return None
+        self._seen[one.index] = (characters, tokens) if finish_reason is None else (-1, -1)
+        return CompletionDelta(
+            index=one.index,
+            text=one.text[first_character:characters],
+            token_ids=one.token_ids[first_token:tokens],
+            logprobs=None if one.logprobs is None else one.logprobs[first_token:tokens],
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
         )
-        self._seen[completion.index] = (-1, -1) if ended else (len(completion.text), len(completion.token_ids))
-        return delta if ended or delta.token_ids or delta.text else None
-
-    def _taken(self):
-        news = None
-        while self._waiting:
-            added = self._waiting.popleft()
-            news = added if news is None else news.then(added)
-        return news

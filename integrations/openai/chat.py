@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion
 
 from .conversation import Answer, Conversation, Step
 from .errors import Refused
@@ -64,7 +64,8 @@ class _Run:
         )
         return cls(service, body, name, conversation)
 
-    async def chunks(self) -> AsyncIterator[ChatCompletionChunk]:
+    async def chunks(self) -> AsyncIterator[dict]:
+        """In the form of openai's ChatCompletionChunk."""
         options = self._body.stream_options
         usage = self._conversation.usage
         async for step in self._conversation.steps():
@@ -121,9 +122,8 @@ class _Run:
             extras["token_ids"] = part.token_ids
         return extras
 
-    def _chunk(self, choices: list[dict], usage: dict | None) -> ChatCompletionChunk:
-        values = self._head | {"object": "chat.completion.chunk"}
-        return ChatCompletionChunk.model_construct(**values, choices=choices, usage=usage)
+    def _chunk(self, choices: list[dict], usage: dict | None) -> dict:
+        return self._head | {"object": "chat.completion.chunk", "choices": choices, "usage": usage}
 
 
 def _delta(piece: Piece) -> dict:

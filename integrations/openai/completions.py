@@ -38,7 +38,12 @@ class _Run:
     def __init__(self, service: Service, body: CompletionRequest):
         self._service, self._body = service, body
         self._id = new_id("cmpl") if body.request_id is None else body.request_id
-        self._created = int(time.time())
+        self._head = {
+            "id": self._id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
         self._usage = Usage()
         self._only_prompt = body.echo and body.max_tokens == 0  # what scores a text asks for
         self._jobs = self._make_jobs()
@@ -79,7 +84,8 @@ class _Run:
             for place, prompt in enumerate(prompts)
         ]
 
-    async def chunks(self) -> AsyncIterator[Completion]:
+    async def chunks(self) -> AsyncIterator[dict]:
+        """In the form of openai's Completion."""
         options = self._body.stream_options
         async for place, delta in self._service.merged(self._jobs):
             self._usage.add(place, delta)
@@ -96,7 +102,7 @@ class _Run:
         ]
         if self._only_prompt:
             self._usage.completion = 0
-        return self._completion(choices, self._usage.as_dict())
+        return Completion.model_construct(**self._completion(choices, self._usage.as_dict()))
 
     def _choice(self, place: int, completion: CompletionDelta, delta: RequestDelta) -> dict:
         body = self._body
@@ -123,10 +129,8 @@ class _Run:
             choice |= {"token_ids": tokens, "prompt_token_ids": delta.prompt_token_ids}
         return choice
 
-    def _completion(self, choices: list[dict], usage: dict | None) -> Completion:
-        values = {"id": self._id, "object": "text_completion", "created": self._created, "model": self._service.model_name}
-        # a running choice has no reason to have finished, whatever the type says
-        return Completion.model_construct(**values, choices=choices, usage=usage)
+    def _completion(self, choices: list[dict], usage: dict | None) -> dict:
+        return self._head | {"choices": choices, "usage": usage}
 
 
 def _prompts(prompt) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import uvicorn
 from fastapi import FastAPI
 
@@ -14,6 +16,8 @@ def serve(app: FastAPI, *, host: str, port: int, grace: float) -> None:
     Args:
         grace: seconds that running requests get for it; then they are cut off.
     """
+    gc.collect()
+    gc.freeze()  # the model and its libraries are here to stay: every full collection would look through them, for long
     config = uvicorn.Config(
         app,
         host=host,
