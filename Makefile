@@ -2,6 +2,7 @@
 #   make demo       real model: chat, then the same requests through stock transformers and through hf_paged
 #   make test       the tests (minutes)            make test-all   the slow ones too
 #   make test-quantizers   other packages' quantized models under the engine, and our checkpoints read by the formats' own tools
+#   make test-page  the server's chat page in a headless Chromium, which is fetched where there is none (CHROMIUM names one)
 #   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
 #   make bench-quant   quantized weights and caches on this CPU: speed, memory, perplexity (8 minutes)
 #   make gpu        a machine with a GPU: is everything right there, then how fast (10 minutes); results in benchmarks/results/gpu
@@ -18,12 +19,13 @@ VENV   := $(ROOT)/.venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.hf_paged-installed
 QUANTIZERS := $(ROOT)/.venv-quantizers
+BROWSER := $(ROOT)/.venv-browser
 MIN    := import sys; sys.exit(sys.version_info < (3, 11))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup demo test test-all test-quantizers bench bench-quant models gpu clean
+.PHONY: help setup demo test test-all test-quantizers test-page bench bench-quant models gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +45,10 @@ test-all: $(STAMP)
 test-quantizers: $(QUANTIZERS)/.installed
 	@cd '$(ROOT)' && '$(QUANTIZERS)/bin/python' -m pytest -W ignore tests/quantizers/packages.py tests/quantizers/tools.py $(ARGS)
 
+test-page: $(STAMP) $(BROWSER)/.installed
+	@cd '$(ROOT)' && HF_PAGED_PYTHON='$(PY)' '$(BROWSER)/bin/python' -m pytest --noconftest -c /dev/null --rootdir=. \
+	  -p no:cacheprovider tests/server/page_browser.py $(ARGS)
+
 bench: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m hf_paged bench $(ARGS)
 
@@ -58,7 +64,7 @@ gpu:
 	@'$(PYTHON)' '$(ROOT)/benchmarks/run.py' gpu $(ARGS)
 
 clean:
-	rm -rf '$(VENV)' '$(QUANTIZERS)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \
+	rm -rf '$(VENV)' '$(QUANTIZERS)' '$(BROWSER)' '$(ROOT)/build' '$(ROOT)/dist' '$(ROOT)/hf_paged.egg-info' '$(ROOT)/.pytest_cache' \
 	  '$(ROOT)/.hypothesis' '$(ROOT)/.ruff_cache'
 	find '$(ROOT)' -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -94,4 +100,11 @@ $(QUANTIZERS)/.installed: $(ROOT)/pyproject.toml $(ROOT)/tests/quantizers/requir
 	  "torch==$$('$(QUANTIZERS)/bin/python' -c 'import torch; print(torch.__version__)')"
 	@'$(QUANTIZERS)/bin/python' -m pip install -q --no-deps setuptools wheel
 	@GPTQMODEL_BUILD_CUDA_EXT=0 '$(QUANTIZERS)/bin/python' -m pip install -q --no-deps --no-build-isolation $(TOOLS)
+	@touch '$@'
+
+# An environment of its own: the browser's driver needs nothing of the project, which it sees through its server.
+$(BROWSER)/.installed:
+	@[ -e '$(BROWSER)/bin/python' ] || '$(PYTHON)' -m venv '$(BROWSER)'
+	@'$(BROWSER)/bin/python' -m pip install -q 'playwright>=1.50' 'pytest>=8'
+	@[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null || '$(BROWSER)/bin/playwright' install --with-deps chromium
 	@touch '$@'

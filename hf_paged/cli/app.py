@@ -130,6 +130,7 @@ def serve(
     request_chat_templates: Annotated[
         bool, typer.Option(help="Let requests bring chat templates, which are programs.")
     ] = False,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="A page to chat with, at /.")] = True,
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     quantization: Quantization = None,
@@ -141,6 +142,7 @@ def serve(
     from .serve import run_serve
 
     settings = {"model_name": model_name, "request_timeout": timeout, "request_chat_templates": request_chat_templates}
+    settings["page"] = page
     engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
     engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}

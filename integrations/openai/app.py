@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import chat, completions, errors, metrics, models
+from . import chat, completions, errors, metrics, models, page
 from .auth import RequireKey
 from .middleware import LimitBody
 from .service import Service
@@ -43,8 +43,10 @@ def create_app(engine: BatchEngine | AsyncEngine, settings: Settings | None = No
     errors.install(app)
     app.add_middleware(LimitBody, limit=settings.limits.body_bytes)
     if settings.api_keys:
-        app.add_middleware(RequireKey, keys=settings.api_keys)
+        app.add_middleware(RequireKey, keys=settings.api_keys, page=settings.page)
     for part in (chat, completions, models):
         app.include_router(part.router(service))
     app.include_router(metrics.router(service.metrics))
+    if settings.page:
+        app.include_router(page.router())
     return app

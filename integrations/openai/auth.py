@@ -11,9 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...base.errors import InvalidArgument
 from .errors import Refused, answer
+from .page import PATH
 
 VARIABLE = "HF_PAGED_API_KEYS"  # keys, separated by commas
-OPEN = frozenset({"/health", "/ping"})  # what load balancers ask; everything else needs a key
+OPEN = frozenset({"/health", "/ping"})  # what load balancers ask; everything else but the chat page needs a key
 
 
 def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
@@ -42,23 +43,28 @@ def check_keys(keys: tuple[str, ...]) -> None:
 
 
 class RequireKey:
-    """Answers 401 to requests without one of the keys, but for exactly the paths in OPEN.
+    """Answers 401 to requests without one of the keys, but for exactly the paths in OPEN, and the chat page.
 
     Keys are compared by their digests, all of them each time, so that the time taken says nothing about them.
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]):
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], page: bool):
         self._app = app
+        self._open = OPEN | {PATH} if page else OPEN
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["type"] == "http" and scope["path"] in OPEN or self._allowed(scope):
+        if scope["type"] == "lifespan" or self._needs_none(scope) or self._allowed(scope):
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         response = answer(Refused("a valid API key is needed", status=401, code="invalid_api_key"))
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
+
+    def _needs_none(self, scope: Scope) -> bool:
+        """Only the very path that is routed counts, below wherever the app is mounted."""
+        return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in self._open
 
     def _allowed(self, scope: Scope) -> bool:
         sent = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -43,6 +43,7 @@ class Settings:
         request_timeout: seconds after which a request ends with an error; None: never.
         default_max_tokens: of completions that name none; None: as many as fit. (Chats always get as many as fit.)
         request_chat_templates: whether a request may bring a chat template of its own, which is a program.
+        page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
     """
 
     model_name: str | None = None
@@ -51,6 +52,7 @@ class Settings:
     request_timeout: float | None = None
     default_max_tokens: int | None = 16
     request_chat_templates: bool = False
+    page: bool = True
 
     def __post_init__(self):
         check_keys(self.api_keys)
