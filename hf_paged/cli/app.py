@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import serve
 from .common import Device, DraftModel, Dtype, Model, Quantization, Speculation, Threads, guard
 
 app = typer.Typer(
@@ -106,48 +107,7 @@ def chat(
     run_chat(prompt, system, sampling, loading)
 
 
-@app.command()
-def serve(
-    model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of the machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535)] = 8000,
-    model_name: Annotated[
-        str | None, typer.Option("--served-model-name", help="What clients call the model. Default: its id or folder.")
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="A key clients must send; repeatable. Better in a file, or in HF_PAGED_API_KEYS, with commas."),
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.", min=1)] = 64,
-    max_queue: Annotated[int, typer.Option(help="Most requests waiting; more are answered 429.", min=1)] = 1024,
-    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's limit.")] = None,
-    kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache, such as "2GiB".')] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="fp8, int8, or a floating type. Default: the model's.")] = None,
-    policy: Annotated[str, typer.Option(help="fcfs, or priority: requests with a lower number first.")] = "fcfs",
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which a request ends with an error.")] = None,
-    grace: Annotated[float, typer.Option(help="Seconds that running requests get when the server is stopped.")] = 30,
-    request_chat_templates: Annotated[
-        bool, typer.Option(help="Let requests bring chat templates, which are programs.")
-    ] = False,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="A page to chat with, at /.")] = True,
-    speculation: Speculation = None,
-    draft_model: DraftModel = None,
-    quantization: Quantization = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    threads: Threads = None,
-) -> None:
-    """Serve a model to OpenAI's clients, until SIGINT or SIGTERM."""
-    from .serve import run_serve
-
-    settings = {"model_name": model_name, "request_timeout": timeout, "request_chat_templates": request_chat_templates}
-    settings["page"] = page
-    engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
-    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
-    loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
-    loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
-    run_serve(host, port, grace, api_key or [], api_key_file, settings, loading | {"engine": engine})
+app.command(context_settings={"auto_envvar_prefix": serve.ENVIRONMENT})(serve.serve)
 
 
 @app.command()

@@ -13,21 +13,27 @@ Model = Annotated[
     str | None,
     typer.Argument(help="Hub id or local folder; without one, the embedded SmolLM2-135M-Instruct.", show_default=False),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
+
+
+def _option(text: str, **more):
+    return typer.Option(help=text, rich_help_panel="Model", show_envvar=False, **more)
+
+
+Dtype = Annotated[str | None, _option("float32, bfloat16 or float16. Default: the checkpoint's.")]
+Device = Annotated[str | None, _option("cpu, cuda, cuda:1, ... Default: CUDA where there is one.")]
 Speculation = Annotated[
     str | None,
-    typer.Option(help="Guess tokens ahead, for the same output in fewer steps: ngram repeats what was said before."),
+    _option("Guess tokens ahead, for the same output in fewer steps: ngram repeats what was said before."),
 ]
 DraftModel = Annotated[
     str | None,
-    typer.Option(help="Hub id or local folder of a smaller model with the same vocabulary, to guess tokens ahead."),
+    _option("Hub id or local folder of a smaller model with the same vocabulary, to guess tokens ahead."),
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(help="Round the linear layers' weights to int4, int8 or fp8 after loading. Checkpoints are loaded as they are."),
+    _option("Round the linear layers' weights to int4, int8 or fp8 after loading. Checkpoints are loaded as they are."),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own.", min=1)]
+Threads = Annotated[int | None, _option("CPU threads. Default: torch's own.", min=1)]
 
 DTYPES = ("float32", "bfloat16", "float16")
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -2,21 +2,139 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Annotated
 
-from .common import UserError, open_engine
+import typer
+
+from .common import Device, DraftModel, Dtype, Quantization, Speculation, Threads, UserError, open_engine
+
+ENVIRONMENT = "HF_PAGED"  # what its variables begin with
+
+_ENGINE, _LISTEN, _TLS = "Model", "Listening", "TLS"
+_ACCESS, _BOUNDS, _WATCH = "Who may ask", "Bounds", "Logs and traces"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hub id or local folder; without one, the embedded SmolLM2-135M-Instruct.",
+        show_default=False,
+        envvar=f"{ENVIRONMENT}_MODEL",
+    ),
+]
 
 
-def run_serve(
-    host: str, port: int, grace: float, keys: list[str], key_file: Path | None, settings: dict, loading: dict
+def _option(panel: str, text: str, *names: str, **more):
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_envvar=False, **more)
+
+
+def serve(
+    model: Model = None,
+    model_name: Annotated[
+        str | None, _option(_ENGINE, "What clients call the model. Default: its id or folder.", "--served-model-name")
+    ] = None,
+    max_num_seqs: Annotated[int, _option(_ENGINE, "Most sequences running at once.", min=1)] = 64,
+    max_model_len: Annotated[int | None, _option(_ENGINE, "Most tokens of a sequence. Default: the model's limit.")] = None,
+    kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
+    kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
+    policy: Annotated[str, _option(_ENGINE, "fcfs, or priority: requests with a lower number first.")] = "fcfs",
+    speculation: Speculation = None,
+    draft_model: DraftModel = None,
+    quantization: Quantization = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    host: Annotated[str, _option(_LISTEN, "Address to listen at; 0.0.0.0 is all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, _option(_LISTEN, "0: any free port.", min=0, max=65535)] = 8000,
+    uds: Annotated[Path | None, _option(_LISTEN, "A Unix socket instead of an address.")] = None,
+    root_path: Annotated[str, _option(_LISTEN, "The prefix that a proxy takes off the paths, such as /llm.")] = "",
+    backlog: Annotated[int, _option(_LISTEN, "Connections that wait to be accepted.", min=1)] = 2048,
+    keep_alive: Annotated[float, _option(_LISTEN, "Seconds that an idle connection is kept.")] = 5,
+    ssl_certfile: Annotated[Path | None, _option(_TLS, "The certificate, and those between it and the root.")] = None,
+    ssl_keyfile: Annotated[Path | None, _option(_TLS, "Its key, if that is in a file of its own.")] = None,
+    ssl_keyfile_password: Annotated[
+        str | None, _option(_TLS, f"What the key is encrypted with; better in {ENVIRONMENT}_SSL_KEYFILE_PASSWORD.")
+    ] = None,
+    ssl_ca_certs: Annotated[Path | None, _option(_TLS, "Clients need a certificate signed by one of these.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        _option(_ACCESS, f"A key clients must send; repeatable. Better in a file, or in {ENVIRONMENT}_API_KEYS, with commas."),
+    ] = None,
+    api_key_file: Annotated[Path | None, _option(_ACCESS, "Keys, one a line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        _option(_ACCESS, "A web page's origin, such as https://example.org, that may ask from a browser; repeatable; * is all."),
+    ] = None,
+    request_chat_templates: Annotated[
+        bool, _option(_ACCESS, "Let requests bring chat templates, which are programs.", "--request-chat-templates")
+    ] = False,
+    page: Annotated[bool, _option(_ACCESS, "A page to chat with, at /.", "--page/--no-page")] = True,
+    max_queue: Annotated[int, _option(_BOUNDS, "Most requests waiting; more are answered 429.", min=1)] = 1024,
+    request_timeout: Annotated[
+        float | None, _option(_BOUNDS, "Seconds after which a request ends with an error. Requests may ask for less.")
+    ] = None,
+    grace: Annotated[
+        float, _option(_BOUNDS, "Seconds that running requests get when the server is stopped.", min=0)
+    ] = 30,
+    header_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's headers must come.")] = 15,
+    body_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's body must come.")] = 60,
+    max_connections: Annotated[
+        int | None, _option(_BOUNDS, "Most open connections; more are closed. Default: as many as the system allows.", min=1)
+    ] = None,
+    log_format: Annotated[str, _option(_WATCH, "text, or json: one object a line.")] = "text",
+    log_level: Annotated[str, _option(_WATCH, "debug, info, warning or error.")] = "info",
+    log_client_address: Annotated[
+        bool, _option(_WATCH, "Log who asked, by address.", "--log-client-address")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None, _option(_WATCH, "Send OpenTelemetry traces there by OTLP over HTTP, such as http://localhost:4318.")
+    ] = None,
 ) -> None:
-    """Load, patch, serve until a signal comes."""
+    """Serve a model to OpenAI's clients, until SIGINT or SIGTERM.
+
+    Every option may come from the environment: --max-queue is HF_PAGED_MAX_QUEUE.
+    """
+    settings = {
+        "model_name": model_name,
+        "request_timeout": request_timeout,
+        "request_chat_templates": request_chat_templates,
+        "cors_origins": tuple(cors_origin or ()),
+        "body_timeout": body_timeout,
+        "page": page,
+        "log_client_address": log_client_address,
+    }
+    process = {"host": host, "port": port, "uds": uds, "root_path": root_path, "backlog": backlog, "grace": grace}
+    process |= {"keep_alive": keep_alive, "header_timeout": header_timeout, "max_connections": max_connections}
+    process |= {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "ssl_ca_certs": ssl_ca_certs}
+    process |= {"ssl_keyfile_password": ssl_keyfile_password, "log_format": log_format, "log_level": log_level}
+    engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
+    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
+    loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
+    loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
+    raise typer.Exit(_run(api_key or [], api_key_file, otlp_endpoint, settings, process, loading))
+
+
+def _run(
+    keys: list[str], key_file: Path | None, otlp_endpoint: str | None, settings: dict, process: dict, loading: dict
+) -> int:
+    """Load, patch, serve until a signal comes; the exit status. What is wrong with the options shows before the weights are read."""
     try:
         from hf_paged.integrations.openai import Settings, create_app
         from hf_paged.integrations.openai.auth import read_keys
-        from hf_paged.integrations.openai.serve import serve
+        from hf_paged.integrations.openai.serve import Process, serve
     except ImportError as error:
         raise UserError(f"hf-paged serve needs {error.name}: pip install hf_paged[server]") from None
     settings = Settings(api_keys=read_keys(keys, key_file), **settings)
+    process = Process(**process)
+    tracing = None if otlp_endpoint is None else _tracing(otlp_endpoint)
     with open_engine(**loading) as (_, _, engine):
-        serve(create_app(engine, settings), host=host, port=port, grace=grace)
+        return serve(create_app(engine, settings, tracer_provider=tracing), process)
+
+
+def _tracing(endpoint: str):
+    try:
+        from hf_paged.integrations.openai.tracing import exporting
+    except ImportError as error:
+        raise UserError(f"--otlp-endpoint needs {error.name}: pip install hf_paged[otel]") from None
+    return exporting(endpoint)

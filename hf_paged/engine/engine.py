@@ -410,6 +410,7 @@ class BatchEngine:
                 "shared_prefix_tokens": self._runner.prefixes.saved_tokens if self._runner.prefixes else 0,
                 "kv_bytes_allocated": self._cache.bytes_allocated,
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
+                "kv_bytes_limit": sum(size(i) * count for i, count in enumerate(scheduler["blocks_total"])),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
                 "cuda_graphs": len(self.graphs.recorded) if self.graphs else 0,
                 "cuda_graph_bytes": self.graphs.num_bytes if self.graphs else 0,

@@ -42,6 +42,12 @@ def check_keys(keys: tuple[str, ...]) -> None:
             raise InvalidArgument("api_keys must be printable ASCII without spaces")
 
 
+def path_of(scope: Scope) -> str:
+    """A request's path below where the app is mounted: the very string that its router goes by."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    return path[len(root) :] if path == root or path.startswith(root + "/") else path
+
+
 class RequireKey:
     """Answers 401 to requests without one of the keys, but for exactly the paths in OPEN, and the chat page.
 
@@ -64,7 +70,7 @@ class RequireKey:
 
     def _needs_none(self, scope: Scope) -> bool:
         """Only the very path that is routed counts, below wherever the app is mounted."""
-        return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in self._open
+        return scope["type"] == "http" and path_of(scope) in self._open
 
     def _allowed(self, scope: Scope) -> bool:
         sent = [value for name, value in scope["headers"] if name == b"authorization"]

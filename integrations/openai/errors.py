@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from fastapi import Request
@@ -19,6 +20,9 @@ from ...base.errors import (
     RequestFailed,
     RequestTooLarge,
 )
+from .observation import current
+
+log = logging.getLogger("hf_paged.server")
 
 RETRY_AFTER = 1  # seconds; what waits in a full queue is usually further by then
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]]*")
@@ -42,7 +46,7 @@ def describe(error: BaseException) -> Refused:
     """Any error as an answer. What is not the caller's fault is not told in detail."""
     if isinstance(error, Refused):
         return error
-    if isinstance(error, RequestFailed) and isinstance(error.__cause__, InvalidArgument):
+    if isinstance(error, RequestFailed) and isinstance(error.__cause__, InvalidArgument | EngineClosed):
         error = error.__cause__
     message = str(error)
     if isinstance(error, RequestTooLarge):
@@ -60,10 +64,19 @@ def describe(error: BaseException) -> Refused:
         return Refused(message, status=422, code="cannot_sample")
     if isinstance(error, KernelUnavailable):
         return Refused(message, status=503, code="unavailable")
-    return Refused("the server failed at this request", status=500, code="internal_error")
+    unknown = Refused("the server failed at this request", status=500, code="internal_error")
+    unknown.__cause__ = error
+    return unknown
 
 
 def body_of(error: Refused) -> dict:
+    """What the client is told, which is also what the log and the counts say of the request."""
+    observation = current()
+    if observation is not None:
+        observation.error = error.code or str(error.status)
+    if error.status >= 500 and error.__cause__ is not None:
+        fields = {"request_id": observation.request_id if observation is not None else None}
+        log.error("a request failed", exc_info=error.__cause__, extra={"fields": fields})
     kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(error.status)
     kind = kind or ("invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
@@ -100,9 +113,7 @@ def install(app) -> None:
         refused = Refused(str(error.detail), status=error.status_code, code=code)
         return JSONResponse(body_of(refused), status_code=error.status_code, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def anything(_: Request, error: Exception) -> JSONResponse:
+    @app.exception_handler(Refused)
+    @app.exception_handler(HfPagedError)
+    async def known(_: Request, error: Exception) -> JSONResponse:
         return answer(error)
-
-    for kind in (Refused, HfPagedError):  # Exception itself is raised once more, for whoever logs it
-        app.exception_handler(kind)(anything)

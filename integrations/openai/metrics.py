@@ -1,37 +1,44 @@
-"""Numbers for Prometheus: /metrics."""
+"""Numbers for Prometheus: /metrics. Names are vLLM's, under hf_paged: instead of vllm:."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from ...base.types import RequestDelta
 from ...engine.async_engine import AsyncEngine
 from .errors import describe
+from .observation import Observation, current
 
+PREFIX = "hf_paged:"
 SHORT = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+LEFT = "client_closed_request"  # nobody read to the end
 
-# Name after "hf_paged_", what it counts, and the engine's own name for it.
+# Name, what it counts, and the engine's own name for it.
 _GAUGES = (
-    ("requests_running", "Sequences running.", "running"),
-    ("requests_waiting", "Requests waiting.", "waiting"),
-    ("kv_bytes_in_use", "KV cache that running requests hold, in bytes.", "kv_bytes_in_use"),
-    ("kv_bytes_allocated", "Memory of the KV cache, in bytes.", "kv_bytes_allocated"),
+    ("num_requests_running", "Sequences running.", "running"),
+    ("num_requests_waiting", "Requests waiting.", "waiting"),
+    ("kv_cache_bytes_in_use", "KV cache that running requests hold, in bytes.", "kv_bytes_in_use"),
+    ("kv_cache_bytes_allocated", "Memory of the KV cache, in bytes.", "kv_bytes_allocated"),
 )
 _COUNTERS = (
     ("steps", "Steps of the engine.", "steps"),
-    ("preemptions", "Sequences that had to give their blocks back.", "preemptions"),
-    ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
-    ("prefix_cache_queried_tokens", "Prompt tokens looked for in the prefix cache.", "prefix_queried_tokens"),
+    ("num_preemptions", "Sequences that had to give their blocks back.", "preemptions"),
+    ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
+    ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", "prefix_queried_tokens"),
+    ("spec_decode_num_draft_tokens", "Tokens guessed ahead.", "draft_tokens"),
+    ("spec_decode_num_accepted_tokens", "Tokens guessed ahead that were right.", "accepted_tokens"),
 )
 
 
@@ -41,35 +48,84 @@ class Metrics:
     def __init__(self, engine: AsyncEngine, model_name: str):
         self.registry = CollectorRegistry()
         self.registry.register(_EngineNumbers(engine, model_name))
+        self._gaps = _Gaps(model_name)
+        self.registry.register(self._gaps)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, text, ["model_name", *labels], registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple) -> Histogram:
-            made = Histogram(f"hf_paged_{name}", text, ["model"], buckets=buckets, registry=self.registry)
+            made = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self.registry)
             return made.labels(model_name)
 
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.", LONG)
-        self._between = histogram("inter_token_seconds", "From one token of a request to the next, on average.", SHORT)
-        self._whole = histogram("request_seconds", "From arrival to the last token.", LONG)
+        self._each = histogram("request_time_per_output_token_seconds", "From token to token, a request's mean.", SHORT)
+        self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", LONG)
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first step.", LONG)
+        self._prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", LONG)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", LONG)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._generated = histogram("request_generation_tokens", "Tokens generated for a prompt.", TOKENS)
-        self._ends = Counter("hf_paged_requests", "Requests that ended.", ["model", "reason"], registry=self.registry)
+        self._prompt_total = counter("prompt_tokens", "Tokens of prompts.").labels(model_name)
+        self._generated_total = counter("generation_tokens", "Tokens generated.").labels(model_name)
+        self._successes = counter("request_success", "Prompts answered to their end.", "finished_reason")
+        self._failures = counter("request_failure", "Prompts that ended with an error, or whose client left.", "code")
+        self._errors = counter("errors", "HTTP requests that were answered with an error.", "code")
+        self._http = counter("http_requests", "HTTP requests that ended.", "method", "handler", "status")
+        self._http_seconds = Histogram(
+            PREFIX + "http_request_duration_seconds",
+            "From a request's headers to the last byte of its answer.",
+            ["model_name", "handler"],
+            buckets=LONG,
+            registry=self.registry,
+        )
         self._model_name = model_name
+
+    def answered(self, observation: Observation) -> None:
+        """An HTTP request has ended."""
+        method = observation.method if observation.method in METHODS else "other"
+        handler, status = observation.route or "none", str(observation.status or "none")
+        self._http.labels(self._model_name, method, handler, status).inc()
+        self._http_seconds.labels(self._model_name, handler).observe(observation.ended - observation.started)
+        if observation.error is not None:
+            self._errors.labels(self._model_name, observation.error).inc()
 
     async def watched(self, deltas: AsyncIterator[RequestDelta]) -> AsyncIterator[RequestDelta]:
         """`deltas` of one request, counted on their way."""
-        tokens, reason = 0, "abort"  # of whom nobody reads to the end
+        tokens, error, delta, before = 0, LEFT, None, None  # of whom nobody reads to the end
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
                     tokens += sum(len(completion.token_ids) for completion in delta.outputs)
+                    now = time.monotonic()
+                    if before is not None:
+                        self._gaps.add(now - before)
+                    before = now
                     if delta.finished:
-                        reason = delta.outputs[-1].finish_reason or "stop"
-                        self._finished(delta, tokens)
+                        error = None
                     yield delta
-        except Exception as error:
-            reason = describe(error).code or "error"
+        except Exception as problem:
+            error = describe(problem).code or "error"
             raise
         finally:
-            self._ends.labels(self._model_name, reason).inc()
+            self._run_ended(delta, tokens, error)
+
+    def _run_ended(self, delta: RequestDelta | None, tokens: int, error: str | None) -> None:
+        observation = current()
+        if error is None:
+            reason = delta.outputs[-1].finish_reason if delta.outputs else "stop"
+            self._successes.labels(self._model_name, reason).inc()
+            self._finished(delta, tokens)
+        else:
+            reason = error
+            self._failures.labels(self._model_name, error).inc()
+            if observation is not None and observation.error is None:
+                observation.error = error
+        if delta is not None:
+            self._prompt_total.inc(len(delta.prompt_token_ids))
+            self._generated_total.inc(tokens)
+            if observation is not None:
+                observation.add(delta, tokens, reason)
 
     def _finished(self, delta: RequestDelta, tokens: int) -> None:
         times = delta.metrics
@@ -77,10 +133,42 @@ class Metrics:
         self._prompt.observe(len(delta.prompt_token_ids))
         self._generated.observe(tokens)
         self._whole.observe(end - times.arrival)
+        if times.first_scheduled is not None:
+            self._queue.observe(times.first_scheduled - times.arrival)
         if times.first_token is not None:
             self._first.observe(times.first_token - times.arrival)
+            self._prefill.observe(times.first_token - times.first_scheduled)
+            self._decode.observe(end - times.first_token)
             if tokens > 1:
-                self._between.observe((end - times.first_token) / (tokens - 1))
+                self._each.observe((end - times.first_token) / (tokens - 1))
+
+
+class _Gaps(Collector):
+    """Times between two pieces of an answer, as its reader sees them.
+
+    A histogram of its own, without locks: one event loop adds to it, for every token of every request.
+    """
+
+    def __init__(self, model_name: str):
+        self._model_name = model_name
+        self._counts, self._sum = [0] * (len(SHORT) + 1), 0.0
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(SHORT, seconds)] += 1
+        self._sum += seconds
+
+    def describe(self):
+        return []
+
+    def collect(self):
+        text = "From one piece of an answer to the next; a piece is a token, or what came while its reader was slow."
+        family = HistogramMetricFamily(PREFIX + "inter_token_latency_seconds", text, labels=["model_name"])
+        total, buckets = 0, []
+        for bound, count in zip((*map(str, SHORT), "+Inf"), list(self._counts)):
+            total += count
+            buckets.append((bound, total))
+        family.add_metric([self._model_name], buckets, self._sum)
+        yield family
 
 
 class _EngineNumbers(Collector):
@@ -96,9 +184,14 @@ class _EngineNumbers(Collector):
         stats = self._engine.engine.stats()
         for kind, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, text, key in metrics:
-                family = kind(f"hf_paged_{name}", text, labels=["model"])
-                family.add_metric([self._model_name], stats[key])
-                yield family
+                yield self._family(kind, name, text, stats[key])
+        share = stats["kv_bytes_in_use"] / stats["kv_bytes_limit"] if stats["kv_bytes_limit"] else 0.0
+        yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of the KV cache in use; 1 is all.", share)
+
+    def _family(self, kind: type, name: str, text: str, value: float):
+        family = kind(PREFIX + name, text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
 
 
 def router(metrics: Metrics) -> APIRouter:

@@ -37,13 +37,13 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> Response:
-        """200 while the engine can take requests, else 503."""
-        return Response(status_code=200 if service.engine.running else 503)
+        """200 while requests are taken, else 503."""
+        return Response(status_code=200 if service.taking else 503)
 
     @routes.get("/ping")
     @routes.post("/ping")
     async def ping() -> Response:
-        return Response(status_code=200 if service.engine.running else 503)
+        return Response(status_code=200 if service.taking else 503)
 
     @routes.get("/version")
     async def versions() -> dict:

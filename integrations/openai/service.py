@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
@@ -15,8 +16,10 @@ from ...base.errors import InvalidArgument
 from ...base.sampling_params import SamplingParams
 from ...base.types import RequestDelta
 from ...engine.async_engine import AsyncEngine
+from .drain import Drain
 from .errors import Refused
 from .metrics import Metrics
+from .observation import current
 from .sampling import defaults_of
 from .settings import Settings
 
@@ -39,7 +42,13 @@ class Service:
         self.max_model_len = engine.engine.max_model_len
         self.defaults = defaults_of(model.module.generation_config)
         self.metrics = Metrics(engine, self.model_name)
+        self.drain = Drain(engine)
         self.started = int(time.time())
+
+    @property
+    def taking(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.running and not self.drain.draining
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
@@ -96,7 +105,7 @@ class Service:
             request_id=job.request_id,
             priority=job.priority,
             cache_salt=job.cache_salt,
-            deadline=self.settings.request_timeout,
+            deadline=seconds_left(self.settings.request_timeout),
         )
         return self.metrics.watched(deltas)
 
@@ -133,6 +142,31 @@ class Usage:
             "total_tokens": prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
         }
+
+
+def seconds_left(timeout: float | None) -> float | None:
+    """Of the server's timeout or the request's own (its header X-Request-Timeout), whichever ends first; None: no limit.
+
+    Raises Refused for a header that is no time, and when the time is over.
+    """
+    observation = current()
+    if observation is None:
+        return timeout
+    limits = [] if timeout is None else [timeout]
+    if observation.timeout is not None:
+        try:
+            limits.append(float(observation.timeout))
+        except ValueError:
+            limits.append(math.nan)
+        if not 0 < limits[-1] < math.inf:
+            message = "X-Request-Timeout must be a positive number of seconds"
+            raise Refused(message, param="X-Request-Timeout", code="invalid_value")
+    if not limits:
+        return None
+    left = observation.started + min(limits) - time.monotonic()
+    if left <= 0:
+        raise Refused(f"not begun {min(limits):g} s after it came", status=504, code="timeout")
+    return left
 
 
 def new_id(kind: str) -> str:

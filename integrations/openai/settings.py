@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from ...base.errors import InvalidArgument
 from .auth import check_keys
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it: no path, not even /
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +43,33 @@ class Settings:
         model_name: what clients call the model; default its name or path.
         api_keys: one of them has to come with every request, as `Authorization: Bearer KEY`; none: anybody may ask.
         limits: see Limits.
-        request_timeout: seconds after which a request ends with an error; None: never.
+        cors_origins: of the web pages whose scripts may ask, such as "https://example.org"; "*" is all.
+        request_timeout: seconds after which a request ends with an error; None: never. A request's header
+            X-Request-Timeout may ask for less.
+        body_timeout: seconds in which a request's body must have come.
         default_max_tokens: of completions that name none; None: as many as fit. (Chats always get as many as fit.)
         request_chat_templates: whether a request may bring a chat template of its own, which is a program.
         page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
+        log_client_address: whether the log tells who asked.
     """
 
     model_name: str | None = None
     api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     request_timeout: float | None = None
+    body_timeout: float = 60.0
     default_max_tokens: int | None = 16
     request_chat_templates: bool = False
     page: bool = True
+    log_client_address: bool = False
 
     def __post_init__(self):
         check_keys(self.api_keys)
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
+        if not self.body_timeout > 0:
+            raise InvalidArgument(f"body_timeout must be a positive number of seconds, got {self.body_timeout!r}")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise InvalidArgument(f"cors_origins: {origin!r} is no origin; one looks like https://example.org, and * is all")

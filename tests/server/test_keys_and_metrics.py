@@ -30,9 +30,9 @@ def numbers(url: str, **headers) -> dict[tuple, float]:
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "model"))
-            assert sample.labels["model"] == MODEL
-            found[sample.name.removeprefix("hf_paged_"), labels] = sample.value
+            labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "model_name"))
+            assert sample.labels["model_name"] == MODEL
+            found[sample.name.removeprefix("hf_paged:"), labels] = sample.value
     return found
 
 
@@ -94,15 +94,26 @@ def test_requests_are_counted(url, engine):
         key = name, tuple(sorted(labels.items()))
         return after[key] - before.get(key, 0)
 
-    assert grown("requests_total", reason="length") == 1
-    assert grown("requests_total", reason="context_length_exceeded") == 1
-    assert grown("requests_total", reason="abort") == 1
+    path = "/v1/completions"
+    assert grown("request_success_total", finished_reason="length") == 1
+    assert grown("request_failure_total", code="context_length_exceeded") == 1
+    assert grown("request_failure_total", code="client_closed_request") == 1
+    assert grown("http_requests_total", method="POST", handler=path, status="400") == 1
+    assert grown("http_requests_total", method="POST", handler=path, status="200") == 2
+    assert grown("http_request_duration_seconds_count", handler=path) == 3
+    assert grown("errors_total", code="context_length_exceeded") == 1
     assert grown("request_prompt_tokens_sum") == answer.usage.prompt_tokens
     assert grown("request_generation_tokens_sum") == 7
-    for name in ("time_to_first_token_seconds", "inter_token_seconds", "request_seconds"):
-        assert grown(f"{name}_count") == 1 and grown(f"{name}_sum") > 0
+    assert grown("generation_tokens_total") > 7  # of the answer that was left, too
+    for name in ("time_to_first_token", "request_time_per_output_token", "e2e_request_latency", "request_queue_time"):
+        assert grown(f"{name}_seconds_count") == 1 and grown(f"{name}_seconds_sum") > 0
+    whole = grown("e2e_request_latency_seconds_sum")
+    parts = [grown(f"request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode")]
+    assert sum(parts) == pytest.approx(whole)
+    assert 1 <= grown("inter_token_latency_seconds_count") == grown("inter_token_latency_seconds_bucket", le="+Inf")
     assert grown("steps_total") >= 7
-    assert after["requests_running", ()] == after["requests_waiting", ()] == after["kv_bytes_in_use", ()] == 0
+    idle = ("num_requests_running", "num_requests_waiting", "kv_cache_bytes_in_use", "kv_cache_usage_perc")
+    assert all(after[name, ()] == 0 for name in idle)
 
 
 def test_an_engine_of_the_caller_s_stays_open():

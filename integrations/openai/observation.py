@@ -1,0 +1,74 @@
+"""What is known of one HTTP request while it is served."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from ...base.types import RequestDelta, RequestMetrics
+
+_current: ContextVar[Observation | None] = ContextVar("hf_paged_observation", default=None)
+
+
+def current() -> Observation | None:
+    """The HTTP request that this coroutine works for."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def observing(observation: Observation) -> Iterator[None]:
+    """Make it the current one."""
+    token = _current.set(observation)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@dataclass(slots=True)
+class Run:
+    """What the engine did for one prompt of a request."""
+
+    request_id: str
+    prompt_tokens: int
+    completion_tokens: int
+    times: RequestMetrics
+    finish_reason: str
+
+
+@dataclass(slots=True)
+class Observation:
+    """One HTTP request.
+
+    Attributes:
+        started, ended: on the clock of `time.monotonic`.
+        route: the path as the app declares it; None where no route takes it.
+        error: code of the error that it was answered with.
+        timeout: what its header X-Request-Timeout says.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    client: str | None
+    timeout: str | None
+    headers: list[tuple[bytes, bytes]]
+    started: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    route: str | None = None
+    status: int | None = None
+    error: str | None = None
+    runs: list[Run] = field(default_factory=list)
+
+    def add(self, delta: RequestDelta, completion_tokens: int, reason: str) -> None:
+        """A prompt's run has ended; `delta` is the last that was read of it."""
+        self.runs.append(Run(delta.request_id, len(delta.prompt_token_ids), completion_tokens, delta.metrics, reason))
+
+    @property
+    def first_token(self) -> float | None:
+        """Seconds until the first token of any prompt."""
+        times = [run.times.first_token for run in self.runs if run.times.first_token is not None]
+        return min(times) - self.started if times else None
