@@ -13,10 +13,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from ...base.sampling_params import SamplingParams
 from ...base.types import RequestDelta
 from ...engine.async_engine import AsyncEngine
 from .errors import describe
-from .observation import Observation, current
+from .observation import Observation, Run, current
 
 PREFIX = "hf_paged:"
 SHORT = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
@@ -68,7 +69,7 @@ class Metrics:
         self._generated = histogram("request_generation_tokens", "Tokens generated for a prompt.", TOKENS)
         self._prompt_total = counter("prompt_tokens", "Tokens of prompts.").labels(model_name)
         self._generated_total = counter("generation_tokens", "Tokens generated.").labels(model_name)
-        self._successes = counter("request_success", "Prompts answered to their end.", "finished_reason")
+        self._successes = counter("request_success", "Completions that came to their end.", "finished_reason")
         self._failures = counter("request_failure", "Prompts that ended with an error, or whose client left.", "code")
         self._errors = counter("errors", "HTTP requests that were answered with an error.", "code")
         self._http = counter("http_requests", "HTTP requests that ended.", "method", "handler", "status")
@@ -90,13 +91,19 @@ class Metrics:
         if observation.error is not None:
             self._errors.labels(self._model_name, observation.error).inc()
 
-    async def watched(self, deltas: AsyncIterator[RequestDelta]) -> AsyncIterator[RequestDelta]:
-        """`deltas` of one request, counted on their way."""
+    async def watched(
+        self, deltas: AsyncIterator[RequestDelta], params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestDelta]:
+        """`deltas` of one prompt, counted on their way."""
         tokens, error, delta, before = 0, LEFT, None, None  # of whom nobody reads to the end
+        reasons: list[str] = []
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
-                    tokens += sum(len(completion.token_ids) for completion in delta.outputs)
+                    for completion in delta.outputs:
+                        tokens += len(completion.token_ids)
+                        if completion.finish_reason is not None:
+                            reasons.append(completion.finish_reason)
                     now = time.monotonic()
                     if before is not None:
                         self._gaps.add(now - before)
@@ -108,24 +115,34 @@ class Metrics:
             error = describe(problem).code or "error"
             raise
         finally:
-            self._run_ended(delta, tokens, error)
+            self._ended(delta, params, tokens, reasons, error)
 
-    def _run_ended(self, delta: RequestDelta | None, tokens: int, error: str | None) -> None:
-        observation = current()
+    def _ended(
+        self,
+        delta: RequestDelta | None,
+        params: SamplingParams | None,
+        tokens: int,
+        reasons: list[str],
+        error: str | None,
+    ) -> None:
+        """A prompt has ended; `delta` is the last that was read of it."""
         if error is None:
-            reason = delta.outputs[-1].finish_reason if delta.outputs else "stop"
-            self._successes.labels(self._model_name, reason).inc()
+            for reason in reasons:
+                self._successes.labels(self._model_name, reason).inc()
             self._finished(delta, tokens)
         else:
-            reason = error
             self._failures.labels(self._model_name, error).inc()
-            if observation is not None and observation.error is None:
-                observation.error = error
-        if delta is not None:
-            self._prompt_total.inc(len(delta.prompt_token_ids))
-            self._generated_total.inc(tokens)
-            if observation is not None:
-                observation.add(delta, tokens, reason)
+        observation = current()
+        if observation is not None and observation.error is None:
+            observation.error = error
+        if delta is None:
+            return
+        self._prompt_total.inc(len(delta.prompt_token_ids))
+        self._generated_total.inc(tokens)
+        if observation is not None:
+            prompt_tokens = len(delta.prompt_token_ids)
+            run = Run(delta.request_id, params, prompt_tokens, tokens, delta.metrics, reasons, error)
+            observation.runs.append(run)
 
     def _finished(self, delta: RequestDelta, tokens: int) -> None:
         times = delta.metrics

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from ...base.types import RequestDelta, RequestMetrics
+from ...base.sampling_params import SamplingParams
+from ...base.types import RequestMetrics
 
 _current: ContextVar[Observation | None] = ContextVar("hf_paged_observation", default=None)
 
@@ -30,13 +31,21 @@ def observing(observation: Observation) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Run:
-    """What the engine did for one prompt of a request."""
+    """What the engine did for one prompt of a request.
+
+    Attributes:
+        request_id: the engine's.
+        params: how it was sampled; None where nothing was.
+        error: code of what ended it before its end; None: it came to its end.
+    """
 
     request_id: str
+    params: SamplingParams | None
     prompt_tokens: int
     completion_tokens: int
     times: RequestMetrics
-    finish_reason: str
+    finish_reasons: list[str]
+    error: str | None
 
 
 @dataclass(slots=True)
@@ -62,10 +71,6 @@ class Observation:
     status: int | None = None
     error: str | None = None
     runs: list[Run] = field(default_factory=list)
-
-    def add(self, delta: RequestDelta, completion_tokens: int, reason: str) -> None:
-        """A prompt's run has ended; `delta` is the last that was read of it."""
-        self.runs.append(Run(delta.request_id, len(delta.prompt_token_ids), completion_tokens, delta.metrics, reason))
 
     @property
     def first_token(self) -> float | None:

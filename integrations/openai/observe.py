@@ -49,9 +49,7 @@ class Observe:
 
         try:
             with observing(observation):
-                await self._app(scope, receive, noted)
-        except Exception as error:
-            await self._failed(observation, error, scope, receive, noted)
+                await self._answered(observation, scope, receive, noted)
         finally:
             observation.ended = time.monotonic()
             observation.route = getattr(scope.get("route"), "path", None)
@@ -70,11 +68,14 @@ class Observe:
             headers=scope["headers"],
         )
 
-    async def _failed(self, observation: Observation, error: Exception, scope, receive, send) -> None:
-        response = answer(error)
-        if observation.status is not None:  # too late for another answer: the connection has to end
-            raise error
-        await response(scope, receive, send)
+    async def _answered(self, observation: Observation, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:
+            response = answer(error)
+            if observation.status is not None:  # too late for another answer: the connection has to end
+                raise
+            await response(scope, receive, send)
 
     def _ended(self, observation: Observation) -> None:
         self._metrics.answered(observation)

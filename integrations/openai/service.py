@@ -107,7 +107,7 @@ class Service:
             cache_salt=job.cache_salt,
             deadline=seconds_left(self.settings.request_timeout),
         )
-        return self.metrics.watched(deltas)
+        return self.metrics.watched(deltas, job.params)
 
 
 @dataclass(frozen=True, kw_only=True)
