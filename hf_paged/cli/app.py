@@ -110,6 +110,54 @@ def chat(
 app.command(context_settings={"auto_envvar_prefix": serve.ENVIRONMENT})(serve.serve)
 
 
+@app.command("run-batch")
+def run_batch(
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help='Requests in OpenAI\'s batch format: one {"custom_id", "method": "POST", "url", "body"} a line; '
+            "- is standard input.",
+        ),
+    ],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="File for the results, in the order in which they come. What it holds already is not run again; "
+            "- is standard output.",
+        ),
+    ],
+    model: Model = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Most requests under way. Default: twice --max-num-seqs.", min=1)
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option("--served-model-name", help="What the requests call the model. Default: its id or folder.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.", min=1)] = 64,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's limit.")] = None,
+    kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache, such as "2GiB".')] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="fp8, int8, or a floating type. Default: the model's.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    speculation: Speculation = None,
+    draft_model: DraftModel = None,
+    quantization: Quantization = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Answer a file of requests as `serve` would; a run that was cut off goes on where it was."""
+    from .run_batch import run_batch as run
+
+    engine = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
+    loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
+    loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
+    most = max_concurrency or 2 * max_num_seqs
+    raise typer.Exit(run(requests, results, most, {"model_name": model_name}, loading))
+
+
 @app.command()
 def explain(
     model: Model = None, quantization: Quantization = None, dtype: Dtype = None, device: Device = None
