@@ -31,9 +31,7 @@ def _option(panel: str, text: str, *names: str, **more):
 
 def serve(
     model: Model = None,
-    model_name: Annotated[
-        str | None, _option(_ENGINE, "What clients call the model. Default: its id or folder.", "--served-model-name")
-    ] = None,
+    served_model_name: Annotated[str | None, _option(_ENGINE, "What clients call the model. Default: its id or folder.")] = None,
     max_num_seqs: Annotated[int, _option(_ENGINE, "Most sequences running at once.", min=1)] = 64,
     max_model_len: Annotated[int | None, _option(_ENGINE, "Most tokens of a sequence. Default: the model's limit.")] = None,
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
@@ -96,7 +94,7 @@ def serve(
     Every option may come from the environment: --max-queue is HF_PAGED_MAX_QUEUE.
     """
     settings = {
-        "model_name": model_name,
+        "model_name": served_model_name,
         "request_timeout": request_timeout,
         "request_chat_templates": request_chat_templates,
         "cors_origins": tuple(cors_origin or ()),
@@ -122,14 +120,14 @@ def _run(
     try:
         from hf_paged.integrations.openai import Settings, create_app
         from hf_paged.integrations.openai.auth import read_keys
-        from hf_paged.integrations.openai.serve import Process, serve
+        from hf_paged.integrations.openai.serve import Process, listening, serve
     except ImportError as error:
         raise UserError(f"hf-paged serve needs {error.name}: pip install hf_paged[server]") from None
     settings = Settings(api_keys=read_keys(keys, key_file), **settings)
     process = Process(**process)
     tracing = None if otlp_endpoint is None else _tracing(otlp_endpoint)
-    with open_engine(**loading) as (_, _, engine):
-        return serve(create_app(engine, settings, tracer_provider=tracing), process)
+    with listening(process) as listeners, open_engine(**loading) as (_, _, engine):
+        return serve(create_app(engine, settings, tracer_provider=tracing), process, listeners)
 
 
 def _tracing(endpoint: str):

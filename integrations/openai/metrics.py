@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -80,10 +80,17 @@ class Metrics:
             buckets=LONG,
             registry=self.registry,
         )
+        under_way = Gauge(PREFIX + "http_requests_open", "HTTP requests under way.", ["model_name"], registry=self.registry)
+        self._open = under_way.labels(model_name)
         self._model_name = model_name
+
+    def begun(self) -> None:
+        """An HTTP request has come."""
+        self._open.inc()
 
     def answered(self, observation: Observation) -> None:
         """An HTTP request has ended."""
+        self._open.dec()
         method = observation.method if observation.method in METHODS else "other"
         handler, status = observation.route or "none", str(observation.status or "none")
         self._http.labels(self._model_name, method, handler, status).inc()

@@ -39,6 +39,7 @@ class Observe:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         observation = self._begun(scope)
+        self._metrics.begun()
         header = (b"x-request-id", observation.request_id.encode())
 
         async def noted(message: Message) -> None:

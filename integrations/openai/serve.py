@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import signal
+import socket
 import ssl
 import sys
 import threading
@@ -20,7 +22,6 @@ from fastapi import FastAPI
 from ...base.errors import InvalidArgument
 from . import logs
 from .connection import protocol
-from .drain import Drain
 from .tls import tls_context
 
 HEADER_BYTES = 64 * 1024  # of a request line and its headers; more closes the connection
@@ -83,8 +84,11 @@ class Process:
         return tls_context(self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs)
 
 
-def serve(app: FastAPI, process: Process) -> int:
+def serve(app: FastAPI, process: Process, listeners: list[socket.socket] | None) -> int:
     """Serve until SIGINT or SIGTERM, then let what runs come to its end; a second signal cuts it off.
+
+    Args:
+        listeners: from `listening`.
 
     Returns the process' exit status: 0 if everything came to its end, 1 if something had to be cut off.
     """
@@ -92,38 +96,93 @@ def serve(app: FastAPI, process: Process) -> int:
     _allow_many_files()
     gc.collect()
     gc.freeze()  # the model and its libraries are here to stay: every full collection would look through them, for long
-    config = uvicorn.Config(
-        app,
-        host=process.host,
-        port=process.port,
-        uds=None if process.uds is None else str(process.uds),
-        root_path=process.root_path,
-        backlog=process.backlog,
-        http=protocol(process.header_timeout, process.max_connections),
-        ws="none",
-        h11_max_incomplete_event_size=HEADER_BYTES,
-        timeout_keep_alive=process.keep_alive,
-        timeout_graceful_shutdown=LAST_SECONDS,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-    )
-    config.load()
-    config.ssl = process.tls()
-    server = _Server(config, app.state.service.drain, process.grace)
-    server.run()
+    server = Server(app, process)
+    server.run(listeners)
     return CUT if server.was_cut else DONE
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, which goes on listening while it drains: /health tells load balancers to leave, others are told 503."""
+@contextlib.contextmanager
+def listening(process: Process) -> Iterator[list[socket.socket] | None]:
+    """Sockets at the process' address, at which nobody is answered yet; None for a Unix socket, which uvicorn makes.
 
-    def __init__(self, config: uvicorn.Config, drain: Drain, grace: float):
+    Raises InvalidArgument if it cannot be had: better before a model is loaded than after.
+    """
+    if process.uds is not None:
+        yield None
+        return
+    try:
+        places = socket.getaddrinfo(process.host, process.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InvalidArgument(f"host: {process.host}: {error.strerror}") from None
+    problem = None
+    with contextlib.ExitStack() as stack:
+        listeners = []
+        for family, _, _, _, address in dict.fromkeys(places if process.port else places[:1]):
+            try:
+                listeners.append(stack.enter_context(_bound(family, address)))
+            except OSError as error:
+                problem = error
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # else the machine has no such network
+                    break
+        else:
+            if listeners:
+                yield listeners
+                return
+    raise InvalidArgument(f"port: {process.port} at {process.host}: {problem.strerror}")
+
+
+def _bound(family: int, address: tuple) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if sys.platform != "win32":  # where it would let others listen beside us
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which goes on listening while it drains: /health tells load balancers to leave, others are told 503.
+
+    Attributes:
+        was_cut: whether requests were not let come to their end.
+    """
+
+    def __init__(self, app: FastAPI, process: Process):
+        config = uvicorn.Config(
+            app,
+            host=process.host,
+            port=process.port,
+            uds=None if process.uds is None else str(process.uds),
+            root_path=process.root_path,
+            backlog=process.backlog,
+            http=protocol(process.header_timeout, process.max_connections),
+            ws="none",
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            timeout_keep_alive=process.keep_alive,
+            timeout_graceful_shutdown=LAST_SECONDS,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+        config.load()
+        config.ssl = process.tls()
         super().__init__(config)
-        self._drain, self._grace = drain, grace
+        self._drain, self._grace = app.state.service.drain, process.grace
         self._signals = 0
         self._ends: float | None = None  # when the grace is over, on the loop's clock
         self.was_cut = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        names = [server_socket.getsockname() for server in self.servers for server_socket in server.sockets]
+        scheme = "https" if self.config.ssl else "http"
+        addresses = [name if isinstance(name, str) else f"{scheme}://{_host(name[0])}:{name[1]}" for name in names]
+        log.info("listening", extra={"fields": {"at": addresses}})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -158,6 +217,10 @@ class _Server(uvicorn.Server):
             log.warning("cutting requests off", extra={"fields": {"open_requests": self._drain.open}})
             await self._drain.cut(LAST_SECONDS)
         return True
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def _allow_many_files() -> None:
