@@ -81,8 +81,8 @@ class Planner:
         return step
 
     def _has_its_last(self, seq: Sequence) -> bool:
-        """Whether `seq` ends, whatever its unknown token is, as soon as that is known."""
-        return seq.num_unknown > 0 and not seq.num_allowed(self._max_model_len)
+        """Whether `seq` ends, whatever its unknown token is (if it wants any), with the step that is under way."""
+        return not seq.num_remaining or seq.num_unknown > 0 and not seq.num_allowed(self._max_model_len)
 
     def send_back(self, seq: Sequence) -> None:
         """From running to waiting, with nothing computed."""
@@ -123,7 +123,7 @@ class Planner:
             step.add(seq, count, [])
             step.prefills.append((seq, seq.num_computed + count))
             return
-        step.add(seq, count, list(range(seq.seq_id, seq.seq_id + seq.seats)))
+        step.add(seq, count, list(range(seq.seq_id, seq.seq_id + seq.seats)) if seq.request.max_tokens else [])
         if seq.pending_forks:
             self._fork(step, seq)
 
@@ -191,14 +191,15 @@ class Planner:
 
         It is worth waiting for. Only prefills that advance in this step count, so nobody waits for nothing.
         """
-        if not self._tables.prefix_cache or not seq.request.read_prefix_cache:
+        if not self._tables.prefix_cache:
             return False
         block_size = self._tables.block_size
-        if (num_hit + 1) * block_size >= len(seq.token_ids):
+        most, end_of_block = seq.request.max_cached_tokens, (num_hit + 1) * block_size
+        if end_of_block >= len(seq.token_ids) or most is not None and end_of_block > most:
             return False
         return any(
             leader.publishable
-            and end < (num_hit + 1) * block_size <= len(leader.token_ids)
+            and end < end_of_block <= len(leader.token_ids)
             and leader.block_keys[num_hit] == seq.block_keys[num_hit]
             for leader, end in step.prefills
         )
@@ -252,7 +253,7 @@ class Planner:
             return
         request.first_scheduled = time.monotonic()
         seq.num_cached_tokens = seq.num_computed
-        if self._tables.prefix_cache and request.read_prefix_cache:
+        if self._tables.prefix_cache and request.reads_prefix_cache:
             self._counts.prefix_hit_tokens += seq.num_computed
             self._counts.prefix_queried_tokens += len(seq.token_ids)
 

@@ -23,7 +23,7 @@ class Request:
         request_id: unique among the unfinished requests of a scheduler.
         prompt_token_ids: the prompt; at least one token.
         n: completions wanted. The prompt is computed once for all of them.
-        max_tokens: most output tokens of each completion; at least 1.
+        max_tokens: most output tokens of each completion. 0: none are sampled, it ends when its prompt is computed.
         min_tokens: EOS and stop tokens end nothing before this many output tokens.
         stop_token_ids: tokens that end a completion and are named as its `stop_reason`.
         eos_token_ids: tokens that end a completion; empty when EOS is to be ignored.
@@ -31,7 +31,8 @@ class Request:
         arrival: seconds on the `time.monotonic` clock.
         deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
-        read_prefix_cache: False computes every prompt token anew (its blocks still serve others).
+        max_cached_tokens: most leading tokens it may have from the prefix cache, as the others' results are wanted; 0 computes
+            every token anew (its blocks still serve others). None: any.
         write_prefix_cache: False keeps its blocks out of the prefix cache; its own completions still share them.
         params: the engine's sampling parameters; opaque here.
         state: the engine's own state; opaque here.
@@ -50,12 +51,16 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     cache_salt: str | bytes | None = None
-    read_prefix_cache: bool = True
+    max_cached_tokens: int | None = None
     write_prefix_cache: bool = True
     params: object = None
     state: object = None
     sequences: list[Sequence] = field(default_factory=list)
     first_scheduled: float | None = None
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        return self.max_cached_tokens != 0
 
     @property
     def finished(self) -> bool:

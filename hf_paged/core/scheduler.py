@@ -150,11 +150,12 @@ class Scheduler:
             raise InvalidArgument("prompt is empty; give at least one token")
         if n < 1 or n > self.max_num_seqs:
             raise InvalidArgument(f"n must be between 1 and max_num_seqs ({self.max_num_seqs}), got {n}")
-        if request.max_tokens < 1:
-            raise InvalidArgument(f"max_tokens must be at least 1, got {request.max_tokens}")
-        if num_prompt > most - 1:
+        if request.max_tokens < 0 or n > 1 and not request.max_tokens:
+            raise InvalidArgument(f"max_tokens must be at least 1 (or 0 with an n of 1), got {request.max_tokens}")
+        longest = most - bool(request.max_tokens)
+        if num_prompt > longest:
             raise RequestTooLarge(
-                f"prompt has {num_prompt} tokens, but with max_model_len {most} it can have at most {most - 1}; "
+                f"prompt has {num_prompt} tokens, but with max_model_len {most} it can have at most {longest}; "
                 "shorten it or raise max_model_len"
             )
         if self.has_state and n > self._tables.slots.max_blocks:
@@ -203,7 +204,8 @@ class Scheduler:
         self._under_way.launched(plan)
 
     def commit(self, plan: StepPlan, tokens: Mapping[int, list[int]]) -> list[Sequence]:
-        """The step of `plan`, the oldest, was computed. Appends the sampled tokens and ends the sequences they finish.
+        """The step of `plan`, the oldest, was computed. Appends the sampled tokens and ends the sequences they finish, and
+        those of prompts that are all computed and want no tokens.
 
         It includes `launched`, if that was not called.
 
@@ -212,8 +214,8 @@ class Scheduler:
                 sequence whose sampling failed at once is left out: `finish` or `abort` it now.
 
         Returns:
-            The sequences that got tokens: as many as until one finished them. Those ended since `schedule` are passed
-            over.
+            The sequences that got tokens, as many as until one finished them, and those that wanted none and ended. Those
+            ended since `schedule` are passed over.
         """
         return self._under_way.commit(plan, tokens)
 

@@ -92,9 +92,10 @@ class BlockTables:
         """Leading blocks of `seq` that the prefix cache holds. At least one token is left to compute."""
         num_tokens = len(seq.token_ids)
         self._extend_keys(seq, num_tokens // self.block_size)
-        if not seq.request.read_prefix_cache:
-            return 0
-        most = (num_tokens - 1) // self.block_size
+        most = num_tokens - 1
+        if seq.request.max_cached_tokens is not None:
+            most = min(most, seq.request.max_cached_tokens)
+        most //= self.block_size
         return longest_hit(self.pools, self.groups, seq.block_keys, most, self.block_size)
 
     def take_hit(self, seq: Sequence, num_blocks: int) -> None:
@@ -287,8 +288,8 @@ class BlockTables:
     def most_blocks(self, request: Request, max_model_len: int) -> list[int]:
         """Blocks a group that `request` holds at most, with all its sequences at full length and nothing else."""
         block_size, num_prompt = self.block_size, len(request.prompt_token_ids)
-        # the last token is never fed back, so its keys and values are never stored
-        num_stored = min(num_prompt + request.max_tokens, max_model_len) - 1
+        # the last output token is never fed back, so its keys and values are never stored
+        num_stored = max(num_prompt, min(num_prompt + request.max_tokens, max_model_len) - 1)
         own, shared = _ceil_div(num_stored, block_size), num_prompt // block_size
         whole = shared + request.n * (own - shared)
         return [

@@ -130,7 +130,7 @@ class UnderWay:
                 self._end(seq, *verdict)
             elif taken and seq.num_computed == len(seq.token_ids):  # by the step launched since
                 self._tables.publish_known(seq, self._launched[0].builder.changes)
-        return advanced
+        return advanced + self._end_prompts(plan)
 
     def rollback(self, plan: StepPlan) -> None:
         """See `Scheduler.rollback`."""
@@ -177,6 +177,16 @@ class UnderWay:
     def _running(self, seq_id: int) -> Sequence | None:
         seq = self._sequences.get(seq_id)
         return seq if seq is not None and seq.status is SequenceStatus.RUNNING else None
+
+    def _end_prompts(self, plan: StepPlan) -> list[Sequence]:
+        """End the sequences that want no tokens and whose prompt `plan`, which was computed, completed."""
+        ended = []
+        for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context, strict=True):
+            seq = self._running(seq_id)
+            if seq is not None and not seq.request.max_tokens and context + new == seq.num_prompt:
+                self._end(seq, "stop", None)
+                ended.append(seq)
+        return ended
 
     def _known_now(self, step: _Step) -> list[Sequence]:
         """Nobody waits for the tokens of `step` any more. Returns who did, but for those that have ended."""

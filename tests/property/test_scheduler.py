@@ -34,6 +34,8 @@ def sample(token_ids, index) -> int:
 def expected_output(request: Request, index: int) -> tuple[list[int], str, int | None]:
     """What completion `index` must be, from the request alone."""
     tokens = list(request.prompt_token_ids)
+    if not request.max_tokens:
+        return [], "stop", None
     while True:
         tokens.append(sample(tokens, index))
         output = tokens[len(request.prompt_token_ids) :]
@@ -92,7 +94,7 @@ class World:
     # -- operations
 
     def add(self, spec):
-        base, shared, tail, n, max_tokens, min_tokens, salt, priority, read = spec
+        base, shared, tail, n, max_tokens, min_tokens, salt, priority, most_cached = spec
         request = Request(
             request_id=f"r{len(self.requests)}",
             prompt_token_ids=BASES[base][:shared] + tail,
@@ -103,7 +105,7 @@ class World:
             stop_token_ids=frozenset([STOP]),
             priority=priority,
             cache_salt=salt,
-            read_prefix_cache=read,
+            max_cached_tokens=most_cached,
         )
         try:
             self.scheduler.add(request)
@@ -173,8 +175,10 @@ class World:
         lost = step.plan.samples[-1][1] if lose_sample and tokens else None
         tokens.pop(lost, None)
         before = {seq_id: len(step.members[seq_id].token_ids) for seq_id in tokens}
-        got = self.scheduler.commit(step.plan, tokens)
-        for seq in got:
+        for seq in self.scheduler.commit(step.plan, tokens):
+            if not seq.request.max_tokens:
+                assert seq.finish_reason == "stop" and seq.num_computed == 0
+                continue
             new = seq.token_ids[before[seq.seq_id] :]
             assert new and new == tokens[seq.seq_id][: len(new)]
             assert seq.finish_reason is not None or len(new) == len(tokens[seq.seq_id])
@@ -382,7 +386,9 @@ class World:
         for row, seq, begin, end in self.rows():
             assert not scheduler.whole_prompts or begin >= seq.num_prompt or (begin, end) == (0, seq.num_prompt)
             packed += self.history(seq)[begin:end]
-            assert (seq.seq_id in {i for _, i in plan.samples}) == (end == len(self.history(seq)))
+            is_due = end == len(self.history(seq)) and seq.request.max_tokens > 0
+            assert (seq.seq_id in {i for _, i in plan.samples}) == is_due
+            assert begin > 0 or seq.num_cached_tokens <= (seq.request.max_cached_tokens or 99)
             for tables in plan.block_tables:
                 assert len(tables[row]) == -(-end // self.block_size)
         assert failed or packed == known
@@ -399,11 +405,11 @@ SPECS = st.tuples(
     st.integers(0, 30),  # tokens shared with others of that base
     st.lists(st.integers(0, 4), min_size=1, max_size=5),
     st.sampled_from([1, 1, 1, 2, 3, 4]),  # n
-    st.integers(1, 14),  # max_tokens
+    st.integers(0, 14),  # max_tokens
     st.sampled_from([0, 0, 6]),  # min_tokens
     st.sampled_from([None, None, None, "salt", b"salt"]),
     st.integers(0, 2),  # priority
-    st.sampled_from([True, True, True, False]),  # read_prefix_cache
+    st.sampled_from([None, None, None, 0, 7]),  # max_cached_tokens
 )
 PICK = st.integers(0, 9)
 OPERATIONS = st.one_of(

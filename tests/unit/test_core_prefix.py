@@ -245,12 +245,32 @@ def test_a_request_that_does_not_read_the_cache_still_fills_it():
     drain(scheduler)
     scheduler.reset_prefix_cache()
     scheduler.reset_stats()
-    add(scheduler, "anew", range(9), read_prefix_cache=False)
+    add(scheduler, "anew", range(9), max_cached_tokens=0)
     assert step(scheduler) == {"anew": (0, 9)}
     assert scheduler.stats()["prefix_queried_tokens"] == 0
-    add(scheduler, "anew too", range(9), read_prefix_cache=False)
+    add(scheduler, "anew too", range(9), max_cached_tokens=0)
     add(scheduler, "reader", range(9))
     assert step(scheduler) == {"anew": (9, 1), "anew too": (0, 9), "reader": (8, 1)}
+    drain(scheduler)
+
+
+def test_a_request_takes_no_more_from_the_cache_than_it_may():
+    scheduler = make()
+    add(scheduler, "first", range(17))
+    drain(scheduler)
+    for name, most, expected in (("a", 16, 16), ("b", 15, 12), ("c", 3, 0)):
+        add(scheduler, name, range(17), max_cached_tokens=most, max_tokens=1)
+        assert step(scheduler) == {name: (expected, 17 - expected)}
+
+
+def test_what_waits_for_a_prefill_of_the_same_step_takes_no_more_than_it_may():
+    scheduler = make(max_batch_tokens=8)
+    add(scheduler, "leader", range(17), max_tokens=0)
+    for name, most in (("waits", 16), ("does not", 4)):
+        add(scheduler, name, range(17), max_cached_tokens=most, max_tokens=0)
+    assert step(scheduler) == {"leader": (0, 8)}
+    assert step(scheduler) == {"leader": (8, 8)}
+    assert step(scheduler) == {"leader": (16, 1), "waits": (16, 1), "does not": (4, 6)}
     drain(scheduler)
 
 

@@ -387,6 +387,26 @@ def test_completions_end_one_by_one_and_the_request_with_the_last():
     scheduler.check_integrity()
 
 
+def test_a_request_that_wants_no_tokens_ends_with_its_prompt():
+    scheduler = make(max_batch_tokens=6, max_model_len=10)  # as long as a sequence may be
+    embedded, generating = add(scheduler, "a", 10, max_tokens=0), add(scheduler, "b", 1, max_tokens=2)
+    plan = scheduler.schedule()
+    assert (plan.num_new, plan.samples) == ([6], [])
+    assert scheduler.commit(plan, {}) == []
+    plan = scheduler.schedule()
+    assert (plan.num_new, plan.samples) == ([1, 4], [(0, 1)])
+    scheduler.launched(plan)
+    ahead = scheduler.schedule()  # its step is under way: there is nothing to add to it
+    assert ahead.seq_ids == [1]
+    scheduler.launched(ahead)
+    assert scheduler.commit(plan, {1: [7]}) == [*generating.sequences, *embedded.sequences]
+    assert embedded.finished and embedded.sequences[0].finish_reason == "stop"
+    assert embedded.sequences[0].output_ids == []
+    scheduler.check_integrity()
+    scheduler.commit(ahead, {1: [8]})
+    assert not scheduler.has_unfinished()
+
+
 # -- refusals
 
 
@@ -400,7 +420,8 @@ def test_completions_end_one_by_one_and_the_request_with_the_last():
         (dict(prompt=6, n=3, max_tokens=4), RequestTooLarge, "n 3 can take 7 KV"),
         (dict(prompt=1, n=4), InvalidArgument, r"n must be between 1 and max_num_seqs \(3\), got 4"),
         (dict(prompt=1, n=0), InvalidArgument, "n must be"),
-        (dict(prompt=1, max_tokens=0), InvalidArgument, "max_tokens must be at least 1"),
+        (dict(prompt=1, max_tokens=-1), InvalidArgument, "max_tokens must be at least 1"),
+        (dict(prompt=1, max_tokens=0, n=2), InvalidArgument, "max_tokens must be at least 1"),
         (dict(prompt=1, name="used"), InvalidArgument, "request_id 'used' is in use"),
     ],
 )
