@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .tasks import TaskOutput
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -72,6 +75,7 @@ class RequestOutput:
     Attributes:
         prompt: the prompt's text when it was given as text.
         prompt_logprobs: one entry per prompt token (the first is None) when asked for.
+        result: what a finished request brings that was to embed, score or classify. Its only completion stays empty.
         error: the exception that ended the request, if one did.
     """
 
@@ -82,6 +86,7 @@ class RequestOutput:
     metrics: RequestMetrics
     finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    result: TaskOutput | None = None
     error: Exception | None = None
 
 

@@ -31,7 +31,7 @@ class Request:
         arrival: seconds on the `time.monotonic` clock.
         deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
-        max_cached_tokens: most leading tokens it may have from the prefix cache, as the others' results are wanted; 0 computes
+        max_cached_tokens: most leading tokens it may have from the prefix cache: what comes of the others is wanted. 0 computes
             every token anew (its blocks still serve others). None: any.
         write_prefix_cache: False keeps its blocks out of the prefix cache; its own completions still share them.
         params: the engine's sampling parameters; opaque here.

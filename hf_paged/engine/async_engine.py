@@ -11,8 +11,10 @@ from functools import partial
 
 from ..base.errors import EngineClosed
 from ..base.sampling_params import SamplingParams
+from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput
 from ..base.types import RequestDelta, RequestOutput
 from .engine import BatchEngine, Prompt
+from .job import Work, as_list, grouped, result_of
 from .lock import FairLock
 from .readers import DeltaReader, OutputReader, Reader, Readers
 from .request_state import RequestState
@@ -161,6 +163,44 @@ class AsyncEngine:
             async for output in outputs:
                 last = output
         return last
+
+    async def embed(
+        self, prompts, pooling: str = "mean", normalize: bool = True, dimensions: int | None = None, **options
+    ) -> list[EmbeddingOutput]:
+        """See `Engine.embed`. `options` are those of `Engine.add`, for every prompt, but for `request_id`.
+
+        Of a long list so many run or wait in the engine at a time that others still get their turn.
+
+        Raises the first error of a prompt, as `stream`; the other prompts are then aborted.
+        """
+        params = EmbedParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
+        return await self._results([(prompt, params) for prompt in as_list(prompts)], options)
+
+    async def score(self, prompts, continuations, **options) -> list[ScoreOutput] | list[list[ScoreOutput]]:
+        """See `Engine.score`; options and errors are those of `embed`."""
+        loop = asyncio.get_running_loop()
+        work, counts = await loop.run_in_executor(None, self.engine.scoring, prompts, continuations)
+        return grouped(await self._results(work, options), counts)
+
+    async def classify(self, prompts, activation: str | None = None, **options) -> list[ClassificationOutput]:
+        """See `Engine.classify`; options and errors are those of `embed`."""
+        params = ClassifyParams(activation=activation)
+        return await self._results([(prompt, params) for prompt in as_list(prompts)], options)
+
+    async def _results(self, work: Work, options: dict) -> list:
+        turn = asyncio.Semaphore(self.engine.config.max_num_seqs)
+
+        async def result(prompt, params):
+            async with turn:
+                return result_of(await self.complete(prompt, params, **options))
+
+        running = [asyncio.ensure_future(result(prompt, params)) for prompt, params in work]
+        try:
+            return await asyncio.gather(*running)
+        finally:
+            for one in running:
+                one.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def abort(self, request_id: str) -> bool:
         """End a request by its id; its iterator yields a last output with finish reason "abort"."""

@@ -27,17 +27,18 @@ from .build import build, build_runner, build_speculator
 from .execute import StepExecutor
 from .held import HeldRows
 from .intake import Intake
-from .job import run_job
+from .job import Jobs
 from .lock import FairLock
 from .memory import CacheMemory
 from .open_requests import OpenRequests
 from .request_state import RequestState, RowHooks
 from .stepper import Stepper
+from .tasks import TaskParams
 
 Prompt = str | list[int] | list[dict]
 
 
-class BatchEngine:
+class BatchEngine(Jobs):
     """Continuous batching over one model. All methods may be called from any thread; steps run one at a time.
 
     Args:
@@ -82,7 +83,7 @@ class BatchEngine:
     def add(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | TaskParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -96,8 +97,10 @@ class BatchEngine:
         """Submit a request and return its id.
 
         Args:
-            prompt: text, token ids, or chat messages ({"role", "content"}) for the tokenizer's chat template.
-            params: how to sample; default SamplingParams().
+            prompt: text, token ids, or chat messages ({"role", "content"}) for the tokenizer's chat template; to classify
+                also a tuple of two texts.
+            params: how to sample, default SamplingParams(); or EmbedParams, ScoreParams or ClassifyParams for a request that
+                is to bring a `result` and no tokens.
             request_id: any string that is not in use; made up if None.
             priority: with policy "priority", lower numbers run first.
             deadline: seconds from now after which the request ends with DeadlineExceeded.
@@ -113,6 +116,7 @@ class BatchEngine:
 
         Raises:
             InvalidArgument, RequestTooLarge: the request is wrong or could never run; the message names the argument.
+            UnsupportedOption: the model has no head for it.
             QueueFull: `max_queue` requests wait already.
             EngineClosed: the engine is closed.
         """
@@ -128,7 +132,7 @@ class BatchEngine:
         )
         return state.request.request_id
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
+    def submit(self, prompt: Prompt, params: SamplingParams | TaskParams | None = None, **options) -> RequestState:
         """`add` for callers inside the library: takes RowHooks as `hooks`, and returns the request's live state."""
         state = self.prepare(prompt, params, **options)
         self.admit(state)
@@ -143,7 +147,7 @@ class BatchEngine:
         """A caller's functions, as `prepare` takes them."""
         return self._intake.hooks(logits_processors, stopping_criteria, forward_hooks)
 
-    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
+    def prepare(self, prompt: Prompt, params: SamplingParams | TaskParams | None = None, **options) -> RequestState:
         """The first half of `submit`, which waits for nobody: tokens, checks, grammars."""
         return self._intake.request(prompt, params, **options)
 
@@ -161,7 +165,9 @@ class BatchEngine:
             self._scheduler.add(request)
             self._requests.add(state)
 
-    def submit_when_possible(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestState:
+    def submit_when_possible(
+        self, prompt: Prompt, params: SamplingParams | TaskParams | None = None, **options
+    ) -> RequestState:
         """`submit`, stepping while the queue is full: for callers with more rows than `max_queue`."""
         while True:
             try:
@@ -285,22 +291,6 @@ class BatchEngine:
         if self._speculator is not None:
             for sequence in state.request.sequences:
                 self._speculator.forget(sequence.seq_id)
-
-    def generate(
-        self, prompts, params: SamplingParams | list[SamplingParams] | None = None, *, progress: bool = False
-    ) -> list[RequestOutput]:
-        """Run prompts to their end and return their outputs in order.
-
-        Args:
-            prompts: one prompt or a list of them, each as in `add`.
-            params: for all prompts, or a list with one per prompt.
-            progress: show a tqdm bar.
-
-        Raises:
-            RequestFailed: a prompt's own error. The other prompts are run to their end first; the exception's `outputs`
-                lists all of them in order.
-        """
-        return run_job(self, prompts, params, progress)
 
     @property
     def has_state(self) -> bool:

@@ -6,7 +6,7 @@ Nothing is committed, so a failure can be taken back. On CUDA nothing waits for 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ..core.request import Sequence
 from ..core.scheduler import Scheduler
 from ..runtime.batch import SequenceHooks
 from ..runtime.packed import Owner
-from ..runtime.pending import PendingLogprobs, PendingSamples
+from ..runtime.pending import PendingSamples
 from ..runtime.runner import ModelRunner, on_device
 from ..runtime.sampler import Sampler, SampleResult, SampleRow
 from ..runtime.transfer import Milestone, to_device
@@ -76,6 +76,40 @@ class Due:
         return token if state.hooks.replace is None else state.hooks.replace(token)
 
 
+@dataclass(slots=True)
+class Part:
+    """Something of a step that goes to one request.
+
+    Attributes:
+        receive: hands it over; waits for the device.
+    """
+
+    state: RequestState
+    receive: Callable[[], None]
+
+
+@dataclass(slots=True)
+class Span:
+    """Consecutive packed rows of which a request needs something beside its samples.
+
+    Attributes:
+        first: position of the first of them in its sequence.
+    """
+
+    state: RequestState
+    first: int
+    packed: range
+
+    @property
+    def positions(self) -> range:
+        return range(self.first, self.first + len(self.packed))
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether it is hidden states that it needs; else what the head makes of them."""
+        return self.state.task is not None and self.state.task.needs_hidden
+
+
 @dataclass(slots=True, eq=False)
 class InFlight:
     """A step that was launched. On CUDA the device may still be at it.
@@ -84,7 +118,7 @@ class InFlight:
         hooks: the functions of single sequences that ran in its forward, and how they fared.
         due: who samples, in the order of the plan's samples.
         samples: what they get; None if nobody is due.
-        prompts: log-probabilities of the next prompt tokens of requests that asked for them.
+        parts: what else of it goes to which request: log-probabilities of prompt tokens, pieces of tasks.
         done: when the device has done all of it.
     """
 
@@ -92,7 +126,7 @@ class InFlight:
     hooks: SequenceHooks
     due: list[Due]
     samples: PendingSamples | None
-    prompts: list[tuple[RequestState, PendingLogprobs]]
+    parts: list[Part]
     done: Milestone
 
     def result(self, clock: StepClock) -> SampleResult | None:
@@ -101,9 +135,9 @@ class InFlight:
         self.done.wait()
         mark = clock.lap("model", mark)
         result = None if self.samples is None else self.samples.result()
-        for state, pending in self.prompts:
-            if not state.finished:
-                state.record_prompt_logprobs(pending.result())
+        for part in self.parts:
+            if not part.state.finished:
+                part.receive()
         clock.lap("sample", mark)
         return result
 
@@ -132,17 +166,23 @@ class StepExecutor:
         due = self._due(plan)
         rows = list(dict.fromkeys(row for row, _ in plan.samples))
         place = {row: index for index, row in enumerate(rows)}
-        spans = self._prompt_spans(plan)
-        for _, _, span in spans:
-            rows += span
+        spans = self._spans(plan)
+        of_head = [span for span in spans if not span.needs_hidden]
+        of_hidden = [span for span in spans if span.needs_hidden]
+        for span in of_head:
+            rows += span.packed
         sampled = None if previous is None else previous.tokens
-        context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled)
+        context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled, hidden=bool(of_hidden))
         mark = clock.lap("build", mark)
         logits = self._runner.forward(context)
         mark = clock.lap("model", mark)
         samples = self._sample(logits, plan, place, due, previous) if due else None
-        prompts = self._score_prompts(logits[len(place) :], spans)
-        flight = InFlight(plan, hooks, due, samples, prompts, Milestone(logits.device))
+        parts, offset = [], len(place)
+        for span in of_head:
+            parts.append(self._part(span, logits[offset : offset + len(span.packed)]))
+            offset += len(span.packed)
+        parts += [self._part(span, context.hidden[span.packed.start : span.packed.stop]) for span in of_hidden]
+        flight = InFlight(plan, hooks, due, samples, parts, Milestone(logits.device))
         clock.lap("sample", mark)
         return flight
 
@@ -192,28 +232,32 @@ class StepExecutor:
             selected = selected[index]
         return self._sampler.launch(selected, [row for one in due for row in one.rows()], previous)
 
-    def _prompt_spans(self, plan: StepPlan) -> list[tuple[RequestState, int, range]]:
-        """(request, first prompt token, packed rows) whose logits give the log-probabilities somebody asked for."""
+    def _spans(self, plan: StepPlan) -> list[Span]:
+        """What requests need of this step beside samples: for log-probabilities of their prompts, or their tasks."""
         spans, start = [], 0
         for seq_id, new, context in zip(plan.seq_ids, plan.num_new, plan.num_context):
             sequence = self._scheduler.sequence(seq_id)
             state = sequence.request.state
-            if state.params.prompt_logprobs is not None and sequence.index == 0:
-                first = max(context, state.prompt_rows_done - 1)
-                last = min(context + new, sequence.num_prompt - 1)
-                if first < last:
-                    spans.append((state, first + 1, range(start + first - context, start + last - context)))
+            chunk = range(context, context + new)
+            if state.task is not None:
+                wanted = state.task.wanted(chunk)
+            elif state.params.prompt_logprobs is not None and sequence.index == 0:
+                wanted = range(max(context, state.prompt_rows_done - 1), min(context + new, sequence.num_prompt - 1))
+            else:
+                wanted = range(0)
+            if wanted:
+                first = start + wanted.start - context
+                spans.append(Span(state, wanted.start, range(first, first + len(wanted))))
             start += new
         return spans
 
-    def _score_prompts(
-        self, logits: torch.Tensor, spans: list[tuple[RequestState, int, range]]
-    ) -> list[tuple[RequestState, PendingLogprobs]]:
-        """The log-probabilities of prompt tokens from their spans' logits, which follow one another."""
-        found, offset = [], 0
-        for state, first, span in spans:
-            token_ids = state.request.prompt_token_ids[first : first + len(span)]
-            own = logits[offset : offset + len(span)]
-            found.append((state, self._sampler.prompt_logprobs(own, token_ids, state.params.prompt_logprobs)))
-            offset += len(span)
-        return found
+    def _part(self, span: Span, rows: torch.Tensor) -> Part:
+        """What goes to a request, of its rows of logits or hidden states."""
+        state, positions = span.state, span.positions
+        if state.task is not None:
+            piece = state.task.reduce(rows, positions)
+            return Part(state, lambda: state.task.take(positions, piece.numpy()))
+        token_ids = state.request.prompt_token_ids[positions.start + 1 : positions.stop + 1]
+        pending = self._sampler.prompt_logprobs(rows, token_ids, state.params.prompt_logprobs)
+        return Part(state, lambda: state.record_prompt_logprobs(pending.result()))
+

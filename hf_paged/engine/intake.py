@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
+from ..base.tasks import ClassifyParams, ScoreParams
 from ..base.types import RequestOutput
 from ..core.request import Request
 from ..runtime.constraint import Constraints
 from ..runtime.runner import PagedModel
 from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
-from .prompts import prompt_tokens
+from .prompts import checked_ids, prompt_tokens, text_continuations
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
+from .tasks import TaskParams, check_head, make_task
+
+_NO_TOKENS = SamplingParams(detokenize=False)  # of tasks, which sample none
 
 
 class Intake:
@@ -48,7 +52,7 @@ class Intake:
     def request(
         self,
         prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | TaskParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -60,32 +64,49 @@ class Intake:
         """A request that the scheduler does not know yet. Arguments and errors are those of `Engine.add`."""
         arrival = time.monotonic()
         params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidArgument(f"params must be SamplingParams, got {type(params).__name__}")
+        if not isinstance(params, SamplingParams | TaskParams):
+            kind = type(params).__name__
+            names = "SamplingParams, EmbedParams, ScoreParams or ClassifyParams"
+            raise InvalidArgument(f"params must be {names}, got {kind}")
         if request_id is not None and not isinstance(request_id, str):
             raise InvalidArgument(f"request_id must be a string, got {request_id!r}")
-        model, tokenizer = self._model, self._tokenizer
-        text, ids = prompt_tokens(prompt, tokenizer, model.vocab_size)
+        check_head(params, self._model)
+        pairs = isinstance(params, ClassifyParams)
+        text, ids = prompt_tokens(prompt, self._tokenizer, self._model.vocab_size, pairs=pairs)
         check_options(deadline, priority, cache_salt, self._config.policy)
+        common = dict(
+            request_id=new_request_id() if request_id is None else request_id,
+            priority=priority,
+            arrival=arrival,
+            deadline=None if deadline is None else arrival + deadline,
+            cache_salt=cache_salt,
+            # a function on activations sees every token of its request, and what it changes is nobody else's
+            write_prefix_cache=not hooks.forward_hooks,
+            params=params,
+        )
+        if isinstance(params, SamplingParams):
+            state = self._generating(params, text, ids, hooks, common)
+        else:
+            state = self._task(params, text, ids, hooks, common)
+        state.callback = on_output
+        return state
+
+    def _generating(
+        self, params: SamplingParams, text: str | None, ids: list[int], hooks: RowHooks, common: dict
+    ) -> RequestState:
+        model, tokenizer = self._model, self._tokenizer
         bad_words = checked_params(params, tokenizer, model.vocab_size)
         form = params.structured_outputs
         constraint = None if form is None else self._constraints.compile(form, model.eos_token_ids)
         request = Request(
-            request_id=new_request_id() if request_id is None else request_id,
+            **common,
             prompt_token_ids=ids,
             n=params.n,
             max_tokens=most_new_tokens(params, len(ids), self._max_model_len),
             min_tokens=params.min_tokens,
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             eos_token_ids=frozenset() if params.ignore_eos else model.eos_token_ids,
-            priority=priority,
-            arrival=arrival,
-            deadline=None if deadline is None else arrival + deadline,
-            cache_salt=cache_salt,
-            # a function on activations sees every token of its request, and what it changes is nobody else's
-            read_prefix_cache=params.prompt_logprobs is None and not hooks.forward_hooks,
-            write_prefix_cache=not hooks.forward_hooks,
-            params=params,
+            max_cached_tokens=None if params.prompt_logprobs is None and not hooks.forward_hooks else 0,
         )
         request.state = RequestState(
             request,
@@ -96,6 +117,56 @@ class Intake:
             bad_words_ids=bad_words,
             constraint=constraint,
             hooks=hooks,
-            callback=on_output,
         )
         return request.state
+
+    def _task(
+        self, params: TaskParams, text: str | None, ids: list[int], hooks: RowHooks, common: dict
+    ) -> RequestState:
+        model, continuation = self._model, []
+        if hooks.processors or hooks.criteria:
+            name = "logits_processors" if hooks.processors else "stopping_criteria"
+            raise InvalidArgument(f"{name} have nothing to do with {type(params).__name__}, which samples no tokens")
+        if isinstance(params, ClassifyParams):
+            ids = model.classified(ids)
+        elif isinstance(params, ScoreParams):
+            (continuation,) = self.continuations(text, ids, [params.continuation])
+        task = make_task(params, ids, continuation, model)
+        request = Request(
+            **common,
+            prompt_token_ids=ids + continuation[:-1],  # nobody asks what comes after the last
+            max_tokens=0,
+            max_cached_tokens=0 if hooks.forward_hooks else task.max_cached_tokens,
+        )
+        request.state = RequestState(
+            request,
+            _NO_TOKENS,
+            prompt=text,
+            prompt_token_ids=ids,
+            tokenizer=self._tokenizer,
+            seed=0,
+            hooks=hooks,
+            task=task,
+        )
+        return request.state
+
+    def continuations(self, text: str | None, ids: list[int], given: list[str | Sequence[int]]) -> list[list[int]]:
+        """Token ids of continuations of a prompt, each as in ScoreParams.
+
+        Args:
+            text: the prompt's; None if it was given as token ids.
+        """
+        texts = [one for one in given if isinstance(one, str)]
+        tokens = iter(text_continuations(text, ids, texts, self._tokenizer))
+        size = self._model.vocab_size
+        return [next(tokens) if isinstance(one, str) else checked_ids(one, size, "continuation") for one in given]
+
+    def scored(self, prompt, given: list) -> tuple[list[int], list[ScoreParams]]:
+        """A prompt as token ids, which are made once for all its continuations, and theirs.
+
+        Raises InvalidArgument if a continuation is empty, or neither text nor token ids.
+        """
+        check_head(ScoreParams(continuation=(0,)), self._model)
+        asked = [ScoreParams(continuation=one).continuation for one in given]
+        text, ids = prompt_tokens(prompt, self._tokenizer, self._model.vocab_size)
+        return ids, [ScoreParams(continuation=tokens) for tokens in self.continuations(text, ids, asked)]

@@ -1,39 +1,177 @@
-"""A list of prompts, run to their end on an engine."""
+"""Lists of prompts, run to their end on an engine: to generate, embed, score or classify."""
 
 from __future__ import annotations
 
+from itertools import islice
+from typing import TYPE_CHECKING
+
 from tqdm.auto import tqdm
 
-from ..base.errors import InvalidArgument
+from ..base.errors import InvalidArgument, RequestFailed
+from ..base.sampling_params import SamplingParams
+from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput, TaskOutput
 from ..base.types import RequestOutput
 from .request_state import RequestState
 
+if TYPE_CHECKING:
+    from .intake import Intake
 
-def run_job(engine, prompts, params, progress: bool) -> list[RequestOutput]:
-    """See `BatchEngine.generate`."""
-    single = isinstance(prompts, str) or (
+Work = list[tuple]  # (prompt, its SamplingParams or what a task takes), in order
+
+
+class Jobs:
+    """What BatchEngine does with lists of prompts. They are requests like any other, in the same steps.
+
+    `options` of the tasks are those of `add` for each request: `priority`, `deadline`, `cache_salt`, `forward_hooks`.
+    """
+
+    _intake: Intake
+
+    def generate(
+        self, prompts, params: SamplingParams | list[SamplingParams] | None = None, *, progress: bool = False
+    ) -> list[RequestOutput]:
+        """Run prompts to their end and return their outputs in order.
+
+        Args:
+            prompts: one prompt or a list of them, each as in `add`.
+            params: for all prompts, or a list with one per prompt; each as in `add`.
+            progress: show a tqdm bar.
+
+        Raises:
+            RequestFailed: a prompt's own error. The other prompts are run to their end first; the exception's `outputs`
+                lists all of them in order.
+        """
+        prompts = as_list(prompts)
+        if isinstance(params, (list, tuple)):
+            if len(params) != len(prompts):
+                raise InvalidArgument(f"params has {len(params)} entries for {len(prompts)} prompts")
+        else:
+            params = [params] * len(prompts)
+        return self._run(list(zip(prompts, params)), progress)
+
+    def embed(
+        self,
+        prompts,
+        pooling: str = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        *,
+        progress: bool = False,
+        **options,
+    ) -> list[EmbeddingOutput]:
+        """One vector for each prompt, of float32; see EmbedParams.
+
+        Raises what `generate` raises.
+        """
+        params = EmbedParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
+        return self._results([(prompt, params) for prompt in as_list(prompts)], progress, options)
+
+    def score(
+        self, prompts, continuations, *, progress: bool = False, **options
+    ) -> list[ScoreOutput] | list[list[ScoreOutput]]:
+        """How likely continuations of prompts are.
+
+        The continuations of a prompt share its keys and values, so many of them cost little more than the prompt once: the
+        blocks that it fills are shared through the prefix cache, what is beyond the last of them is computed for each.
+
+        Args:
+            prompts: one prompt or a list of them, each as in `add`.
+            continuations: of one prompt, a list of texts or of lists of token ids, each as in ScoreParams; of a list of
+                prompts, a list of such lists.
+
+        Returns: a ScoreOutput for each continuation; lists of them for a list of prompts.
+
+        Raises what `generate` raises.
+        """
+        work, counts = self.scoring(prompts, continuations)
+        return grouped(self._results(work, progress, options), counts)
+
+    def scoring(self, prompts, continuations) -> tuple[Work, list[int] | None]:
+        """The requests that `score` makes, and how many there are for each prompt of a list; see `grouped`."""
+        one = is_one(prompts)
+        work, counts = [], []
+        for prompt, given in _with_continuations(as_list(prompts), [continuations] if one else continuations):
+            ids, params = self._intake.scored(prompt, given)
+            work += [(ids, wanted) for wanted in params]
+            counts.append(len(params))
+        return work, None if one else counts
+
+    def classify(
+        self, prompts, activation: str | None = None, *, progress: bool = False, **options
+    ) -> list[ClassificationOutput]:
+        """What the model's sequence-classification head says of each prompt, or pair of texts.
+
+        Args:
+            prompts: one prompt or a list of them, each as in `add`, or a tuple of two texts for models that compare them.
+            activation: see ClassifyParams.
+
+        Raises what `generate` raises, and UnsupportedOption if the model has no such head.
+        """
+        params = ClassifyParams(activation=activation)
+        return self._results([(prompt, params) for prompt in as_list(prompts)], progress, options)
+
+    def _results(self, work: Work, progress: bool, options: dict) -> list:
+        functions = {name: options.pop(name) for name in ("forward_hooks",) if name in options}
+        if functions:
+            options["hooks"] = self.hooks(**functions)
+        unknown = options.keys() - {"priority", "deadline", "cache_salt", "hooks"}
+        if unknown:
+            raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+        return [result_of(output) for output in self._run(work, progress, **options)]
+
+    def _run(self, work: Work, progress: bool, **options) -> list[RequestOutput]:
+        states: list[RequestState] = []
+        try:
+            for prompt, params in work:
+                states.append(self.submit_when_possible(prompt, params, **options))
+            _finish_all(self, states, progress)
+        finally:
+            for state in states:
+                self.release(state)
+        outputs = [state.output for state in states]
+        failed = next((output.error for output in outputs if output.error is not None), None)
+        if failed is not None:
+            failed.outputs = outputs
+            raise failed
+        return outputs
+
+
+def result_of(output: RequestOutput) -> TaskOutput:
+    """What a task's request brought. Raises RequestFailed if it ended without."""
+    if output.result is None:
+        raise output.error or RequestFailed(output.request_id, "it was aborted")
+    return output.result
+
+
+def is_one(prompts) -> bool:
+    """Whether this is one prompt: text, a pair of texts, messages or token ids; else it is several."""
+    return isinstance(prompts, str | tuple) or (
         isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))
     )
-    prompts = [prompts] if single else list(prompts)
-    if isinstance(params, (list, tuple)):
-        if len(params) != len(prompts):
-            raise InvalidArgument(f"params has {len(params)} entries for {len(prompts)} prompts")
-    else:
-        params = [params] * len(prompts)
-    states: list[RequestState] = []
-    try:
-        for prompt, one in zip(prompts, params):
-            states.append(engine.submit_when_possible(prompt, one))
-        _finish_all(engine, states, progress)
-    finally:
-        for state in states:
-            engine.release(state)
-    outputs = [state.output for state in states]
-    failed = next((output.error for output in outputs if output.error is not None), None)
-    if failed is not None:
-        failed.outputs = outputs
-        raise failed
-    return outputs
+
+
+def as_list(prompts) -> list:
+    return [prompts] if is_one(prompts) else list(prompts)
+
+
+def grouped(results: list, counts: list[int] | None) -> list:
+    """Results of `Jobs.scoring`'s requests: a list for each prompt, if there were several."""
+    if counts is None:
+        return results
+    following = iter(results)
+    return [list(islice(following, count)) for count in counts]
+
+
+def _with_continuations(prompts: list, continuations) -> list[tuple[object, list]]:
+    """[(prompt, its continuations)]. Raises InvalidArgument unless there is a list for every prompt."""
+    lists = list(continuations)
+    if len(lists) != len(prompts):
+        raise InvalidArgument(f"continuations has {len(lists)} lists for {len(prompts)} prompts")
+    for place, given in enumerate(lists):
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
+            kind = type(given).__name__
+            raise InvalidArgument(f"continuations must be a list for each prompt, got {kind} at {place}")
+    return [(prompt, list(given)) for prompt, given in zip(prompts, lists)]
 
 
 def _finish_all(engine, states: list[RequestState], progress: bool) -> None:

@@ -5,18 +5,56 @@ from __future__ import annotations
 from ..base.errors import InvalidArgument
 
 
-def prompt_tokens(prompt, tokenizer, vocab_size: int) -> tuple[str | None, list[int]]:
-    """(text or None, token ids) of a prompt given as text, chat messages or token ids.
+def prompt_tokens(prompt, tokenizer, vocab_size: int, *, pairs: bool = False) -> tuple[str | None, list[int]]:
+    """(text or None, token ids) of a prompt given as text, chat messages or token ids; with `pairs` also as two texts.
 
     Raises InvalidArgument, naming what is wrong.
     """
+    if pairs and isinstance(prompt, tuple) and prompt and isinstance(prompt[0], str):
+        return None, _pair(prompt, tokenizer, vocab_size)
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)):
         if tokenizer is None:
             raise InvalidArgument("prompt is text, but the engine has no tokenizer; give token ids or a tokenizer")
         text = prompt if isinstance(prompt, str) else _render_chat(prompt, tokenizer)
         ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-        return text, _checked_ids(ids, vocab_size)
-    return None, _checked_ids(prompt, vocab_size)
+        return text, checked_ids(ids, vocab_size)
+    return None, checked_ids(prompt, vocab_size)
+
+
+def _pair(prompt: tuple, tokenizer, vocab_size: int) -> list[int]:
+    if tokenizer is None:
+        raise InvalidArgument("prompt is a pair of texts, but the engine has no tokenizer; give token ids or a tokenizer")
+    if len(prompt) != 2 or not all(isinstance(text, str) for text in prompt):
+        raise InvalidArgument(f"prompt must be a pair of texts, got a tuple of {len(prompt)}")
+    return checked_ids(tokenizer(*prompt)["input_ids"], vocab_size)
+
+
+def text_continuations(prompt: str | None, ids: list[int], texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids of texts that follow a prompt, whose ids these are.
+
+    They are those that the whole text has after the prompt's; where a token reaches across the boundary, or the prompt
+    was given as token ids, each text is tokenized by itself.
+    """
+    if not texts:
+        return []
+    if tokenizer is None:
+        raise InvalidArgument("continuation is text, but the engine has no tokenizer; give token ids or a tokenizer")
+    alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    wholes: list[list[int]] = [[]] * len(texts)
+    if prompt is not None:
+        bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        special = len(ids) - len(bare)  # what the tokenizer adds stands in front, or not between the two texts
+        if ids[special:] == bare:
+            wholes = tokenizer([prompt + text for text in texts], add_special_tokens=False)["input_ids"]
+            wholes = [ids[:special] + whole for whole in wholes]
+    found = [
+        whole[len(ids) :] if whole[: len(ids)] == ids and len(whole) > len(ids) else tokens
+        for whole, tokens in zip(wholes, alone, strict=True)
+    ]
+    for text, tokens in zip(texts, found, strict=True):
+        if not tokens:
+            raise InvalidArgument(f"continuation {text!r} has no tokens")
+    return found
 
 
 def _render_chat(messages: list[dict], tokenizer) -> str:
@@ -28,16 +66,16 @@ def _render_chat(messages: list[dict], tokenizer) -> str:
         raise InvalidArgument(f"prompt: the chat template refused the messages: {error}") from error
 
 
-def _checked_ids(prompt, vocab_size: int) -> list[int]:
+def checked_ids(prompt, vocab_size: int, name: str = "prompt") -> list[int]:
     try:
         ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     except TypeError:
-        raise InvalidArgument(f"prompt must be text, messages or token ids, got {type(prompt).__name__}") from None
+        raise InvalidArgument(f"{name} must be text, messages or token ids, got {type(prompt).__name__}") from None
     if not ids:
-        raise InvalidArgument("prompt is empty")
+        raise InvalidArgument(f"{name} is empty")
     for position, token in enumerate(ids):
         if not isinstance(token, int) or isinstance(token, bool):
-            raise InvalidArgument(f"prompt must be a flat list of token ids, got {token!r} at {position}")
+            raise InvalidArgument(f"{name} must be a flat list of token ids, got {token!r} at {position}")
         if not 0 <= token < vocab_size:
-            raise InvalidArgument(f"prompt has token id {token} at {position}, outside the vocabulary of {vocab_size}")
+            raise InvalidArgument(f"{name} has token id {token} at {position}, outside the vocabulary of {vocab_size}")
     return ids

@@ -139,6 +139,7 @@ class OutputReader(Reader):
             metrics=copy.copy(output.metrics),
             finished=marks.finished,
             prompt_logprobs=marks.prompt_logprobs,
+            result=output.result,
             error=marks.error,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..base.sampling_params import SamplingParams
@@ -13,6 +13,7 @@ from ..base.types import CompletionOutput, Logprob, RequestMetrics, RequestOutpu
 from ..core.request import Request, Sequence
 from ..runtime.constraint import Constraint
 from ..runtime.sampler import SampleRow, derive_seed
+from .tasks import Task
 from .text import IncrementalDetokenizer, StopStringMatcher
 
 
@@ -65,7 +66,12 @@ class SequenceState:
 
 
 class RequestState:
-    """One request from `add` to its last output."""
+    """One request from `add` to its last output.
+
+    Args:
+        prompt_token_ids: those of the prompt as it was given, if there is more in the request's.
+        task: what it wants instead of tokens.
+    """
 
     def __init__(
         self,
@@ -75,17 +81,19 @@ class RequestState:
         prompt: str | None,
         tokenizer,
         seed: int | None,
-        bad_words_ids: list[list[int]],
-        constraint: Constraint | None,
         hooks: RowHooks,
-        callback: Callable[[RequestOutput], None] | None,
+        prompt_token_ids: list[int] | None = None,
+        bad_words_ids: Iterable[list[int]] = (),
+        constraint: Constraint | None = None,
+        task: Task | None = None,
     ):
         self.request = request
         self.params = params
         self.hooks = hooks
-        self.callback = callback
+        self.callback: Callable[[RequestOutput], None] | None = None
+        self.task = task
         self.seed = seed
-        self.bad_words_ids = bad_words_ids
+        self.bad_words_ids = list(bad_words_ids)
         self.constraint = constraint
         self.tokenizer = tokenizer
         self.sequences: dict[int, SequenceState] = {}
@@ -93,7 +101,7 @@ class RequestState:
         self.output = RequestOutput(
             request_id=request.request_id,
             prompt=prompt,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=request.prompt_token_ids if prompt_token_ids is None else prompt_token_ids,
             outputs=[],
             metrics=RequestMetrics(arrival=request.arrival),
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
@@ -192,8 +200,13 @@ class RequestState:
                 entry.decoded = self.tokenizer.decode([token])
 
     def finish_sequence(self, sequence: Sequence) -> None:
-        """Copy the scheduler's verdict on a finished sequence into its completion."""
+        """Copy the scheduler's verdict on a finished sequence into its completion.
+
+        Raises what a task finds wrong with what has come of it; nothing is changed then.
+        """
         state = self.sequence_state(sequence)
+        if self.task is not None:
+            self.output.result = self.task.result(self.output)
         self._close_text(state)
         state.output.finish_reason = sequence.finish_reason
         state.output.stop_reason = sequence.stop_reason

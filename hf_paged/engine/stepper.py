@@ -201,7 +201,7 @@ class Stepper:
         try:
             while waiting:
                 sequence = waiting.pop()
-                self._advance(sequence, entries[sequence.seq_id])
+                self._advance(sequence, entries.get(sequence.seq_id, []))
         except BaseException as error:  # an interrupt: nobody may go on with a token that was not recorded
             for unrecorded in [sequence, *waiting, *(sequence for sequence, _ in failures)]:
                 self._requests.fail(unrecorded, error)
@@ -212,7 +212,7 @@ class Stepper:
         self.clock.lap("detokenize", mark)
 
     def _advance(self, sequence: Sequence, logprobs: list) -> None:
-        """One completion got tokens: text, stop strings, the user's criteria, one token after the other."""
+        """One completion got tokens, or wanted none: text, stop strings, the user's criteria, one token after the other."""
         state: RequestState = sequence.request.state
         if state.finished:  # another completion of the request failed just now
             return
@@ -233,4 +233,7 @@ class Stepper:
                 self._scheduler.cut(sequence.seq_id, count, "stop", stop_string)
                 break
         if sequence.finish_reason is not None:
-            state.finish_sequence(sequence)
+            try:
+                state.finish_sequence(sequence)
+            except Exception as error:  # a task's numbers are none
+                self._requests.fail(sequence, error)

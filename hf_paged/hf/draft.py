@@ -6,6 +6,7 @@ import torch
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, UnsupportedModel
+from .heads import head_of
 from .spec import check_supported, vocab_size
 
 
@@ -29,6 +30,8 @@ def check_draft(model: torch.nn.Module, draft_model: torch.nn.Module) -> None:
         raise InvalidArgument("draft_model is the model itself; it would guess at the price of the answer")
     try:
         check_supported(draft_model)
+        if not head_of(draft_model).generates:
+            raise UnsupportedModel(f"model: {type(draft_model).__name__} does not generate")
     except UnsupportedModel as error:
         raise UnsupportedModel(f"draft_{error}") from error
     sizes = [vocab_size(each) for each in (draft_model, model)]

@@ -15,7 +15,7 @@ LEAST_MEMORY = 1  # bytes; an engine takes a block a layer whatever it may
 
 
 class Engine(BatchEngine):
-    """Continuous batching over a transformers model; `generate`, or `add` and `step`.
+    """Continuous batching over a transformers model; `generate`, `embed`, `score`, `classify`, or `add` and `step`.
 
     A model that is not patched yet is patched, and unpatched when the engine closes. A patched model has one engine:
     a second one is refused while the first is open.

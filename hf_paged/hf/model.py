@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from contextlib import contextmanager
 
 import torch
 
@@ -13,11 +14,12 @@ from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
 from .fusion import Fusions
 from .fusion.experts import paged_experts
+from .heads import head_of, keeping_hidden
 from .peft import obstacles
+from .selfcheck import Observed
 from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
-from .visibility import Visibility
 from .watch import Snapshot, without_hooks
 from .weights import float_parameter
 
@@ -25,12 +27,16 @@ from .weights import float_parameter
 class TransformersModel:
     """Implements `runtime.runner.PagedModel` for a decoder-only transformers model. Reads the live weights."""
 
-    def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, visibility: Visibility):
+    def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, observed: Observed):
         self.module = model
+        self._body, self.hidden_size = observed.body, observed.hidden_size
+        self.name = type(model).__name__
+        self._head = head_of(model)
+        self.generates, self.labels, self.activation = self._head.generates, self._head.labels, self._head.activation
         self.fusions = fusions
         self.adaptations = adaptations
         self.num_layers = text_config(model).num_hidden_layers
-        self.layers, self.states, table = probe_layers(model, adaptations, visibility, fusions.backend)
+        self.layers, self.states, table = probe_layers(model, adaptations, observed.visibility, fusions.backend)
         self.max_model_len, self.length_limit, self.length_note = model_lengths(model, table or adaptations.max_positions)
         parameter = float_parameter(model)
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -47,24 +53,46 @@ class TransformersModel:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """What ends a request by default: the model's generation config, as in stock `generate`."""
-        eos = self.module.generation_config.eos_token_id
+        eos = self.module.generation_config.eos_token_id if self.generates else None
         return frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
 
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
-        return self.outputs(context, rows).logits[0]
+        if self.generates:
+            return self.outputs(context, rows).logits[0]
+        context.needs_hidden = True
+        with self._running(context):
+            self._body(input_ids=context.input_ids, position_ids=context.position_ids, use_cache=False)
+            states = context.hidden[rows]
+            return states if self._head.classifier is None else self._head.classifier(states)
+
+    def classified(self, token_ids: list[int]) -> list[int]:
+        """Stock passes over padding, and takes what the tokenizer puts at the end for it where both are the same token."""
+        end = len(token_ids)
+        while end > 1 and token_ids[end - 1] == self._head.ignored:
+            end -= 1
+        return token_ids[:end]
 
     def outputs(self, context: StepContext, rows: torch.Tensor, **options):
         """The model's own output for a packed batch, its logits [1, R, V] those of the packed rows `rows` [R].
 
         `options` go to the model's forward; `inputs_embeds` [1, T, H] takes the place of the token ids.
         """
-        if self._obstacle is not None:
-            name, reason = self._obstacle
-            raise UnsupportedOption(f"{name} cannot be used while the model runs on pages: {reason}")
         context.logit_rows = rows if self._keeps_logits else None
         inputs = {} if "inputs_embeds" in options else {"input_ids": context.input_ids}
         if self._keeps_logits:
             inputs["logits_to_keep"] = rows
+        with self._running(context):
+            output = self.module(position_ids=context.position_ids, use_cache=False, **inputs, **options)
+        if not self._keeps_logits:
+            output.logits = output.logits[:, rows]
+        return output
+
+    @contextmanager
+    def _running(self, context: StepContext):
+        """Scope in which calls of the model's modules are one forward of the packed batch of `context`."""
+        if self._obstacle is not None:
+            name, reason = self._obstacle
+            raise UnsupportedOption(f"{name} cannot be used while the model runs on pages: {reason}")
         with (
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
@@ -72,11 +100,9 @@ class TransformersModel:
             paged_experts(self.fusions.expert_configs),
             activate(context),
             sequence_hooks(self.module, context),
+            keeping_hidden(self._body, context),
         ):
-            output = self.module(position_ids=context.position_ids, use_cache=False, **inputs, **options)
-        if not self._keeps_logits:
-            output.logits = output.logits[:, rows]
-        return output
+            yield
 
     def weights_changed(self) -> bool:
         """In-place writes, swapped parameters and modules, moved storage, adapters switched, hooks that came or went.

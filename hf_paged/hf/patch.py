@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from ..base.config import EngineConfig
-from ..base.errors import InvalidArgument, KernelUnavailable
+from ..base.errors import InvalidArgument, KernelUnavailable, UnsupportedOption
 from ..engine.build import check_config
 from ..runtime.runner import as_in_a_step
 from .adapters import adapt
@@ -16,6 +16,7 @@ from .draft import check_draft, draft_config
 from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse, fuse_layers
 from .generation import PagedMixin
+from .heads import head_of
 from .model import TransformersModel
 from .peft import base_model
 from .quantize.spot import quantize_on_the_spot
@@ -54,7 +55,7 @@ class Patch:
         """Look at the model; with `check`, compare packed forwards with the model's own."""
         with without_hooks(model):
             observed = observe(model, self.adaptations)
-            self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed.visibility)
+            self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed)
             check_config(self.adapter, self.config)
             if self.config.fuse:
                 fuse_layers(model, self.fusions, self.adapter.length_limit)
@@ -122,7 +123,8 @@ def patch(
 
     Args:
         model: a loaded decoder-only transformers model on one device, or a PeftModel around one, whose base model is
-            then patched. (Adapters may also come later: `get_peft_model` and `load_adapter` take a patched model.)
+            then patched. (Adapters may also come later: `get_peft_model` and `load_adapter` take a patched model.) One
+            without a language model's head, with one for sequence classification or none, embeds and classifies only.
         config: an EngineConfig; `overrides` are its fields by name.
         tokenizer: used for stop strings and text by the model's engine; `generate` itself needs none.
         draft_model: a smaller model with the same vocabulary, to guess tokens ahead (`EngineConfig.speculation`). It is
@@ -154,6 +156,10 @@ def _patch(
         tokenizer = tokenizer or patch_of(model).tokenizer
         unpatch(model)
     check_supported(model)
+    if not head_of(model).generates:
+        for option, given in (("draft_model", draft_model), ("verify", verify or None)):
+            if given is not None:
+                raise UnsupportedOption(f"{option}: {type(model).__name__} does not generate")
     if draft_model is not None:
         check_draft(model, draft_model)
     if quantization is not None:
@@ -161,7 +167,7 @@ def _patch(
     with as_in_a_step(next(model.parameters()).device):
         verification = Verification(model) if verify else None
         undo = Patch(model, config, tokenizer, draft_model)
-        swap(model, PagedMixin, undo)
+        swap(model, PagedMixin if hasattr(model, "generate") else Swapped, undo)
         try:
             undo.bind(model, check=not verify)
             if verification is not None:

@@ -18,6 +18,7 @@ from ..runtime.runner import ModelRunner
 from .adapters import Adaptations
 from .attention import attention_configs, observing, paged_attention
 from .fusion.launches import counting
+from .heads import stock_rows
 from .spec import decoder_layers, vocab_size
 from .swap import evaluating
 from .visibility import Visibility
@@ -46,12 +47,15 @@ class Observed:
 
     Attributes:
         ids: [1, L] its tokens, all different where the vocabulary allows.
-        logits: [L, V].
+        logits: [L, V], or what else the model's head gives; see `heads.stock_rows`.
+        body, hidden_size: see `heads.StockRows`.
         visibility: what its attention layers saw.
     """
 
     ids: torch.Tensor
     logits: torch.Tensor
+    body: torch.nn.Module | None
+    hidden_size: int | None
     visibility: Visibility
 
 
@@ -63,8 +67,8 @@ def observe(model: torch.nn.Module, adaptations: Adaptations) -> Observed:
     # Modules with a softmax of their own, whose adapters know what they see, may ask for the implementation's name.
     configs = [] if adaptations.layers else attention_configs(model)
     with evaluating(model), paged_attention(configs), observing(visibility):
-        output = model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=device)[None], use_cache=False)
-    return Observed(ids, output.logits[0], visibility)
+        stock = stock_rows(model, ids)
+    return Observed(ids, stock.rows, stock.body, stock.hidden_size, visibility)
 
 
 def _tokens(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
@@ -144,8 +148,7 @@ def _scatter(model: torch.nn.Module, observed: Observed) -> float:
 
     def error(count: int) -> float:
         with evaluating(model), torch.no_grad():
-            positions = torch.arange(count, device=ids.device)[None]
-            logits = model(input_ids=ids[:, :count], position_ids=positions, use_cache=False).logits[0]
+            logits = stock_rows(model, ids[:, :count]).rows
         return float(_errors(logits, observed.logits[:count]).max())
 
     fewer = [error(count) for count in sorted({1, ids.shape[1] // 2, ids.shape[1] - 1} - {0})]

@@ -21,8 +21,8 @@ from .visibility import Rule, Visibility, check_cache
 def check_supported(model: torch.nn.Module) -> None:
     """Raises UnsupportedModel, with the reason, unless hf_paged can promise this model's own tokens."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-        raise UnsupportedModel(f"model: {name} is not a transformers model with generate()")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(f"model: {name} is not a transformers model")
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model: {name} is an encoder-decoder; only decoder-only models have a paged KV cache")

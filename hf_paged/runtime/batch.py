@@ -49,12 +49,14 @@ class StepContext:
         logit_rows: [R] packed rows whose logits the running forward computes; None: all.
         packed: the batch as `current_batch` describes it, once somebody asked.
         hooks: activation hooks of single sequences, and how they fared.
+        needs_hidden: whether somebody wants hidden states of this step.
+        hidden: [T, H] those after the model's last norm, once the forward has run, if they are needed.
         backend: whose kernels run; see `ops`.
     """
 
     __slots__ = (
         *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
-        *("recording", "logit_rows", "packed", "hooks", "calls", "backend", "_layers"),
+        *("recording", "logit_rows", "packed", "hooks", "needs_hidden", "hidden", "calls", "backend", "_layers"),
     )
 
     def __init__(
@@ -74,6 +76,8 @@ class StepContext:
         self.logit_rows: torch.Tensor | None = None
         self.packed = None
         self.hooks = hooks
+        self.needs_hidden = False
+        self.hidden: torch.Tensor | None = None
         self.input_ids = inputs.input_ids
         self.positions = inputs.positions
         self.position_ids = inputs.positions[None]

@@ -36,8 +36,22 @@ class PagedModel(Protocol):
     device: torch.device
     dtype: torch.dtype
 
+    name: str  # of its class
+    hidden_size: int  # of its hidden states after the last norm
+    generates: bool  # whether its head gives logits of next tokens
+    labels: list[str]  # by name, what a head for classifying tells apart; empty without one
+    activation: str  # of that head's logits, unless a request says otherwise; see ClassifyParams
+
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of the packed rows `rows` [R] of `context`'s batch. Runs `context.hooks`."""
+        """What the head makes of the packed rows `rows` [R] of `context`'s batch. Runs `context.hooks`.
+
+        Logits [R, V] of next tokens, [R, C] of labels, or without a head [R, H] the hidden states themselves.
+        `context.hidden` is set where it is needed.
+        """
+        ...
+
+    def classified(self, token_ids: list[int]) -> list[int]:
+        """The tokens of a text up to the one whose hidden state the head for classifying gets."""
         ...
 
     def unobserved(self) -> AbstractContextManager:
@@ -141,6 +155,7 @@ class ModelRunner:
         *,
         rows: Sequence[int] = (),
         sampled: torch.Tensor | None = None,
+        hidden: bool = False,
     ) -> StepContext:
         """Grow the cache, copy blocks, pack the batch. It is valid until the next one is prepared.
 
@@ -149,19 +164,20 @@ class ModelRunner:
             hooks: functions of single sequences on activations.
             rows: packed rows whose logits `forward` returns.
             sampled: int64, on the device: what token ids below 0 in the plan stand for, -1 - i for entry i.
+            hidden: `forward` leaves the hidden states of all rows in the context.
         """
         hooks = hooks or SequenceHooks()
         with as_in_a_step(self.cache.device):  # what is made here outlives the call, whatever mode the caller is in
             self._order.follow(sampled)
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
-            size = self._recording(plan, rows, hooks)
+            size = None if hidden else self._recording(plan, rows, hooks)
             inputs = self._inputs.prepare(plan, rows, sampled, size)
             if self.prefixes is not None and size is None:  # a recorded forward is the same whatever is shared
                 self.prefixes.announce(plan, inputs.metadata)
             self.cache.copy_blocks(inputs.copies)
             context = StepContext(plan, inputs, self.cache, self.backend, owner, hooks)
-        context.recording, context.num_rows = size, len(rows)
+        context.recording, context.num_rows, context.needs_hidden = size, len(rows), hidden
         return context
 
     def _recording(self, plan: StepPlan, rows: Sequence[int], hooks: SequenceHooks) -> int | None:

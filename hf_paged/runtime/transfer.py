@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 
@@ -51,5 +52,8 @@ class HostCopy:
         self._arrived = Milestone(tensor.device)
 
     def tolist(self) -> list:
+        return self.numpy().tolist()
+
+    def numpy(self) -> numpy.ndarray:
         self._arrived.wait()
-        return self._host.tolist()
+        return self._host.numpy()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
-from hf_paged import Engine, EngineConfig, SamplingParams
+from hf_paged import EmbedParams, Engine, EngineConfig, SamplingParams, ScoreOutput, ScoreParams
 
 PREFIXES = [[], [7] * 20, list(range(30, 78)), list(range(30, 64))]
 
@@ -18,6 +18,7 @@ request_strategy = st.fixed_dictionaries(
     dict(
         prefix=st.sampled_from(range(len(PREFIXES))),
         tail=st.lists(st.integers(3, 198), min_size=1, max_size=24),
+        task=st.sampled_from([None, None, None, "mean", "last", "cls", "score"]),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         max_tokens=st.integers(1, 14),
         temperature=st.sampled_from([0.0, 0.0, 1.1]),
@@ -35,7 +36,11 @@ def model(name: str):
     return tiny_model(name)
 
 
-def params_of(request: dict) -> SamplingParams:
+def params_of(request: dict) -> SamplingParams | EmbedParams | ScoreParams:
+    if request["task"] == "score":
+        return ScoreParams(continuation=[7, *request["tail"][::-1]])
+    if request["task"] is not None:
+        return EmbedParams(pooling=request["task"])
     return SamplingParams(
         n=request["n"],
         max_tokens=request["max_tokens"],
@@ -48,10 +53,17 @@ def params_of(request: dict) -> SamplingParams:
 
 
 @functools.cache
-def alone(name: str, prompt: tuple, params: SamplingParams) -> list[list[int]]:
+def alone(name: str, prompt: tuple, params) -> list[list[int]] | list[float]:
     """The request by itself in a roomy engine, without a prefix cache."""
     with Engine(model(name), config=EngineConfig(prefix_cache=False, block_size=16)) as engine:
-        return [list(completion.token_ids) for completion in engine.generate([list(prompt)], params)[0].outputs]
+        (output,) = engine.generate([list(prompt)], params)
+        if output.result is not None:
+            return numbers(output.result)
+        return [list(completion.token_ids) for completion in output.outputs]
+
+
+def numbers(result) -> list[float]:
+    return result.token_logprobs if isinstance(result, ScoreOutput) else result.embedding.tolist()
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window", "mamba2", "jamba", "lfm2"])
@@ -107,6 +119,12 @@ def test_random_traffic(name, requests, policy, budget, seats, memory_tokens, ov
 
     for request_id, (prompt, params) in jobs.items():
         expected = alone(name, prompt, params)
+        if not isinstance(params, SamplingParams):
+            assert results[request_id].finished and results[request_id].error is None
+            assert (results[request_id].result is None) == (results[request_id].outputs[0].finish_reason == "abort")
+            if results[request_id].result is not None:
+                assert numbers(results[request_id].result) == pytest.approx(expected, abs=1e-4)
+            continue
         for completion in results[request_id].outputs:
             tokens = list(completion.token_ids)
             if completion.finish_reason == "abort":

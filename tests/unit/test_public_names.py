@@ -10,6 +10,7 @@ from hf_paged.base import errors
 
 DOCUMENTED = {
     *("AsyncEngine", "Engine", "EngineConfig", "SamplingParams", "StructuredOutputsParams"),
+    *("ClassificationOutput", "ClassifyParams", "EmbedParams", "EmbeddingOutput", "ScoreOutput", "ScoreParams"),
     *("CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"),
     *("current_batch", "engine_of", "explain", "patch", "unpatch"),
     *("register_quantizers", "unregister_quantizers"),
