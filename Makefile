@@ -8,16 +8,19 @@
 #   make gpu        a machine with a GPU: is everything right there, then how fast (10 minutes); results in benchmarks/results/gpu
 #   make clean      remove what was made here, .venv included
 # PYTHON picks the interpreter for a new .venv; TORCH what is installed where torch is missing; ARGS goes to the command.
+# Tests run in WORKERS processes of one thread each (ARGS="-n 0" for one process).
 # `make gpu` makes no .venv: it runs in PYTHON with the torch, triton and transformers that are there, and installs nothing.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 ROOT   := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 VENV   := $(ROOT)/.venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.hf_paged-installed
+PYTEST := OMP_NUM_THREADS=1 '$(PY)' -m pytest -n $(WORKERS) --dist worksteal
 QUANTIZERS := $(ROOT)/.venv-quantizers
 BROWSER := $(ROOT)/.venv-browser
 MIN    := import sys; sys.exit(sys.version_info < (3, 11))
@@ -37,10 +40,10 @@ demo: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m hf_paged demo $(ARGS)
 
 test: $(STAMP)
-	@cd '$(ROOT)' && '$(PY)' -m pytest -m 'not slow' $(ARGS)
+	@cd '$(ROOT)' && $(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: $(STAMP)
-	@cd '$(ROOT)' && '$(PY)' -m pytest $(ARGS)
+	@cd '$(ROOT)' && $(PYTEST) $(ARGS)
 
 test-quantizers: $(QUANTIZERS)/.installed
 	@cd '$(ROOT)' && '$(QUANTIZERS)/bin/python' -m pytest -W ignore tests/quantizers/packages.py tests/quantizers/tools.py $(ARGS)

@@ -1,12 +1,16 @@
-"""Where the compile gate leaves its table for the end of the test run."""
+"""The compile gate's table, printed at the end of the test run: its lines come as properties of the tests' reports."""
 
-import pytest
+COMPILED = "compiled kernels"
 
-TABLE = pytest.StashKey[list]()
+
+def compiled(terminal) -> list[dict]:
+    reports = (report for reports in terminal.stats.values() for report in reports)
+    properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
+    return [line for name, lines in properties if name == COMPILED for line in lines]
 
 
 def print_table(terminal, lines: list[dict]) -> None:
-    terminal.section("compiled kernels")
+    terminal.section(COMPILED)
     terminal.write_line(f"{'case':<34} {'kernel':<34} {'arch':<7} warps  regs  shared  mma")
     for line in sorted(lines, key=lambda line: (line["case"], line["kernel"])):
         terminal.write_line(

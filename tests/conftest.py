@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_table import TABLE, print_table
+from compile_table import compiled, print_table
 
 # triton reads this when it is imported.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
@@ -35,5 +35,5 @@ def pytest_collection_finish(session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    if lines := config.stash.get(TABLE, None):
+    if lines := compiled(terminalreporter):
         print_table(terminalreporter, lines)

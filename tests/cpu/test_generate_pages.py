@@ -87,7 +87,7 @@ BEAMS = [
 ]
 
 
-@pytest.mark.parametrize("option", BEAMS, ids=str)
+@pytest.mark.parametrize("option", BEAMS, ids=lambda option: "-".join(option))
 def test_beam_search(model, batch, option):
     options = dict(max_new_tokens=14, do_sample=False, eos_token_id=list(range(3, 30)), pad_token_id=0)
     stock, paged = both(model, **batch, **options, **option, return_dict_in_generate=True, output_scores=True)
