@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import chat, completions, errors, metrics, models, page
+from . import chat, completions, described, errors, metrics, models, page
 from .auth import RequireKey
 from .drain import Draining
 from .middleware import LimitBody
@@ -54,6 +54,7 @@ def create_app(
     for part in (chat, completions, models):
         app.include_router(part.router(service))
     app.include_router(metrics.router(service.metrics))
+    described.install(app, keys=bool(settings.api_keys))
     if settings.page:
         app.include_router(page.router())
     return app

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from openai.types.chat import ChatCompletion
 
 from .conversation import Answer, Conversation, Step
+from .described import GENERATES, answers
 from .errors import Refused
 from .logprobs import chat_logprobs, prompt_logprobs
 from .pieces import Content, Finished, Piece
@@ -20,7 +21,11 @@ from .streaming import event_stream
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=answers(*GENERATES, whole=ChatCompletion, events="ChatCompletionChunk, then [DONE]"),
+    )
     async def create(body: ChatCompletionRequest, request: Request):
         """Answer a conversation."""
         service.check_model(body.model)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from openai.types import Completion
 
 from ...base.types import CompletionDelta, RequestDelta
+from .described import GENERATES, answers
 from .errors import Refused
 from .logprobs import CompletionLogprobs, prompt_logprobs
 from .protocol import CompletionRequest
@@ -20,7 +21,11 @@ from .streaming import event_stream
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post(
+        "/v1/completions",
+        response_model=None,
+        responses=answers(*GENERATES, whole=Completion, events="Completion, then [DONE]"),
+    )
     async def create(body: CompletionRequest, request: Request):
         """Complete one prompt or several."""
         service.check_model(body.model)

@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from ...base.errors import (
     DeadlineExceeded,
@@ -95,6 +96,16 @@ def _field(place: tuple) -> str | None:
     return ".".join(known) or None
 
 
+def _methods(request: Request) -> str:
+    """All that the path may be asked with; the router itself names those of one route."""
+
+    def routed(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return ", ".join(method for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") if routed(method))
+
+
 def install(app) -> None:
     """Every error of `app` has one form."""
 
@@ -108,10 +119,11 @@ def install(app) -> None:
         return answer(Refused(message, param=name, code=first["type"]))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         refused = Refused(str(error.detail), status=error.status_code, code=code)
-        return JSONResponse(body_of(refused), status_code=error.status_code, headers=error.headers)
+        headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
+        return JSONResponse(body_of(refused), status_code=error.status_code, headers=headers)
 
     @app.exception_handler(Refused)
     @app.exception_handler(HfPagedError)

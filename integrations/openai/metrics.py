@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -221,7 +222,7 @@ class _EngineNumbers(Collector):
 def router(metrics: Metrics) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         text = await asyncio.to_thread(generate_latest, metrics.registry)  # the engine may be in the middle of a step
         return Response(text, media_type=CONTENT_TYPE_LATEST)

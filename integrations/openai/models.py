@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import version
+from typing import Literal
 
 from fastapi import APIRouter, Response
 from openai.types import Model
+from pydantic import BaseModel
 
+from .described import answers
 from .errors import Refused
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .service import Service
 from .templates import chat_tokens
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(BaseModel):
+    prompt: str
+
+
+_UP = {200: {"description": "It takes requests."}, 503: {"description": "It takes none."}}
 
 
 def router(service: Service) -> APIRouter:
@@ -26,30 +48,30 @@ def router(service: Service) -> APIRouter:
             max_model_len=service.max_model_len,
         )
 
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", response_model=None, responses=answers(whole=Models))
     async def models() -> dict:
         return {"object": "list", "data": [model().model_dump()]}
 
-    @routes.get("/v1/models/{name:path}")
+    @routes.get("/v1/models/{name:path}", response_model=None, responses=answers(404, whole=Model))
     async def one(name: str) -> dict:
         service.check_model(name)
         return model().model_dump()
 
-    @routes.get("/health")
+    @routes.get("/health", response_class=Response, responses=_UP)
     async def health() -> Response:
         """200 while requests are taken, else 503."""
         return Response(status_code=200 if service.taking else 503)
 
-    @routes.get("/ping")
-    @routes.post("/ping")
+    @routes.get("/ping", response_class=Response, responses=_UP)
+    @routes.post("/ping", response_class=Response, responses=_UP)
     async def ping() -> Response:
         return Response(status_code=200 if service.taking else 503)
 
-    @routes.get("/version")
+    @routes.get("/version", response_model=None, responses={200: {"model": dict[str, str]}})
     async def versions() -> dict:
         return {name: version(name) for name in ("hf_paged", "transformers", "torch")}
 
-    @routes.post("/tokenize")
+    @routes.post("/tokenize", response_model=None, responses=answers(400, 404, whole=Tokens))
     async def tokenize(body: TokenizeRequest) -> dict:
         """The tokens of a text, or of a conversation as the model sees it."""
         service.check_model(body.model)
@@ -57,15 +79,10 @@ def router(service: Service) -> APIRouter:
         strings = {"token_strs": service.tokenizer.convert_ids_to_tokens(tokens)} if body.return_token_strs else {}
         return {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, **strings}
 
-    @routes.post("/detokenize")
+    @routes.post("/detokenize", response_model=None, responses=answers(400, 404, whole=Text))
     async def detokenize(body: DetokenizeRequest) -> dict:
         service.check_model(body.model)
-        size = service.engine.engine.model.vocab_size
-        for token in body.tokens:
-            if not 0 <= token < size:
-                raise Refused(f"tokens: {token} is outside the vocabulary of {size}", param="tokens", code="invalid_value")
-        text = service.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
-        return {"prompt": text}
+        return {"prompt": await asyncio.to_thread(_detokenize, service, body)}
 
     return routes
 
@@ -81,3 +98,11 @@ def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         chat_template_kwargs=body.chat_template_kwargs,
     )
+
+
+def _detokenize(service: Service, body: DetokenizeRequest) -> str:
+    size = service.engine.engine.model.vocab_size
+    for token in body.tokens:
+        if not 0 <= token < size:
+            raise Refused(f"tokens: {token} is outside the vocabulary of {size}", param="tokens", code="invalid_value")
+    return service.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
