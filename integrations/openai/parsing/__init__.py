@@ -1,0 +1,5 @@
+"""How models write reasoning and calls of functions: one format a file, and `Dialect`, which chooses for a model."""
+
+from .dialect import CALL_FORMATS, REASONING_FORMATS, Dialect
+
+__all__ = ["CALL_FORMATS", "REASONING_FORMATS", "Dialect"]

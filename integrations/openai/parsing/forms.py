@@ -1,0 +1,68 @@
+"""The form of a whole answer: reasoning, then calls or content, as a request demands them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ....base.structured import StructuredOutputsParams
+from ..errors import Refused
+from ..tools import Tool
+from .dialect import Dialect
+from .formats import State
+from .lark import Lark
+
+
+def answer_form(
+    dialect: Dialect,
+    state: State,
+    form: StructuredOutputsParams | None,
+    tools: Sequence[Tool],
+    *,
+    required: bool,
+    one_call: bool,
+) -> StructuredOutputsParams | None:
+    """
+    Args:
+        state: of the reasoning, see `Dialect.state`.
+        form: of the content, if a request wants one.
+        tools: that may be called; with none of them strict, and not `required`, nothing is demanded of calls.
+        one_call: at most one. Without `required` only the reader sees to that.
+
+    Raises Refused where the model's format has no grammar, or none that can tell calls from content of that form.
+    """
+    calls, reasoning = dialect.calls, dialect.reasoning
+    plain = state == "ended" and (calls is None or not calls.reasons)
+    if not required and form is None and not any(tool.strict for tool in tools):
+        return None
+    if plain and not tools:
+        return form
+    lark = Lark(dialect.special)
+    lead = calls.lead(lark) if reasoning is None and calls is not None else "" if reasoning is None else reasoning.expression(lark, state)
+    if not tools:
+        body = lark.form(form) if calls is None else calls.saying(lark, lark.form(form))
+    elif required:
+        body = _calls(dialect, lark, tools, one_call)
+    elif form is None:
+        body = calls.free(lark, tools, "" if reasoning is None else reasoning.held(state))
+    elif calls.marker is None:
+        message = "response_format: with tools, this model's calls cannot be told from an answer of such a form"
+        raise Refused(message, param="response_format", code="unsupported")
+    else:
+        body = f"({_calls(dialect, lark, tools, one_call)} | {calls.saying(lark, lark.form(form))})"
+    if body is None:
+        raise _no_grammar(dialect)
+    return StructuredOutputsParams(grammar=lark.grammar(f"{lead} {body}"))
+
+
+def _calls(dialect: Dialect, lark: Lark, tools: Sequence[Tool], one_call: bool) -> str:
+    calls = dialect.calls
+    begin = "" if calls.marker is None else lark.literal(calls.marker)
+    body = calls.calls(lark, tools, begin, not one_call)
+    if body is None:
+        raise _no_grammar(dialect)
+    return body
+
+
+def _no_grammar(dialect: Dialect) -> Refused:
+    message = f"tools: calls in the format {dialect.calls.name!r} can be read, but not enforced (strict, or a tool_choice)"
+    return Refused(message, param="tools", code="unsupported")
