@@ -46,6 +46,7 @@ class SamplingParams:
         structured_outputs: the form the output must have, such as JSON of a schema; a StructuredOutputsParams or a dict of
             its fields. It needs a tokenizer and the package llguidance.
         skip_special_tokens, spaces_between_special_tokens: as in `tokenizer.decode`.
+        keep_special_token_ids: special tokens that are in the text in spite of skip_special_tokens, such as marks of tools.
         include_stop_str_in_output: leave the stop string (or stop token) in the text.
         detokenize: make text at all. `stop` needs it.
     """
@@ -71,6 +72,7 @@ class SamplingParams:
     allowed_token_ids: Iterable[int] | None = None
     structured_outputs: StructuredOutputsParams | dict | None = None
     skip_special_tokens: bool = True
+    keep_special_token_ids: Iterable[int] | None = None
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
@@ -142,6 +144,7 @@ class SamplingParams:
         self._set("stop", _strings("stop", stop, MAX_STOP_STRINGS))
         self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        self._set("keep_special_token_ids", _token_ids("keep_special_token_ids", self.keep_special_token_ids))
         if self.allowed_token_ids is not None:
             allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:

@@ -37,6 +37,12 @@ def serve(
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
     policy: Annotated[str, _option(_ENGINE, "fcfs, or priority: requests with a lower number first.")] = "fcfs",
+    tool_parser: Annotated[
+        str, _option(_ENGINE, "How the model writes calls of functions: a format's name, auto (by the chat template), or none.")
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str, _option(_ENGINE, "How the model writes what it thinks first: a format's name, auto, or none.")
+    ] = "auto",
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     quantization: Quantization = None,
@@ -95,6 +101,8 @@ def serve(
     """
     settings = {
         "model_name": served_model_name,
+        "tool_parser": tool_parser,
+        "reasoning_parser": reasoning_parser,
         "request_timeout": request_timeout,
         "request_chat_templates": request_chat_templates,
         "cors_origins": tuple(cors_origin or ()),

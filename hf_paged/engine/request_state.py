@@ -134,6 +134,7 @@ class RequestState:
                 self.tokenizer,
                 request.prompt_token_ids,
                 skip_special_tokens=params.skip_special_tokens,
+                keep_special_token_ids=params.keep_special_token_ids,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
             if params.stop:

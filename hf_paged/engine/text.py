@@ -33,13 +33,15 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int],
         *,
         skip_special_tokens: bool = True,
+        keep_special_token_ids: Sequence[int] = (),
         spaces_between_special_tokens: bool = True,
     ):
         self._tokenizer = tokenizer
-        self._options = {"skip_special_tokens": skip_special_tokens}
+        # where some are kept, those that are not never get as far as `decode`
+        self._options = {"skip_special_tokens": skip_special_tokens and not keep_special_token_ids}
         if not spaces_between_special_tokens:
             self._options["spaces_between_special_tokens"] = False
-        self._skipped = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._skipped = _special_ids(tokenizer).difference(keep_special_token_ids) if skip_special_tokens else frozenset()
         tail: list[int] = []
         for token in reversed(prompt_token_ids):
             if token not in self._skipped:

@@ -41,7 +41,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        log.info("serving", extra={"fields": {"model": service.model_name}})
+        log.info("serving", extra={"fields": {"model": service.model_name, **service.dialect.names}})
         yield
         if mine:
             await running.close()

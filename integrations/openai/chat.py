@@ -12,10 +12,11 @@ from .conversation import Answer, Conversation, Step
 from .described import GENERATES, answers
 from .errors import Refused
 from .logprobs import chat_logprobs, prompt_logprobs
-from .pieces import Content, Finished, Piece
+from .pieces import CallArguments, CallBegins, Content, Finished, Piece, Reasoning
 from .protocol import ChatCompletionRequest
 from .service import Service, first_of, new_id, while_connected
 from .streaming import event_stream
+from .tools import choice_of, tools_of
 
 
 def router(service: Service) -> APIRouter:
@@ -66,6 +67,10 @@ class _Run:
             chat_template=body.chat_template,
             chat_template_kwargs=body.chat_template_kwargs,
             documents=body.documents,
+            tools=tools_of(body.tools),
+            tool_choice=choice_of(body.tool_choice),
+            parallel_tool_calls=body.parallel_tool_calls,
+            reasoning_effort=body.reasoning_effort,
         )
         return cls(service, body, name, conversation)
 
@@ -77,7 +82,7 @@ class _Run:
             counted = usage.as_dict() if options is not None and options.continuous_usage_stats else None
             if step.index not in self._begun:
                 self._begun.add(step.index)
-                delta = {"role": "assistant", "content": self._echoed()}
+                delta = {"role": "assistant", "content": self._echoed() or (None if self._body.tools else "")}
                 yield self._chunk([{"index": step.index, "delta": delta, "finish_reason": None}], counted)
             for choice in self._choices(step):
                 yield self._chunk([choice], counted)
@@ -89,9 +94,14 @@ class _Run:
         pieces, finished = step.pieces, None
         if pieces and isinstance(pieces[-1], Finished):
             pieces, finished = pieces[:-1], pieces[-1]
-        deltas = [_delta(piece) for piece in pieces] or [{"content": ""}]
+        deltas = [_delta(piece) for piece in pieces if self._body.include_reasoning or not isinstance(piece, Reasoning)]
+        tokens = self._tokens(step)
+        if not deltas:
+            if finished is None and not tokens:
+                return []  # all of it is held back
+            deltas = [{} if self._body.tools else {"content": ""}]
         choices: list[dict] = [{"index": step.index, "delta": delta, "finish_reason": None} for delta in deltas]
-        choices[0] |= self._tokens(step)
+        choices[0] |= tokens
         if finished is not None:
             choices[-1] |= _ending(finished)
         return choices
@@ -108,7 +118,17 @@ class _Run:
         return ChatCompletion.model_construct(**self._head, object="chat.completion", choices=choices, usage=usage, **extra)
 
     def _choice(self, answer: Answer) -> dict:
-        message = {"role": "assistant", "content": self._echoed() + answer.content, "refusal": None}
+        content = answer.content
+        if self._body.echo:
+            content = self._echoed() + (content or "")
+        message: dict = {"role": "assistant", "content": content, "refusal": None}
+        if answer.reasoning is not None and self._body.include_reasoning:
+            message |= _thought(answer.reasoning)
+        if answer.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in answer.calls
+            ]
         choice = {"index": answer.index, "message": message, "logprobs": None}
         return choice | self._tokens(answer) | _ending(answer.finished)
 
@@ -132,8 +152,22 @@ class _Run:
 
 
 def _delta(piece: Piece) -> dict:
-    assert isinstance(piece, Content)
-    return {"content": piece.text}
+    match piece:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return _thought(text)
+        case CallBegins(index, id, name):
+            call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+            return {"tool_calls": [call]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    raise AssertionError(piece)
+
+
+def _thought(text: str) -> dict:
+    """Under both names that clients look for it."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _ending(finished: Finished) -> dict:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ...base.errors import InvalidArgument
 from ...base.types import CompletionDelta, Logprob
 from .errors import Refused
-from .pieces import CallArguments, CallBegins, Content, Finished, Piece, Reasoning
+from .parsing import AnswerReader, Dialect, answer_form
+from .pieces import CallArguments, CallBegins, Content, Finished, Piece, Reasoning, merged
 from .protocol import Generation, Message
 from .sampling import sampling_params
 from .service import Job, Service, Usage
-from .templates import chat_tokens
-from .tools import Tool, ToolChoice
+from .templates import Prompt, chat_prompt
+from .tools import Tool, ToolChoice, schema_fault, usable_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,14 @@ class Conversation:
         prompt_logprobs: at the end, if asked for.
     """
 
-    def __init__(self, service: Service, job: Job):
-        self._service, self._job = service, job
-        self.usage = Usage()
+    def __init__(
+        self, service: Service, job: Job, prompt: Prompt, dialect: Dialect, tools: dict[str, Tool], one_call: bool
+    ):
+        self._service, self._job, self._prompt = service, job, prompt
+        self._dialect, self._tools, self._one_call = dialect, tools, one_call
+        self._state = dialect.state(prompt.text, prompt.continued)
+        self._answers: dict[int, _Answering] = {}
+        self.usage = Usage(reasoning=0)
         self.prompt_token_ids: list[int] = job.prompt
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
@@ -114,58 +122,94 @@ class Conversation:
         logprobs: int | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        chat_template_kwargs: dict | None = None,
-        documents: list[dict] | None = None,
+        parallel_tool_calls: bool = True,
+        reasoning_effort: str | None = None,
+        **template,
     ) -> Conversation:
         """
         Args:
             messages: the conversation so far.
             generation: how to sample, stop and shape the answers; its `max_tokens`, `stream` and `request_id` are not
-                read here.
+                read here. The form it asks for is that of the content: reasoning comes before it.
             request_id: the engine's name of the request, for `engine.abort`.
             max_tokens: most tokens of each answer, whatever piece they go into; None: as many as fit.
             logprobs: how many most likely tokens to report beside each; None: report nothing.
             tools: functions the model may call.
             tool_choice: None is "auto".
+            parallel_tool_calls: whether an answer may have more calls than one.
+            reasoning_effort: for the chat template.
+            template: more of `chat_prompt`'s: add_generation_prompt, continue_final_message, chat_template,
+                chat_template_kwargs, documents.
 
         Raises Refused (with `param` of a chat completion's field) and InvalidArgument.
         """
-        if tools and (tool_choice is None or tool_choice.mode != "none"):
-            raise Refused("tools: this model has no form of calls that the server knows", param="tools", code="unsupported")
-        params = sampling_params(
-            generation, service.defaults, service.settings.limits, max_tokens=max_tokens, logprobs=logprobs
-        )
-        tokens = await asyncio.to_thread(
-            chat_tokens,
-            service,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template=chat_template,
-            chat_template_kwargs=chat_template_kwargs,
-            documents=documents,
+        limits = service.settings.limits
+        params = sampling_params(generation, service.defaults, limits, max_tokens=max_tokens, logprobs=logprobs)
+        choice = tool_choice or ToolChoice()
+        usable = usable_tools(tools, choice, limits)
+        if usable and service.dialect.calls is None:
+            message = "tools: how this model writes calls is not known; start the server with a tool_parser"
+            raise Refused(message, param="tools", code="unsupported")
+        listed = list(usable.values())
+        prompt = await asyncio.to_thread(
+            chat_prompt, service, messages, tools=listed, reasoning_effort=reasoning_effort, **template
         )
         job = Job(
-            prompt=tokens,
+            prompt=prompt.token_ids,
             params=params,
             request_id=request_id,
             priority=generation.priority,
             cache_salt=generation.cache_salt,
         )
-        return cls(service, job)
+        conversation = cls(service, job, prompt, service.dialect.with_calls(bool(usable)), usable, not parallel_tool_calls)
+        await asyncio.to_thread(conversation._demand, choice.mode == "required")
+        return conversation
+
+    def _demand(self, required: bool) -> None:
+        """Have the formats see their marks, and the answers take the form they must have."""
+        params, tools, changes = self._job.params, list(self._tools.values()), {}
+        if params.skip_special_tokens and self._dialect.markers:
+            changes["keep_special_token_ids"] = tuple(self._dialect.markers.values())
+        form = params.structured_outputs
+        if required and form is not None:
+            message = "tool_choice: calls that must come and a form of the answer exclude each other"
+            raise Refused(message, param="tool_choice", code="invalid_value")
+        try:
+            demanded = answer_form(
+                self._dialect, self._state, form, tools, required=required, one_call=self._one_call
+            )
+            if demanded is not form:
+                changes["structured_outputs"] = demanded
+            if changes:
+                self._job = replace(self._job, params=replace(params, **changes))
+        except (InvalidArgument, ValueError) as error:
+            raise self._blamed(error) from error
+
+    def _blamed(self, error: Exception) -> Exception:
+        """What is wrong with a grammar that was made of tools is said of the tools."""
+        message = str(error)
+        if not self._tools or isinstance(error, InvalidArgument) and not message.startswith("structured_outputs"):
+            return error
+        if "needs the package" in message:
+            return Refused(message.replace("structured_outputs", "tools", 1), param="tools", code="unsupported")
+        fault = schema_fault(list(self._tools.values()))
+        if fault is None:
+            return Refused(f"tools: {message.removeprefix('structured_outputs: ')}", param="tools", code="invalid_value")
+        name = f"tools.{fault[0]}.function.parameters"
+        return Refused(f"{name}: {fault[1]}", param=name, code="invalid_value")
 
     async def steps(self) -> AsyncIterator[Step]:
         """What comes, as it comes. To be iterated once."""
-        async with contextlib.aclosing(self._service.merged([self._job])) as deltas:
-            async for _, delta in deltas:
-                self.usage.add(0, delta)
-                if delta.prompt_logprobs is not None:
-                    self.prompt_logprobs = delta.prompt_logprobs
-                for completion in delta.outputs:
-                    yield Step(completion.index, _pieces(completion), completion.token_ids, completion.logprobs)
+        try:
+            async with contextlib.aclosing(self._service.merged([self._job])) as deltas:
+                async for _, delta in deltas:
+                    self.usage.add(0, delta)
+                    if delta.prompt_logprobs is not None:
+                        self.prompt_logprobs = delta.prompt_logprobs
+                    for completion in delta.outputs:
+                        yield Step(completion.index, self._pieces(completion), completion.token_ids, completion.logprobs)
+        except InvalidArgument as error:
+            raise await asyncio.to_thread(self._blamed, error) from error
 
     async def answers(self) -> list[Answer]:
         """All answers, whole, by their index."""
@@ -175,9 +219,64 @@ class Conversation:
                 answers.setdefault(step.index, Answer(step.index)).add(step)
         return [answers[index] for index in sorted(answers)]
 
+    def _pieces(self, completion: CompletionDelta) -> list[Piece]:
+        reason, called = completion.finish_reason, False
+        if self._dialect.silent:
+            pieces: list[Piece] = [Content(completion.text)] if completion.text else []
+        else:
+            answering = self._answers.get(completion.index)
+            if answering is None:
+                answering = self._answers[completion.index] = self._new_answering()
+            pieces = answering.feed(completion)
+            called = answering.reader.called
+            self.usage.reasoning += answering.num_reasoning
+        if reason is not None:
+            pieces.append(Finished("tool_calls" if called and reason == "stop" else reason, completion.stop_reason))
+        return pieces
 
-def _pieces(completion: CompletionDelta) -> list[Piece]:
-    pieces: list[Piece] = [Content(completion.text)] if completion.text else []
-    if completion.finish_reason is not None:
-        pieces.append(Finished(completion.finish_reason, completion.stop_reason))
-    return pieces
+    def _new_answering(self) -> _Answering:
+        reader = AnswerReader(
+            self._dialect,
+            self._tools,
+            prompt=self._prompt.text,
+            state=self._state,
+            one_call=self._one_call,
+            hide_markers=self._job.params.skip_special_tokens,
+        )
+        return _Answering(reader, self._service.tokenizer)
+
+
+class _Answering:
+    """One answer as far as it has come.
+
+    Attributes:
+        num_reasoning: tokens of the last delta that were reasoning, up to the mark that ends it.
+    """
+
+    def __init__(self, reader: AnswerReader, tokenizer):
+        self.reader, self._tokenizer = reader, tokenizer
+        self._characters = 0
+        self.num_reasoning = 0
+
+    def feed(self, completion: CompletionDelta) -> list[Piece]:
+        turns = len(self.reader.turns)
+        pieces = self.reader.feed(completion.text)
+        if completion.finish_reason is not None:
+            pieces = merged(pieces + self.reader.end())
+        self._count(completion, turns)
+        self._characters += len(completion.text)
+        return pieces
+
+    def _count(self, completion: CompletionDelta, turns: int) -> None:
+        """Reasoning begins or ends with the token whose text reaches up to there."""
+        reasoning, begun, self.num_reasoning = turns % 2 == 1, 0, 0
+        ids = completion.token_ids
+        for turn in self.reader.turns[turns:]:
+            place = self._num_tokens(ids, turn - self._characters)
+            self.num_reasoning += place - begun if reasoning else 0
+            reasoning, begun = not reasoning, place
+        self.num_reasoning += len(ids) - begun if reasoning else 0
+
+    def _num_tokens(self, ids: list[int], characters: int) -> int:
+        """The fewest of the first tokens that have so many characters of text."""
+        return bisect_left(range(len(ids)), characters, key=lambda count: len(self._tokenizer.decode(ids[:count])))

@@ -14,7 +14,8 @@ from .described import answers
 from .errors import Refused
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .service import Service
-from .templates import chat_tokens
+from .templates import chat_prompt
+from .tools import ToolChoice, tools_of, usable_tools
 
 
 class Models(BaseModel):
@@ -46,6 +47,7 @@ def router(service: Service) -> APIRouter:
             created=service.started,
             owned_by="hf_paged",
             max_model_len=service.max_model_len,
+            **service.dialect.names,
         )
 
     @routes.get("/v1/models", response_model=None, responses=answers(whole=Models))
@@ -92,12 +94,15 @@ def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
         raise Refused("exactly one of prompt and messages must be given", param="prompt", code="invalid_value")
     if body.prompt is not None:
         return service.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids
-    return chat_tokens(
+    tools = usable_tools(tools_of(body.tools), ToolChoice(), service.settings.limits)
+    prompt = chat_prompt(
         service,
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         chat_template_kwargs=body.chat_template_kwargs,
+        tools=list(tools.values()),
     )
+    return prompt.token_ids
 
 
 def _detokenize(service: Service, body: DetokenizeRequest) -> str:

@@ -56,3 +56,29 @@ class Finished:
 
 
 Piece = Reasoning | Content | CallBegins | CallArguments | Finished
+
+
+def merged(pieces: list[Piece]) -> list[Piece]:
+    """The same, neighbours of a kind as one."""
+    result: list[Piece] = []
+    texts: list[str] = []
+    for piece in pieces:
+        last = result[-1] if result else None
+        if isinstance(piece, CallBegins) or type(piece) is not type(last) or _index(piece) != _index(last):
+            if texts:
+                result[-1] = _with_text(last, "".join(texts))
+            texts = []
+            result.append(piece)
+        if not isinstance(piece, CallBegins):
+            texts.append(piece.text)
+    if texts:
+        result[-1] = _with_text(result[-1], "".join(texts))
+    return result
+
+
+def _index(piece) -> int | None:
+    return piece.index if isinstance(piece, CallArguments) else None
+
+
+def _with_text(piece, text: str):
+    return CallArguments(piece.index, text) if isinstance(piece, CallArguments) else type(piece)(text)

@@ -108,8 +108,44 @@ class ToolCall(_Strict):
     index: StrictInt | None = None
 
 
+class Function(_Strict):
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class FunctionTool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Strict):
+    name: StrictStr
+
+
+class NamedTool(_Strict):
+    """One function, by its name."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(_Strict):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedToolsChoice(_Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class Message(_Strict):
-    """One message of a conversation. Content parts other than text are refused by name."""
+    """One message of a conversation. Content parts other than text are refused by name.
+
+    `reasoning` and `reasoning_content` are two names of one thing: what the assistant thought.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: StrictStr | list[TextPart] | None = None
@@ -118,6 +154,7 @@ class Message(_Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: StrictStr | None = None
     reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
 
 
 class ChatCompletionRequest(Generation):
@@ -125,6 +162,10 @@ class ChatCompletionRequest(Generation):
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedToolsChoice | None = None
+    parallel_tool_calls: StrictBool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     # beyond OpenAI's
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
@@ -132,12 +173,14 @@ class ChatCompletionRequest(Generation):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     echo: StrictBool = False
+    include_reasoning: StrictBool = True
 
 
 class TokenizeRequest(_Strict):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[Message] | None = None
+    tools: list[FunctionTool] | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
     chat_template_kwargs: dict[str, Any] | None = None

@@ -20,6 +20,7 @@ from .drain import Drain
 from .errors import Refused
 from .metrics import Metrics
 from .observation import current
+from .parsing import Dialect
 from .sampling import defaults_of
 from .settings import Settings
 
@@ -40,6 +41,7 @@ class Service:
         config = model.module.config
         self.model_name = settings.model_name or getattr(config, "_name_or_path", "") or type(model.module).__name__
         self.max_model_len = engine.engine.max_model_len
+        self.dialect = Dialect.of(self.tokenizer, settings.tool_parser, settings.reasoning_parser)
         self.defaults = defaults_of(model.module.generation_config)
         self.metrics = Metrics(engine, self.model_name)
         self.drain = Drain(engine)
@@ -123,11 +125,12 @@ class Job:
 
 @dataclass
 class Usage:
-    """Tokens of all jobs of a request, as far as they have come."""
+    """Tokens of all jobs of a request, as far as they have come. `reasoning`: None where nobody looks for it."""
 
     prompt: dict[int, int] = field(default_factory=dict)
     cached: dict[int, int] = field(default_factory=dict)
     completion: int = 0
+    reasoning: int | None = None
 
     def add(self, place: int, delta: RequestDelta) -> None:
         self.prompt[place] = len(delta.prompt_token_ids)
@@ -136,11 +139,13 @@ class Usage:
 
     def as_dict(self) -> dict:
         prompt = sum(self.prompt.values())
+        reasoning = {} if self.reasoning is None else {"completion_tokens_details": {"reasoning_tokens": self.reasoning}}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.completion,
             "total_tokens": prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            **reasoning,
         }
 
 

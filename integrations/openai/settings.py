@@ -24,6 +24,7 @@ class Limits:
         logit_bias: entries.
         logprobs: most likely tokens to report beside each.
         tools: functions of one request.
+        tool_characters: of the schemas and descriptions of all of them.
     """
 
     body_bytes: int = 16 * 2**20
@@ -34,6 +35,7 @@ class Limits:
     logit_bias: int = 1024
     logprobs: int = 20
     tools: int = 128
+    tool_characters: int = 256 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,9 @@ class Settings:
             X-Request-Timeout may ask for less.
         body_timeout: seconds in which a request's body must have come.
         default_max_tokens: of completions that name none; None: as many as fit. (Chats always get as many as fit.)
+        tool_parser: how the model writes calls of functions: a name of `parsing.CALL_FORMATS`, "none", or "auto", which goes by
+            its chat template.
+        reasoning_parser: how it writes what it thinks first: the same of `parsing.REASONING_FORMATS`.
         request_chat_templates: whether a request may bring a chat template of its own, which is a program.
         page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
         log_client_address: whether the log tells who asked.
@@ -60,6 +65,8 @@ class Settings:
     request_timeout: float | None = None
     body_timeout: float = 60.0
     default_max_tokens: int | None = 16
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
     request_chat_templates: bool = False
     page: bool = True
     log_client_address: bool = False

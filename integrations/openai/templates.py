@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-from jinja2 import TemplateError
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jinja2 import TemplateError, meta
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import Refused
 from .protocol import Message
 from .service import Service
+from .tools import Tool
+
+_RESERVED = {"conversation", "tokenize", "return_dict", "return_tensors", "padding", "truncation"}
+_GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # transformers' own tag
 
 
-def chat_tokens(
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        continued: the beginning of the answer, if it ends with one.
+    """
+
+    text: str
+    token_ids: list[int]
+    continued: str | None = None
+
+
+def chat_prompt(
     service: Service,
-    messages: list[Message],
+    messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     chat_template: str | None = None,
     chat_template_kwargs: dict | None = None,
     documents: list[dict] | None = None,
-    tools: list[dict] | None = None,
-) -> list[int]:
+    tools: Sequence[Tool] = (),
+    reasoning_effort: str | None = None,
+) -> Prompt:
     """Runs the template, which may take a while. Raises Refused, naming the field at fault."""
     limit = service.settings.limits.messages
     if len(messages) > limit:
@@ -29,33 +55,108 @@ def chat_tokens(
     if chat_template is None and not getattr(service.tokenizer, "chat_template", None):
         raise Refused("messages: this model has no chat template", param="messages", code="no_chat_template")
     options = dict(chat_template_kwargs or {})
-    reserved = options.keys() & {"conversation", "tokenize", "return_dict", "return_tensors", "padding", "truncation"}
+    reserved = options.keys() & _RESERVED
     if reserved:
         name = f"chat_template_kwargs.{min(reserved)}"
         raise Refused(f"{name} is not the template's", param=name, code="not_allowed")
     if continue_final_message:
         add_generation_prompt = False
+    plain = _plain_messages(messages)
+    listed = [tool.for_template() for tool in tools] or None
     try:
+        known = _variables(service.tokenizer.get_chat_template(chat_template, listed))
+        _check_known(known, listed, reasoning_effort, options)
+        if reasoning_effort is not None:
+            options["reasoning_effort"] = reasoning_effort
         text = service.tokenizer.apply_chat_template(
-            [_plain(message) for message in messages],
+            plain,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template=chat_template,
             documents=documents,
-            tools=tools,
+            tools=listed,
             **options,
         )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(f"messages: the chat template refuses them: {error}", param="messages", code="template") from error
-    return service.tokenizer(text, add_special_tokens=False).input_ids
+    ids = service.tokenizer(text, add_special_tokens=False).input_ids
+    return Prompt(text, ids, plain[-1]["content"] if continue_final_message else None)
 
 
-def _plain(message: Message) -> dict:
-    """A message as templates read it: its text in one string, arguments of tools as objects."""
-    plain = message.model_dump(exclude_none=True)
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    """What a template reads of what it is given."""
+    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+    return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
+
+
+def _check_known(known: frozenset[str], tools: list | None, reasoning_effort: str | None, options: dict) -> None:
+    """What a template does not read would be ignored without a word."""
+    if tools and "tools" not in known:
+        raise Refused("tools: this model's chat template knows none", param="tools", code="unsupported")
+    if reasoning_effort is not None and "reasoning_effort" not in known:
+        message = "reasoning_effort: this model's chat template does not know it"
+        raise Refused(message, param="reasoning_effort", code="unsupported")
+    if reasoning_effort is not None and options.get("reasoning_effort", reasoning_effort) != reasoning_effort:
+        message = "reasoning_effort and chat_template_kwargs.reasoning_effort differ"
+        raise Refused(message, param="reasoning_effort", code="invalid_value")
+
+
+def _plain_messages(messages: Sequence[Message]) -> list[dict]:
+    """Messages as templates read them: text in one string, arguments of calls as objects, results with their functions' names."""
+    names: dict[str, str] = {}  # of the calls so far, by id
+    return [_plain(message, f"messages.{place}", names) for place, message in enumerate(messages)]
+
+
+def _plain(message: Message, place: str, names: dict[str, str]) -> dict:
+    plain = message.model_dump(exclude_none=True, exclude={"reasoning", "reasoning_content", "tool_calls"})
     content = message.content
     plain["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
     if plain["role"] == "developer":
         plain["role"] = "system"
+    for field in ("tool_calls", "reasoning", "reasoning_content"):
+        if getattr(message, field) and message.role != "assistant":
+            raise Refused(f"{place}.{field} is the assistant's", param=f"{place}.{field}", code="invalid_value")
+    if message.reasoning or message.reasoning_content:
+        if message.reasoning and message.reasoning_content not in (None, message.reasoning):
+            name = f"{place}.reasoning"
+            raise Refused(f"{name} and reasoning_content differ", param=name, code="invalid_value")
+        reasoning = message.reasoning or message.reasoning_content
+        # templates have three names for it
+        plain |= {"reasoning": reasoning, "reasoning_content": reasoning, "thinking": reasoning}
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            _plain_call(call, f"{place}.tool_calls.{index}", names) for index, call in enumerate(message.tool_calls)
+        ]
+    _check_result(message, place, names)
+    if message.role == "tool" and message.name is None:
+        plain["name"] = names[message.tool_call_id]
     return plain
+
+
+def _plain_call(call, place: str, names: dict[str, str]) -> dict:
+    function = call.function
+    try:
+        arguments = json.loads(function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        name = f"{place}.function.arguments"
+        raise Refused(f"{name} is not the JSON text of an object", param=name, code="invalid_value")
+    if call.id is not None:
+        names[call.id] = function.name
+    identity = {} if call.id is None else {"id": call.id}
+    return {**identity, "type": "function", "function": {"name": function.name, "arguments": arguments}}
+
+
+def _check_result(message: Message, place: str, names: dict[str, str]) -> None:
+    """A tool's message is the result of an earlier call."""
+    name = f"{place}.tool_call_id"
+    if message.role != "tool":
+        if message.tool_call_id is not None:
+            raise Refused(f"{name} is a tool's", param=name, code="invalid_value")
+    elif message.tool_call_id is None:
+        raise Refused(f"{name} is missing", param=name, code="missing")
+    elif message.tool_call_id not in names:
+        raise Refused(f"{name}: no call before it has this id", param=name, code="invalid_value")

@@ -35,6 +35,7 @@ WRONG = {
     "allowed_token_ids": [[], [-1], [1.5], [True], "12", 3],
     "structured_outputs": ["json", {}, {"regex": ""}, {"choice": [1]}, {"form": "json"}, [("regex", "a")]],
     "skip_special_tokens": [1, None],
+    "keep_special_token_ids": [[-1], [1.5], [True], "12", 3],
     "spaces_between_special_tokens": [0, "x"],
     "include_stop_str_in_output": [1, None],
     "detokenize": [1, None],

@@ -41,6 +41,8 @@ def _metaspace() -> PreTrainedTokenizerFast:
 
 
 BYTE_LEVEL, METASPACE, SLOW = _byte_level(), _metaspace(), ByT5Tokenizer(extra_ids=0)
+MARKED = _byte_level()
+MARKED.add_special_tokens({"additional_special_tokens": ["[MARK]"]})
 IDS = st.lists(st.integers(0, len(BYTE_LEVEL) - 1), max_size=40)
 HIGH = [
     BYTE_LEVEL.convert_tokens_to_ids(piece) for piece in ("Ã", "©", "æ", "Ŀ", "ð", "Ł", "eÃ", "ï", "¿", "½", "<|end|>")
@@ -61,6 +63,15 @@ def test_byte_level_stream_equals_decode(output, prompt_text, skip):
     prompt = BYTE_LEVEL.encode(prompt_text)
     pieces = stream(BYTE_LEVEL, prompt, output, skip_special_tokens=skip)
     assert "".join(pieces) == BYTE_LEVEL.decode(output, skip_special_tokens=skip)
+
+
+@settings(max_examples=200, deadline=None)
+@given(output=IDS | st.lists(st.sampled_from(HIGH), max_size=60))
+def test_kept_special_tokens_show_and_others_do_not(output):
+    mark, end = MARKED.convert_tokens_to_ids(["[MARK]", "<|end|>"])
+    output = [mark if token % 7 == 3 else token for token in output]
+    pieces = stream(MARKED, MARKED.encode("Prompt"), output, keep_special_token_ids=(mark,))
+    assert "".join(pieces) == MARKED.decode([token for token in output if token != end])
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,5 +1,6 @@
 """How models write reasoning and calls of functions: one format a file, and `Dialect`, which chooses for a model."""
 
-from .dialect import CALL_FORMATS, REASONING_FORMATS, Dialect
+from .dialect import CALL_FORMATS, REASONING_FORMATS, AnswerReader, Dialect
+from .forms import answer_form
 
-__all__ = ["CALL_FORMATS", "REASONING_FORMATS", "Dialect"]
+__all__ = ["CALL_FORMATS", "REASONING_FORMATS", "AnswerReader", "Dialect", "answer_form"]

@@ -75,6 +75,11 @@ class Dialect:
         return self if wanted or self.calls is None or self.calls.reasons else Dialect(None, self.reasoning, self.special)
 
     @property
+    def silent(self) -> bool:
+        """Whether all text is for the user."""
+        return self.calls is None and self.reasoning is None
+
+    @property
     def markers(self) -> dict[str, int]:
         """The special tokens that have to show, so that the formats see them."""
         formats = [part for part in (self.calls, self.reasoning) if part is not None]

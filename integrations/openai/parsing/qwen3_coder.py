@@ -97,8 +97,7 @@ def _written(lark: Lark, tool: Tool) -> str:
         if "string" not in _kinds(schema):
             definitions = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
             part = f"{begin} {lark.json(definitions | schema)} {end}"
-        elif "enum" in schema or "const" in schema:
-            values = schema["enum"] if "enum" in schema else [schema["const"]]
+        elif values := _options(schema, "enum") or [schema[name] for name in ("const",) if name in schema]:
             texts = (value if isinstance(value, str) else dumps(value) for value in values)
             part = f"{begin} ({' | '.join(map(quoted, texts))}) {end}"
         elif tool.strict and any(rule in schema for rule in _STRING_RULES):
@@ -117,15 +116,20 @@ def _schema(tool: Tool, key: str) -> dict:
 def _kinds(schema: dict) -> set[str]:
     """The types a value may have; of what says nothing, string."""
     kind = schema.get("type")
-    kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
+    kinds = {name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str)}
     for several in ("anyOf", "oneOf"):
-        for option in schema.get(several, ()):
+        for option in _options(schema, several):
             kinds |= _kinds(option) if isinstance(option, dict) else set()
     if not kinds and "enum" in schema:
-        kinds = {"string" if isinstance(value, str) else "other" for value in schema["enum"]}
+        kinds = {"string" if isinstance(value, str) else "other" for value in _options(schema, "enum")}
     if not kinds and ("$ref" in schema or "allOf" in schema):
         kinds = {"other"}
     return kinds or {"string"}
+
+
+def _options(schema: dict, name: str) -> list:
+    options = schema.get(name)
+    return options if isinstance(options, list) else []
 
 
 def _converted(text: str, kinds: set[str]):

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TypeVar
 
-from ..pieces import CallArguments, CallBegins, Content, Piece, Reasoning
+from ..pieces import CallArguments, CallBegins, Content, Piece, Reasoning, merged
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]
@@ -200,32 +200,6 @@ class Scanner:
             self._blank = ""
         pieces, self._pieces = self._pieces, []
         return merged(pieces)
-
-
-def merged(pieces: list[Piece]) -> list[Piece]:
-    """The same, neighbours of a kind as one."""
-    result: list[Piece] = []
-    texts: list[str] = []
-    for piece in pieces:
-        last = result[-1] if result else None
-        if isinstance(piece, CallBegins) or type(piece) is not type(last) or _index(piece) != _index(last):
-            if texts:
-                result[-1] = _with_text(last, "".join(texts))
-            texts = []
-            result.append(piece)
-        if not isinstance(piece, CallBegins):
-            texts.append(piece.text)
-    if texts:
-        result[-1] = _with_text(result[-1], "".join(texts))
-    return result
-
-
-def _index(piece) -> int | None:
-    return piece.index if isinstance(piece, CallArguments) else None
-
-
-def _with_text(piece, text: str):
-    return CallArguments(piece.index, text) if isinstance(piece, CallArguments) else type(piece)(text)
 
 
 def _safe(text: str, markers: Sequence[str]) -> int:
