@@ -194,8 +194,8 @@ class _CallObject:
         first = yield from self._scanner.peek()
         if first == '"' and (key in _NAMES or key == "function") and self.name is None:
             return (yield from self._read_name())
-        if key in _ARGUMENTS and first in ("{", '"') and self._held is None:
-            return (yield from self._read_arguments(first))
+        if key in _ARGUMENTS:
+            return first in ("{", '"') and self._held is None and (yield from self._read_arguments(first))
         return (yield from read_value(self._scanner, lambda text: None))
 
     def _read_name(self) -> Reading[bool]:

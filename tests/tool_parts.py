@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% if message.reasoning_content %}#{{ message.reasoning_content }}#{% endif %}"
     "{% for call in message.tool_calls or [] %}{{ call.function.name }}:"
     "{% for key, value in call.function.arguments.items() %}{{ key }}={{ value }};{% endfor %}{% endfor %}"
-    "{% if message.role == 'tool' %}@{{ message.name }}{% endif %}\n{% endfor %}"
+    "{% if message.role == 'tool' %}@{{ message.name }}{% endif %}.{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{{ opening }}{% endif %}"
 )
 WEATHER = {
@@ -49,29 +49,38 @@ MESSAGES = [{"role": "user", "content": "Weather?"}]
 
 
 class Script:
-    """Has every answer be this text, whatever the model would say."""
+    """Has every answer begin with these tokens, whatever the model would say."""
 
     def __init__(self, tokens: list[int]):
-        self._tokens = [*tokens, EOS]
+        self._tokens = tokens
         self._prompt: int | None = None
 
     def __call__(self, token_ids, logits: torch.Tensor) -> torch.Tensor:
         if self._prompt is None:
             self._prompt = len(token_ids)
+        place = len(token_ids) - self._prompt
+        if place >= len(self._tokens):
+            return logits
         forced = torch.full_like(logits, -torch.inf)
-        forced[self._tokens[len(token_ids) - self._prompt]] = 0
+        forced[self._tokens[place]] = 0
         return forced
 
 
 class ScriptedEngine(AsyncEngine):
-    """Attributes: script: what all answers say; None: what the model says."""
+    """
+    Attributes:
+        script: what all answers say; None: what the model says.
+        beginning: what they begin with.
+    """
 
     script: str | None = None
+    beginning: str | None = None
 
     def stream(self, prompt, params=None, **options):
-        if self.script is not None:
-            tokens = self.engine.tokenizer(self.script, add_special_tokens=False).input_ids
-            options["logits_processors"] = [Script(tokens)]
+        text = self.beginning if self.script is None else self.script
+        if text is not None:
+            tokens = self.engine.tokenizer(text, add_special_tokens=False).input_ids
+            options["logits_processors"] = [Script(tokens if self.script is None else [*tokens, EOS])]
         return super().stream(prompt, params, **options)
 
 
