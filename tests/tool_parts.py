@@ -14,9 +14,32 @@ from hf_paged import AsyncEngine, Engine, EngineConfig
 from hf_paged.integrations.openai import Settings, create_app
 
 SPECIAL = [
-    *("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "<|python_tag|>", "<|python_start|>", "<|python_end|>"),
-    *("<|tool_call_start|>", "<|tool_call_end|>", "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>"),
-    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+    *(
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "[THINK]",
+        "[/THINK]",
+        "<|python_tag|>",
+        "<|python_start|>",
+        "<|python_end|>",
+    ),
+    *(
+        "<|tool_call_start|>",
+        "<|tool_call_end|>",
+        "<|start|>",
+        "<|channel|>",
+        "<|message|>",
+        "<|constrain|>",
+        "<|end|>",
+    ),
+    *(
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+    ),
 ]
 TEMPLATE = (
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
@@ -30,7 +53,10 @@ TEMPLATE = (
 )
 WEATHER = {
     "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Oslo", "São Paulo"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "properties": {
+        "city": {"enum": ["Paris", "Oslo", "São Paulo"]},
+        "days": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
     "required": ["city"],
     "additionalProperties": False,
 }

@@ -1,4 +1,4 @@
-"""A conversation on its way to its answers, for every route that has one: a stream of pieces, or whole answers made of them."""
+"""A conversation on its way to its answers, for all routes that have one: a stream of pieces, or whole answers of them."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ class Conversation:
             priority=generation.priority,
             cache_salt=generation.cache_salt,
         )
-        conversation = cls(service, job, prompt, service.dialect.with_calls(bool(usable)), usable, not parallel_tool_calls)
+        conversation = cls(
+            service, job, prompt, service.dialect.with_calls(bool(usable)), usable, not parallel_tool_calls
+        )
         await asyncio.to_thread(conversation._demand, choice.mode == "required")
         return conversation
 
@@ -175,9 +177,7 @@ class Conversation:
             message = "tool_choice: calls that must come and a form of the answer exclude each other"
             raise Refused(message, param="tool_choice", code="invalid_value")
         try:
-            demanded = answer_form(
-                self._dialect, self._state, form, tools, required=required, one_call=self._one_call
-            )
+            demanded = answer_form(self._dialect, self._state, form, tools, required=required, one_call=self._one_call)
             if demanded is not form:
                 changes["structured_outputs"] = demanded
             if changes:
@@ -194,7 +194,9 @@ class Conversation:
             return Refused(message.replace("structured_outputs", "tools", 1), param="tools", code="unsupported")
         fault = schema_fault(list(self._tools.values()))
         if fault is None:
-            return Refused(f"tools: {message.removeprefix('structured_outputs: ')}", param="tools", code="invalid_value")
+            return Refused(
+                f"tools: {message.removeprefix('structured_outputs: ')}", param="tools", code="invalid_value"
+            )
         name = f"tools.{fault[0]}.function.parameters"
         return Refused(f"{name}: {fault[1]}", param=name, code="invalid_value")
 
@@ -207,7 +209,9 @@ class Conversation:
                     if delta.prompt_logprobs is not None:
                         self.prompt_logprobs = delta.prompt_logprobs
                     for completion in delta.outputs:
-                        yield Step(completion.index, self._pieces(completion), completion.token_ids, completion.logprobs)
+                        yield Step(
+                            completion.index, self._pieces(completion), completion.token_ids, completion.logprobs
+                        )
         except InvalidArgument as error:
             raise await asyncio.to_thread(self._blamed, error) from error
 

@@ -79,7 +79,9 @@ def chat_prompt(
             **options,
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise Refused(f"messages: the chat template refuses them: {error}", param="messages", code="template") from error
+        raise Refused(
+            f"messages: the chat template refuses them: {error}", param="messages", code="template"
+        ) from error
     ids = service.tokenizer(text, add_special_tokens=False).input_ids
     return Prompt(text, ids, plain[-1]["content"] if continue_final_message else None)
 
@@ -104,7 +106,7 @@ def _check_known(known: frozenset[str], tools: list | None, reasoning_effort: st
 
 
 def _plain_messages(messages: Sequence[Message]) -> list[dict]:
-    """Messages as templates read them: text in one string, arguments of calls as objects, results with their functions' names."""
+    """Messages as templates read them: text in one string, arguments as objects, results with their functions' names."""
     names: dict[str, str] = {}  # of the calls so far, by id
     return [_plain(message, f"messages.{place}", names) for place, message in enumerate(messages)]
 

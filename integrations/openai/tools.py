@@ -70,19 +70,22 @@ def choice_of(choice: str | NamedTool | AllowedToolsChoice | None) -> ToolChoice
 
 
 def usable_tools(tools: Sequence[Tool], choice: ToolChoice, limits: Limits) -> dict[str, Tool]:
-    """The functions that the model may call, by name. Raises Refused for what is too much, double, unknown or no schema."""
+    """The functions that the model may call, by name. Refuses what is too much, double, unknown or no schema."""
     if len(tools) > limits.tools:
         raise Refused(f"tools: {len(tools)} are more than the {limits.tools} allowed", param="tools", code="too_many")
     named: dict[str, Tool] = {}
     size = 0
     for place, tool in enumerate(tools):
         if tool.name in named:
-            raise Refused(f"tools: there are two called {tool.name!r}", param=f"tools.{place}.function.name", code="invalid_value")
+            param = f"tools.{place}.function.name"
+            raise Refused(f"{param}: there are two called {tool.name!r}", param=param, code="invalid_value")
         size += _checked_size(tool, f"tools.{place}.function.parameters")
         if size > limits.tool_characters:
             message = f"tools: their schemas have more than the {limits.tool_characters} characters allowed"
             raise Refused(message, param="tools", code="too_large")
-        named[tool.name] = tool if "type" in tool.parameters else replace(tool, parameters={"type": "object"} | tool.parameters)
+        if "type" not in tool.parameters:
+            tool = replace(tool, parameters={"type": "object"} | tool.parameters)
+        named[tool.name] = tool
     unknown = next((name for name in choice.names or () if name not in named), None)
     if unknown is not None:
         raise Refused(f"tool_choice: there is no tool called {unknown!r}", param="tool_choice", code="invalid_value")

@@ -8,8 +8,8 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tool_parts import SPECIAL, TEMPLATE
 from tiny_tokenizer import tiny_tokenizer
+from tool_parts import SPECIAL, TEMPLATE
 
 from hf_paged import InvalidArgument
 from hf_paged.integrations.openai.parsing import CALL_FORMATS, REASONING_FORMATS, AnswerReader, Dialect
@@ -22,8 +22,12 @@ TOOLS = {
         name="get_weather",
         parameters={"type": "object", "properties": {"city": STRING, "days": INTEGER, "units": {"enum": ["C", "F"]}}},
     ),
-    "add": Tool(name="add", parameters={"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "array"}}}),
-    "write": Tool(name="write", parameters={"type": "object", "properties": {"text": STRING, "to": {"type": ["string", "null"]}}}),
+    "add": Tool(
+        name="add", parameters={"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "array"}}}
+    ),
+    "write": Tool(
+        name="write", parameters={"type": "object", "properties": {"text": STRING, "to": {"type": ["string", "null"]}}}
+    ),
 }
 PARIS = ("get_weather", {"city": "Paris"})
 
@@ -37,9 +41,7 @@ def tokenizer_of(template: str = TEMPLATE, special=SPECIAL):
 
 def pieces_of(parts, calls: str, reasoning: str = "none", *, prompt: str = "", one_call: bool = False, special=SPECIAL):
     dialect = Dialect.of(tokenizer_of(special=special), calls, reasoning)
-    reader = AnswerReader(
-        dialect, TOOLS, prompt=prompt, state=dialect.state(prompt, None), one_call=one_call
-    )
+    reader = AnswerReader(dialect, TOOLS, prompt=prompt, state=dialect.state(prompt, None), one_call=one_call)
     pieces = [piece for part in parts for piece in reader.feed(part)]
     return merged(pieces + reader.end())
 
@@ -58,7 +60,15 @@ def summed_up(pieces) -> dict:
 
 EXAMPLES = [
     # format of calls, of reasoning, end of the prompt, text, reasoning, content, calls
-    ("hermes", "think", "", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>', "", "", [PARIS]),
+    (
+        "hermes",
+        "think",
+        "",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        "",
+        "",
+        [PARIS],
+    ),
     (
         "hermes",
         "think",
@@ -74,14 +84,30 @@ EXAMPLES = [
     ("hermes", "think", "<think>\n\n</think>\n\n", "It is fine.", "", "It is fine.", []),
     ("hermes", "deepseek_r1", "", "Hm.\n</think>\n\nIt is fine.", "Hm.", "It is fine.", []),
     ("hermes", "deepseek_r1", "", "<think>Hm.\n\n", "Hm.\n\n", "", []),
-    ("hermes", "none", "", '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}]</tool_call>', "", "", [PARIS]),
-    ("hermes", "none", "", '<tool_call>{"arguments": "{\\"city\\": \\"Paris\\"}", "name": "get_weather"}', "", "", [PARIS]),
+    (
+        "hermes",
+        "none",
+        "",
+        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}]</tool_call>',
+        "",
+        "",
+        [PARIS],
+    ),
+    (
+        "hermes",
+        "none",
+        "",
+        '<tool_call>{"arguments": "{\\"city\\": \\"Paris\\"}", "name": "get_weather"}',
+        "",
+        "",
+        [PARIS],
+    ),
     ("hermes", "none", "", '<tool_call>\n{"name": "get_weather"}\n</tool_call>', "", "", [("get_weather", {})]),
     (
         "qwen3_coder",
         "think",
         "",
-        "I will.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nPa\"ris\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+        'I will.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nPa"ris\n</parameter>\n<parameter=days>\n3\n</parameter>\n'
         "</function>\n</tool_call>\n<tool_call>\n<function=write>\n<parameter=text>\nif a < b:\n    </p>\n\n</parameter>\n"
         "<parameter=to>\nnull\n</parameter>\n</function>\n</tool_call>",
         "",
@@ -118,7 +144,15 @@ EXAMPLES = [
         "I look.",
         [PARIS],
     ),
-    ("llama3_json", "none", "", '{"city": "Paris", "name": "get_weather"}', "", '{"city": "Paris", "name": "get_weather"}', []),
+    (
+        "llama3_json",
+        "none",
+        "",
+        '{"city": "Paris", "name": "get_weather"}',
+        "",
+        '{"city": "Paris", "name": "get_weather"}',
+        [],
+    ),
     (
         "mistral",
         "none",
@@ -146,9 +180,20 @@ EXAMPLES = [
         '[get_weather(city="It\\\'s \\u00e9\\n\\"Paris\\"", days=-3), add(a=1.5e3, b=[1, (None, True), {"x": \'y\'}],)]',
         "",
         "",
-        [("get_weather", {"city": "It's é\n\"Paris\"", "days": -3}), ("add", {"a": 1500.0, "b": [1, [None, True], {"x": "y"}]})],
+        [
+            ("get_weather", {"city": 'It\'s é\n"Paris"', "days": -3}),
+            ("add", {"a": 1500.0, "b": [1, [None, True], {"x": "y"}]}),
+        ],
     ),
-    ("pythonic", "none", "", "[1, 2] and [get_weather(city='Paris')]", "", "[1, 2] and [get_weather(city='Paris')]", []),
+    (
+        "pythonic",
+        "none",
+        "",
+        "[1, 2] and [get_weather(city='Paris')]",
+        "",
+        "[1, 2] and [get_weather(city='Paris')]",
+        [],
+    ),
     ("pythonic", "none", "", "<|python_start|>[get_weather(city='Paris')]<|python_end|>", "", "", [PARIS]),
     (
         "lfm2",
@@ -227,10 +272,53 @@ def without_ids(pieces):
 
 
 FRAGMENTS = [
-    *("<tool_call>", "</tool_call>", "<function=", "<parameter=", "</parameter>", "</function>", "<think>", "</think>", "[", "]"),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<function=",
+        "<parameter=",
+        "</parameter>",
+        "</function>",
+        "<think>",
+        "</think>",
+        "[",
+        "]",
+    ),
     *SPECIAL,
-    *("get_weather", "add", "city", ">", "{", "}", '"', "\\", ":", ",", ";", "(", ")", "=", "'", "\n", " ", "to=", "x", "1", "é"),
-    *('{"name": "add", "arguments": ', '{"a": 1}', "function", "```json\n", "\n```", "analysis", "commentary", "final", "assistant"),
+    *(
+        "get_weather",
+        "add",
+        "city",
+        ">",
+        "{",
+        "}",
+        '"',
+        "\\",
+        ":",
+        ",",
+        ";",
+        "(",
+        ")",
+        "=",
+        "'",
+        "\n",
+        " ",
+        "to=",
+        "x",
+        "1",
+        "é",
+    ),
+    *(
+        '{"name": "add", "arguments": ',
+        '{"a": 1}',
+        "function",
+        "```json\n",
+        "\n```",
+        "analysis",
+        "commentary",
+        "final",
+        "assistant",
+    ),
     *(example[3] for example in EXAMPLES),
 ]
 
@@ -309,7 +397,11 @@ def test_only_what_may_become_a_marker_is_held_back():
 
 
 def test_ids_are_as_templates_want_them():
-    ids = [p.id for p in pieces_of(['[TOOL_CALLS]add[ARGS]{}[TOOL_CALLS]add[CALL_ID]abcDEF123[ARGS]{}'], "mistral") if isinstance(p, CallBegins)]
+    ids = [
+        p.id
+        for p in pieces_of(["[TOOL_CALLS]add[ARGS]{}[TOOL_CALLS]add[CALL_ID]abcDEF123[ARGS]{}"], "mistral")
+        if isinstance(p, CallBegins)
+    ]
     assert len(ids[0]) == 9 and ids[0].isalnum() and ids[1] == "abcDEF123"
 
 
@@ -330,7 +422,7 @@ LONG = [
 @pytest.mark.parametrize(("calls", "text", "count"), LONG)
 @pytest.mark.parametrize("size", [3, 10**6])
 def test_work_grows_with_the_text_alone(calls, text, count, size):
-    """Counted in calls of functions: eight times the text takes eight times as many, so nothing is looked at again and again."""
+    """Counted in calls of functions, of which eight times the text takes eight times as many: nothing is read twice."""
 
     def work(count: int) -> int:
         whole = text % ("\\1, [" * (count // 5)) if "%s" in text else text * count
@@ -357,7 +449,7 @@ def test_work_grows_with_the_text_alone(calls, text, count, size):
 
 
 TEMPLATES = {
-    "hermes": "{{ tools }}<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call><think></think>",
+    "hermes": '{{ tools }}<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><think></think>',
     "qwen3_coder": "{{ tools }}<tool_call>\n<function=example>\n<parameter=p>\n",
     "llama3_json": '{{ "Respond in the format {\\"name\\": function name, \\"parameters\\": dictionary of arguments}" }}',
     "mistral": "{{ '[TOOL_CALLS]' }}",
@@ -381,7 +473,12 @@ def test_the_template_tells_the_formats(name):
 
 
 def test_unknown_formats_are_refused_with_the_known_ones():
-    for options in (dict(calls="json"), dict(reasoning="deep"), dict(calls="transformers"), dict(calls="harmony", reasoning="think")):
+    for options in (
+        dict(calls="json"),
+        dict(reasoning="deep"),
+        dict(calls="transformers"),
+        dict(calls="harmony", reasoning="think"),
+    ):
         with pytest.raises(InvalidArgument, match="tool_parser|reasoning_parser"):
             Dialect.of(tokenizer_of(), **options)
 
@@ -419,4 +516,8 @@ def test_transformers_parser_where_the_tokenizer_describes_the_answers(size):
     assert read(f"<think>Hm.</think>I look.{call}") == {"reasoning": "Hm.", "content": "I look.", "calls": [PARIS]}
     assert read(f"Hm.</think>{call}", "<assistant><think>") == {"reasoning": "Hm.", "content": "", "calls": [PARIS]}
     broken = read("I look.<tool_call>{no JSON</tool_call> Done.")
-    assert broken["calls"] == [] and broken["content"].startswith("I look.{no JSON") and broken["content"].endswith(" Done.")
+    assert (
+        broken["calls"] == []
+        and broken["content"].startswith("I look.{no JSON")
+        and broken["content"].endswith(" Done.")
+    )

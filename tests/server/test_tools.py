@@ -1,4 +1,4 @@
-"""Calls and reasoning through the real client. Grammars make any model call; scripts make it say what real models say."""
+"""Calls and reasoning through the real client. Grammars make any model call, scripts have it say what real ones say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from tool_parts import MESSAGES, SCHEMAS, TEMPLATE, TOOLS, client_of, make_engin
 
 from hf_paged.integrations.openai import Limits
 
-FORMATS = ("hermes", "qwen3_coder", "llama3_json", "mistral", "pythonic", "lfm2", "deepseek_v3", "deepseek_v31", "harmony")
+FORMATS = (
+    "hermes",
+    "qwen3_coder",
+    "llama3_json",
+    "mistral",
+    "pythonic",
+    "lfm2",
+    "deepseek_v3",
+    "deepseek_v31",
+    "harmony",
+)
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 BASE = dict(model=MODEL, messages=MESSAGES, max_tokens=350)
 
@@ -57,7 +67,9 @@ def flat(message) -> list:
 def test_any_model_calls_in_any_format_when_it_must(engine, format):
     with client_of(engine, tool_parser=format) as client:
         options = BASE | dict(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
-        options["logit_bias"] = {str(engine.engine.tokenizer.convert_tokens_to_ids("<|end|>")): 6}  # of harmony's reasoning
+        options["logit_bias"] = {
+            str(engine.engine.tokenizer.convert_tokens_to_ids("<|end|>")): 6
+        }  # of harmony's reasoning
         answer = client.chat.completions.create(**options, seed=3).choices[0]
         assert answer.finish_reason == "tool_calls" and answer.message.content is None
         check(flat(answer.message))
@@ -75,7 +87,13 @@ def test_any_model_calls_in_any_format_when_it_must(engine, format):
 @pytest.mark.parametrize("marked", [True, False])
 def test_strict_tools_are_called_right_when_the_model_chooses_to(engine, format, marked):
     """The model is biased towards what begins a call: then the grammar takes over."""
-    begins = {"hermes": "<tool_call>", "qwen3_coder": "<tool_call>", "llama3_json": "{", "mistral": "[TOOL_CALLS]", "pythonic": "["}
+    begins = {
+        "hermes": "<tool_call>",
+        "qwen3_coder": "<tool_call>",
+        "llama3_json": "{",
+        "mistral": "[TOOL_CALLS]",
+        "pythonic": "[",
+    }
     begins |= {"lfm2": "<|tool_call_start|>", "harmony": "<|channel|>commentary to=functions.add"}
     begin = begins.get(format, "<｜tool▁calls▁begin｜>") if marked else "Well"
     engine.beginning = begin if marked or format != "harmony" else "<|channel|>final<|message|>Well"
@@ -154,7 +172,9 @@ def test_reasoning_is_told_counted_and_left_out(client, engine):
     texts = [entry.token for entry in choice.logprobs.content]
     assert "".join(texts) == engine.script + tokens.eos_token and len(texts) == answer.usage.completion_tokens
     entries = []
-    for chunk in client.chat.completions.create(**BASE, logprobs=True, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.chat.completions.create(
+        **BASE, logprobs=True, stream=True, stream_options={"include_usage": True}
+    ):
         entries += [entry for choice in chunk.choices if choice.logprobs for entry in choice.logprobs.content]
     assert entries == choice.logprobs.content
     assert chunk.usage.completion_tokens_details == answer.usage.completion_tokens_details
@@ -189,7 +209,9 @@ def test_a_form_is_that_of_the_content_after_the_reasoning(engine, format, openi
     extra = {"chat_template_kwargs": {"opening": opening}, "logit_bias": {str(end): 6}}
     with client_of(engine, tool_parser=format, reasoning_parser=reasoning) as client:
         for seed in range(2):
-            choice = client.chat.completions.create(**BASE, response_format=FORM, extra_body=extra, seed=seed).choices[0]
+            choice = client.chat.completions.create(**BASE, response_format=FORM, extra_body=extra, seed=seed).choices[
+                0
+            ]
             assert choice.finish_reason == "stop"
             assert json.loads(choice.message.content)["n"] in (1, 2)
             if len(beginning) > 1:
@@ -228,7 +250,13 @@ def test_messages_reach_the_template_as_it_expects_them(client, engine):
     for choice, told in (
         ("none", ""),
         ({"type": "function", "function": {"name": "add"}}, "[add]"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "add"}}]}}, "[add]"),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "add"}}]},
+            },
+            "[add]",
+        ),
     ):
         if choice == "none" or choice["type"] == "allowed_tools":
             answer = client.chat.completions.create(**options, tools=TOOLS, tool_choice=choice)
@@ -254,8 +282,14 @@ def test_special_tokens_are_seen_by_the_format_alone(engine):
         engine.script = '[THINK]Hm.[/THINK]I look<|end|>.[TOOL_CALLS]add[ARGS]{"a": 1, "exact": true}'
         message = client.chat.completions.create(**BASE, tools=TOOLS).choices[0].message
         assert (message.reasoning, message.content) == ("Hm.", "I look.")
-        assert len(message.tool_calls[0].id) == 9 and message.tool_calls[0].function.arguments == '{"a": 1, "exact": true}'
-        shown = client.chat.completions.create(**BASE, tools=TOOLS, extra_body={"skip_special_tokens": False}).choices[0].message
+        assert (
+            len(message.tool_calls[0].id) == 9 and message.tool_calls[0].function.arguments == '{"a": 1, "exact": true}'
+        )
+        shown = (
+            client.chat.completions.create(**BASE, tools=TOOLS, extra_body={"skip_special_tokens": False})
+            .choices[0]
+            .message
+        )
         assert shown.content == "I look<|end|>." and len(shown.tool_calls) == 1
         plain = client.chat.completions.create(**BASE).choices[0].message
         assert plain.content == 'I look.add{"a": 1, "exact": true}' and plain.tool_calls is None
@@ -282,7 +316,10 @@ def tool(name="f", **function) -> dict:
         (dict(tools=[tool(parameters={"type": "string"})]), "tools.0.function.parameters"),
         (dict(tools=[tool(parameters={"properties": 3})]), "tools.0.function.parameters"),
         (dict(tools=[tool(parameters={"required": "a"})]), "tools.0.function.parameters"),
-        (dict(tools=[tool(), tool(name="g", strict=True, parameters={"$ref": "#/none"})]), "tools.1.function.parameters"),
+        (
+            dict(tools=[tool(), tool(name="g", strict=True, parameters={"$ref": "#/none"})]),
+            "tools.1.function.parameters",
+        ),
         (dict(tools=[tool(name=f"f{i}") for i in range(9)]), "tools"),
         (dict(tools=[tool(description="x" * 5000)]), "tools"),
         (dict(tool_choice="required"), "tool_choice"),
@@ -297,7 +334,14 @@ def tool(name="f", **function) -> dict:
         (dict(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]), "messages.0.tool_call_id"),
         (dict(messages=[{"role": "user", "content": "x", "reasoning_content": "y"}]), "messages.0.reasoning_content"),
         (
-            dict(messages=[{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}]}]),
+            dict(
+                messages=[
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}],
+                    }
+                ]
+            ),
             "messages.0.tool_calls.0.function.arguments",
         ),
     ],
@@ -322,7 +366,10 @@ def test_what_the_model_cannot_is_refused(engine):
             client.chat.completions.create(**BASE, tools=TOOLS)
         assert caught.value.body["param"] == "tools"
         engine.script = "Fine."
-        assert client.chat.completions.create(**BASE, tools=TOOLS, tool_choice="none").choices[0].message.content == "Fine."
+        assert (
+            client.chat.completions.create(**BASE, tools=TOOLS, tool_choice="none").choices[0].message.content
+            == "Fine."
+        )
     with client_of(engine, tool_parser="llama3_json") as client:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**BASE, tools=TOOLS, response_format={"type": "json_object"})
@@ -341,7 +388,9 @@ def test_what_the_model_cannot_is_refused(engine):
 @pytest.mark.parametrize("depth", [60, 3000])
 def test_schemas_too_deep_harm_nobody(client, engine, depth):
     schema = '{"type": "object", "properties": {"a": ' * depth + '{"$ref": "#/none"}' + "}}" * depth
-    body = json.dumps(BASE | dict(tools=[tool(parameters="SCHEMA")], tool_choice="required")).replace('"SCHEMA"', schema)
+    body = json.dumps(BASE | dict(tools=[tool(parameters="SCHEMA")], tool_choice="required")).replace(
+        '"SCHEMA"', schema
+    )
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{client.base_url}chat/completions", content=body, headers=headers)
     assert answer.status_code == 400 and answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>...: DeepSeek V3 and R1, whose arguments are fenced, and V3.1, whose are not."""
+"""<｜tool▁calls▁begin｜>...: DeepSeek V3 and R1, whose arguments stand in a fence, and V3.1, whose do not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DeepSeekV3(CallFormat):
 
     def _call(self, scanner: Scanner) -> Reading[None]:
         scanner.keep()
-        name = (yield from scanner.take_while(NAME_CHARACTERS))
+        name = yield from scanner.take_while(NAME_CHARACTERS)
         separated = yield from scanner.skip(SEPARATOR)
         if separated and name == "function" and (yield from scanner.peek()) != "{":
             name = yield from scanner.take_while(NAME_CHARACTERS)

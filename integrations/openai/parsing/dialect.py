@@ -57,7 +57,9 @@ class Dialect:
         call_format = _made("tool_parser", name, CALL_FORMATS, tokenizer)
         if call_format is not None and call_format.reasons:
             if reasoning not in (AUTO, NONE, call_format.name):
-                raise InvalidArgument(f"reasoning_parser: {call_format.name} reads the reasoning itself, so not {reasoning!r}")
+                raise InvalidArgument(
+                    f"reasoning_parser: {call_format.name} reads the reasoning itself, so not {reasoning!r}"
+                )
             return cls(call_format, None, special)
         name = _detect_reasoning(text) if reasoning == AUTO else reasoning
         return cls(call_format, _made("reasoning_parser", name, REASONING_FORMATS, tokenizer), special)
@@ -72,7 +74,9 @@ class Dialect:
 
     def with_calls(self, wanted: bool) -> Dialect:
         """The formats that a request needs: that of calls only if it has tools, or reasoning would stay in the text."""
-        return self if wanted or self.calls is None or self.calls.reasons else Dialect(None, self.reasoning, self.special)
+        return (
+            self if wanted or self.calls is None or self.calls.reasons else Dialect(None, self.reasoning, self.special)
+        )
 
     @property
     def silent(self) -> bool:

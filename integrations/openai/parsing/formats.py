@@ -89,7 +89,11 @@ class ReasoningFormat(ABC):
 
     @abstractmethod
     def state(self, prompt: str, continued: str | None) -> State:
-        """What is known of the reasoning when `prompt` has been read, which ends with `continued`, the answer's beginning."""
+        """What is known of the reasoning when `prompt` has been read.
+
+        Args:
+            continued: the answer's beginning, if the prompt ends with one.
+        """
 
     @abstractmethod
     def read(self, scanner: Scanner, state: State) -> Reading[None]:

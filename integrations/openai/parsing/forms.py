@@ -37,7 +37,10 @@ def answer_form(
     if plain and not tools:
         return form
     lark = Lark(dialect.special)
-    lead = calls.lead(lark) if reasoning is None and calls is not None else "" if reasoning is None else reasoning.expression(lark, state)
+    if reasoning is not None:
+        lead = reasoning.expression(lark, state)
+    else:
+        lead = "" if calls is None else calls.lead(lark)
     if not tools:
         body = lark.form(form) if calls is None else calls.saying(lark, lark.form(form))
     elif required:
@@ -64,5 +67,7 @@ def _calls(dialect: Dialect, lark: Lark, tools: Sequence[Tool], one_call: bool) 
 
 
 def _no_grammar(dialect: Dialect) -> Refused:
-    message = f"tools: calls in the format {dialect.calls.name!r} can be read, but not enforced (strict, or a tool_choice)"
+    message = (
+        f"tools: the format {dialect.calls.name!r} of calls can be read, but neither strict nor tool_choice enforced"
+    )
     return Refused(message, param="tools", code="unsupported")

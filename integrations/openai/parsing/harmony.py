@@ -1,4 +1,4 @@
-"""GPT-OSS: messages of several channels, of which analysis is reasoning, final is the answer, commentary has the calls."""
+"""GPT-OSS: messages of several channels: analysis is reasoning, final is the answer, commentary has the calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 
 
 class Harmony(CallFormat):
-    """The prompt ends with `<|start|>assistant`; what follows is the rest of a header, a message, and maybe more of both."""
+    """The prompt ends with `<|start|>assistant`; what follows is the rest of a header, its message, and maybe more."""
 
     name = "harmony"
     markers = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
@@ -74,12 +74,14 @@ class Harmony(CallFormat):
     def calls(self, lark: Lark, tools: Sequence[Tool], begin: str, many: bool) -> str:
         """One: the token behind a call ends the answer."""
         header = lark.literal(f" {CONSTRAIN}json{MESSAGE}")
-        bodies = (f"{quoted(f'commentary to=functions.{tool.name}')} {header} {lark.json(tool.parameters)}" for tool in tools)
+        begins = {tool.name: quoted(f"commentary to=functions.{tool.name}") for tool in tools}
+        bodies = (f"{begins[tool.name]} {header} {lark.json(tool.parameters)}" for tool in tools)
         return f"{begin} {lark.rule(' | '.join(bodies))}"
 
     def free(self, lark: Lark, tools: Sequence[Tool], but: str) -> str:
         call = self.calls(lark, tools, lark.literal(CHANNEL), many=False)
-        return f"({self._other(lark, 'analysis')} | {self._other(lark, 'commentary')})* ({call} | {self.saying(lark, lark.text())})"
+        others = f"({self._other(lark, 'analysis')} | {self._other(lark, 'commentary')})*"
+        return f"{others} ({call} | {self.saying(lark, lark.text())})"
 
     def lead(self, lark: Lark) -> str:
         return f"({self._other(lark, 'analysis')})?"
@@ -89,4 +91,5 @@ class Harmony(CallFormat):
 
     def _other(self, lark: Lark, channel: str) -> str:
         """A message that is not the last."""
-        return f"{lark.literal(f'{CHANNEL}{channel}{MESSAGE}')} {lark.upto('<|end|>')} {lark.literal('<|start|>assistant')}"
+        header = lark.literal(f"{CHANNEL}{channel}{MESSAGE}")
+        return f"{header} {lark.upto('<|end|>')} {lark.literal(f'{START}assistant')}"

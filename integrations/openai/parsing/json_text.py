@@ -100,7 +100,7 @@ def read_string(scanner: Scanner) -> Reading[str | None]:
 
 
 def read_call(scanner: Scanner, *, bare: bool = False) -> Reading[Outcome]:
-    """Read a call written as `{"name": ..., "arguments": {...}}`, keys in any order, "parameters" as good as "arguments".
+    """Read a call written as `{"name": ..., "arguments": {...}}`: keys in any order, "parameters" will do, too.
 
     Arguments are passed on as they come, as soon as the name is known.
 

@@ -84,7 +84,9 @@ class Lark:
 
 def slashed(regex: str) -> str:
     """A regular expression as it stands between slashes."""
-    return re.sub(r"\\.|/|\n", lambda match: {"/": r"\/", "\n": r"\n"}.get(match.group(), match.group()), regex, flags=re.S)
+    return re.sub(
+        r"\\.|/|\n", lambda match: {"/": r"\/", "\n": r"\n"}.get(match.group(), match.group()), regex, flags=re.S
+    )
 
 
 def quoted(text: str) -> str:

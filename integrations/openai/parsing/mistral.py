@@ -49,7 +49,9 @@ class Mistral(CallFormat):
     def calls(self, lark: Lark, tools: Sequence[Tool], begin: str, many: bool) -> str:
         if lark.is_special(ARGUMENTS):
             separator = lark.literal(ARGUMENTS)
-            call = lark.rule(" | ".join(f"{quoted(tool.name)} {separator} {lark.json(tool.parameters)}" for tool in tools))
+            call = lark.rule(
+                " | ".join(f"{quoted(tool.name)} {separator} {lark.json(tool.parameters)}" for tool in tools)
+            )
             more = f"({lark.literal(BEGIN)} {call})*" if many else ""
             return f"{begin} {call} {more}"
         call = lark.rule(" | ".join(json_call(lark, tool, "arguments") for tool in tools))

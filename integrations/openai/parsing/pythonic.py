@@ -13,7 +13,7 @@ from .scanner import SPACE, Reading, Scanner
 
 
 class Pythonic(CallFormat):
-    """A list of Python calls, at the very beginning of an answer or between two markers. A call shows when it is whole."""
+    """A list of Python calls, at the beginning of an answer or between two markers. A call shows when it is whole."""
 
     name = "pythonic"
     begin, end = "<|python_start|>", "<|python_end|>"

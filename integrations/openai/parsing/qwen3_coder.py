@@ -81,7 +81,8 @@ class Qwen3Coder(CallFormat):
 
     def calls(self, lark: Lark, tools: Sequence[Tool], begin: str, many: bool) -> str:
         end = lark.literal(f"{FUNCTION_END}\n{END}")
-        bodies = [f"{quoted(f'{chr(10)}{FUNCTION}{tool.name}>{chr(10)}')} {_written(lark, tool)} {end}" for tool in tools]
+        begins = {tool.name: quoted(f"\n{FUNCTION}{tool.name}>\n") for tool in tools}
+        bodies = [f"{begins[tool.name]} {_written(lark, tool)} {end}" for tool in tools]
         body = lark.rule(" | ".join(bodies))
         more = f'("\\n" {lark.literal(BEGIN)} {body})*' if many else ""
         return f"{begin} {body} {more}"
@@ -103,7 +104,7 @@ def _written(lark: Lark, tool: Tool) -> str:
         elif tool.strict and any(rule in schema for rule in _STRING_RULES):
             raise ValueError(f"{key}: this model writes strings without quotes, so their form cannot be enforced")
         else:
-            part = f"{begin} {lark.upto(f'{chr(10)}{PARAMETER_END}{chr(10)}')}"
+            part = begin + " " + lark.upto(f"\n{PARAMETER_END}\n")
         parts.append(part if key in parameters.get("required", ()) else f"({part})?")
     return " ".join(parts)
 

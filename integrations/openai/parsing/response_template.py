@@ -32,7 +32,7 @@ class ResponseTemplate(CallFormat):
         self.markers = tuple(token for token in tokens if token in described)
 
     def read(self, scanner: Scanner, tools: Mapping[str, Tool], prompt: str) -> Reading[None]:
-        listed = [{"type": "function", "function": {"name": t.name, "parameters": t.parameters}} for t in tools.values()]
+        listed = [tool.for_template() for tool in tools.values()]
         region = _Region(scanner)
         try:
             parser = self._tokenizer.get_response_parser(prefix=prompt, tools=listed)
