@@ -18,6 +18,7 @@ from .base.post_import import when_imported
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterInfo": "base.types",
     "AsyncEngine": "engine.async_engine",
     "CacheFull": "base.errors",
     "ClassificationOutput": "base.tasks",

@@ -114,6 +114,26 @@ class CompletionDelta:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """An adapter that an engine has loaded.
+
+    Attributes:
+        kind: PEFT's name for what it is, such as "LORA".
+        source: the folder it came from, or the model whose adapter it is.
+        rank: the highest of a LoRA adapter's; else None.
+        num_bytes: memory it takes beside the model.
+        apart: why its requests run in a forward of their own, on PEFT's modules; None if they run with all others.
+    """
+
+    name: str
+    kind: str
+    source: str
+    rank: int | None
+    num_bytes: int
+    apart: str | None
+
+
 @dataclass(slots=True)
 class RequestDelta:
     """What was added to a request.

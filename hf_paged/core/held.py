@@ -58,7 +58,13 @@ class HeldSequences:
     # -- life of a sequence
 
     def new(
-        self, name: str, *, cache_salt: str | bytes | None = None, publish: bool = True, expendable: bool = False
+        self,
+        name: str,
+        *,
+        cache_salt: str | bytes | None = None,
+        adapter: int = 0,
+        publish: bool = True,
+        expendable: bool = False,
     ) -> Sequence:
         """An empty sequence.
 
@@ -66,7 +72,7 @@ class HeldSequences:
             publish: its blocks may enter the prefix cache.
             expendable: it may be emptied whenever somebody lacks blocks; its owner looks before each use.
         """
-        request = Request(request_id=name, prompt_token_ids=[], max_tokens=1, cache_salt=cache_salt)
+        request = Request(request_id=name, prompt_token_ids=[], max_tokens=1, cache_salt=cache_salt, adapter=adapter)
         sequence = self._enter(request, 0)
         sequence.publishable = publish
         if expendable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -39,6 +39,7 @@ class StepPlan:
         num_slots: slots the state tensors must have for this step. It only grows.
         samples: (packed row of the logits, seq_id) for every token to sample. A prompt with n > 1 has n on one row; a
             sequence with draft tokens has its last known token's row and those of the drafts, in a run.
+        adapters: `Request.adapter` of each sequence; empty if it is 0 of all.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepPlan:
     states: list[tuple[int, int]]
     num_slots: int
     samples: list[tuple[int, int]]
+    adapters: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

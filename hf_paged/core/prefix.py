@@ -1,6 +1,6 @@
 """Prefix-cache keys (a hash chain over token blocks) and the search for the longest usable prefix.
 
-    key[-1] = sha256(tag | kind of salt | salt)         key[i] = sha256(key[i - 1] | tokens of block i, 8 bytes each)
+    key[-1] = sha256(tag | adapter, if any | kind of salt | salt)         key[i] = sha256(key[i - 1] | tokens of block i, 8 bytes each)
 
 A key names the whole history up to the end of its block, so equal keys mean equal keys and values. SHA-256 because a
 forged collision would let one caller read the effects of another's prompt.
@@ -18,24 +18,30 @@ from .groups import GroupSpec
 _ROOT_TAG = b"hf_paged prefix root\0"
 
 
-def root_key(cache_salt: str | bytes | None) -> bytes:
-    """Start of the chain. None, "" and b"" are three different salts."""
+def root_key(cache_salt: str | bytes | None, adapter: int = 0) -> bytes:
+    """Start of the chain. None, "" and b"" are three different salts; every `Request.adapter` has chains of its own."""
     if cache_salt is None:
         salt = b"\0"
     elif isinstance(cache_salt, str):
         salt = b"\1" + cache_salt.encode("utf-8", "surrogatepass")
     else:
         salt = b"\2" + bytes(cache_salt)
-    return hashlib.sha256(_ROOT_TAG + salt).digest()
+    own = b"\3" + adapter.to_bytes(8, "big") if adapter else b""
+    return hashlib.sha256(_ROOT_TAG + own + salt).digest()
 
 
 def extend_keys(
-    keys: list[bytes], token_ids: list[int], num_blocks: int, block_size: int, cache_salt: str | bytes | None
+    keys: list[bytes],
+    token_ids: list[int],
+    num_blocks: int,
+    block_size: int,
+    cache_salt: str | bytes | None,
+    adapter: int = 0,
 ) -> None:
     """Append to `keys` until it holds those of the first `num_blocks` blocks of `token_ids`."""
     if len(keys) >= num_blocks:
         return
-    key = keys[-1] if keys else root_key(cache_salt)
+    key = keys[-1] if keys else root_key(cache_salt, adapter)
     for start in range(len(keys) * block_size, num_blocks * block_size, block_size):
         key = hashlib.sha256(key + array("q", token_ids[start : start + block_size]).tobytes()).digest()
         keys.append(key)

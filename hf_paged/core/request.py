@@ -31,6 +31,8 @@ class Request:
         arrival: seconds on the `time.monotonic` clock.
         deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
+        adapter: what the model's weights are changed by for this request: a number that nothing else ever had; 0: nothing.
+            It separates prefix-cache entries, too.
         max_cached_tokens: most leading tokens it may have from the prefix cache: what comes of the others is wanted. 0 computes
             every token anew (its blocks still serve others). None: any.
         write_prefix_cache: False keeps its blocks out of the prefix cache; its own completions still share them.
@@ -51,6 +53,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     cache_salt: str | bytes | None = None
+    adapter: int = 0
     max_cached_tokens: int | None = None
     write_prefix_cache: bool = True
     params: object = None

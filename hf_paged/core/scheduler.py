@@ -397,6 +397,11 @@ class Scheduler:
         """Whether all its sequences have ended (or it was never added)."""
         return request_id not in self.requests
 
+    def users_of(self, adapter: int) -> int:
+        """Unfinished requests, and held sequences, with this `Request.adapter`."""
+        requests = [*self.requests.values(), *(sequence.request for sequence in self.held)]
+        return sum(request.adapter == adapter for request in requests)
+
     def sequence(self, seq_id: int) -> Sequence:
         """A sequence of an unfinished request, or of one that ended since the last `schedule`; else KeyError."""
         seq = self._sequences.get(seq_id)

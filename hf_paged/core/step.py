@@ -116,6 +116,7 @@ class StepBuilder:
                 token_ids.append(token)
                 samples.append((len(token_ids) - 1, seq.seq_id))
         sequences = [seq for seq, _, _, _ in entries]
+        adapters = [seq.request.adapter for seq in sequences]
         return StepPlan(
             step=step,
             seq_ids=[seq.seq_id for seq in sequences],
@@ -129,4 +130,5 @@ class StepBuilder:
             states=[self.changes.states[seq.seq_id] for seq in sequences] if tables.has_state else [],
             num_slots=tables.slots.num_blocks,
             samples=samples,
+            adapters=adapters if any(adapters) else [],
         )

@@ -338,7 +338,8 @@ class BlockTables:
             seq.state_slot = None
 
     def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
-        extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, seq.request.cache_salt)
+        request = seq.request
+        extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, request.cache_salt, request.adapter)
 
     def _publish(self, seq: Sequence, begin: int, end: int) -> list[tuple[BlockPool, int, bytes]]:
         """Publish blocks `begin` to `end` of `seq`, which the step being planned fills. Returns what was not yet there.

@@ -12,7 +12,7 @@ from functools import partial
 from ..base.errors import EngineClosed
 from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput
-from ..base.types import RequestDelta, RequestOutput
+from ..base.types import AdapterInfo, RequestDelta, RequestOutput
 from .engine import BatchEngine, Prompt
 from .job import Work, as_list, grouped, result_of
 from .lock import FairLock
@@ -205,6 +205,14 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> bool:
         """End a request by its id; its iterator yields a last output with finish reason "abort"."""
         return await asyncio.to_thread(self.engine.abort, request_id)
+
+    async def load_adapter(self, name: str, source, **options) -> AdapterInfo:
+        """See `BatchEngine.load_adapter`."""
+        return await asyncio.to_thread(partial(self.engine.load_adapter, name, source, **options))
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `BatchEngine.unload_adapter`."""
+        await asyncio.to_thread(self.engine.unload_adapter, name)
 
     async def resize_kv_cache(self, memory: int | str) -> None:
         """See `BatchEngine.resize_kv_cache`."""

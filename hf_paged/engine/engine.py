@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from ..base.config import EngineConfig, parse_bytes
 from ..base.errors import EngineClosed, InvalidArgument, QueueFull, RequestTooLarge
 from ..base.sampling_params import SamplingParams
-from ..base.types import RequestOutput
+from ..base.types import AdapterInfo, RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Sequence
 from ..runtime.batch import StepContext
@@ -89,6 +89,7 @@ class BatchEngine(Jobs):
         priority: int = 0,
         deadline: float | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
         logits_processors: Iterable[Callable] = (),
         stopping_criteria: Iterable[Callable] = (),
         forward_hooks: Mapping[str, Callable] | None = None,
@@ -105,6 +106,7 @@ class BatchEngine(Jobs):
             priority: with policy "priority", lower numbers run first.
             deadline: seconds from now after which the request ends with DeadlineExceeded.
             cache_salt: requests share cached prefixes only with requests of the same salt.
+            adapter: the name of a loaded adapter; None: the model as it is.
             logits_processors: called as `f(token_ids, logits [V]) -> logits [V]` before sampling.
             stopping_criteria: called as `f(token_ids) -> bool` after every token; true stops the completion.
             forward_hooks: {module name: `f(activation [t, ...], positions [t]) -> replacement or None`}: called after
@@ -127,6 +129,7 @@ class BatchEngine(Jobs):
             priority=priority,
             deadline=deadline,
             cache_salt=cache_salt,
+            adapter=adapter,
             hooks=self.hooks(logits_processors, stopping_criteria, forward_hooks),
             on_output=on_output,
         )
@@ -158,6 +161,8 @@ class BatchEngine(Jobs):
             self._check_open()
             if request.request_id in self._requests:
                 raise InvalidArgument(f"request_id {request.request_id!r} must be one that is not in use")
+            if not self.model.adapters.is_loaded(request.adapter):
+                raise InvalidArgument("adapter was unloaded before the request was added")
             self._look_if_idle()
             self._count += 1
             if state.seed is None:
@@ -310,6 +315,44 @@ class BatchEngine(Jobs):
             if self.graphs is not None:
                 self.graphs.clear()
 
+    # Adapters
+
+    def load_adapter(
+        self, name: str, source, *, adapter_name: str | None = None, max_rank: int | None = None
+    ) -> AdapterInfo:
+        """Load a PEFT adapter, for requests that name it. Others run on meanwhile; the last part waits for a step's end.
+
+        Args:
+            name: what requests call it.
+            source: the folder of a saved adapter (adapter_config.json and adapter_model.safetensors); or a PeftModel
+                around this model, or around another of the same structure, whose adapter is used as it is at each step.
+            adapter_name: which adapter of the PeftModel, where it has several.
+            max_rank: refuse a LoRA adapter of a higher rank.
+
+        Raises:
+            InvalidArgument: the name is taken, the folder holds no sound adapter, or it is none of this model.
+            UnsupportedOption: such adapters cannot run beside others; the message says why.
+        """
+        loaded = self.model.adapters.read(name, source, adapter_name, max_rank)
+        with self._between_steps():
+            return self.model.take_adapter(loaded, self.config)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidArgument while requests have it, and for a name that is not loaded."""
+        with self._between_steps():
+            if name not in self.adapters:
+                raise InvalidArgument(f"adapter {name!r} is not loaded; there is {sorted(self.adapters) or 'none'}")
+            number = self.model.adapters.number(name)
+            users = self._scheduler.users_of(number)
+            if users:
+                raise InvalidArgument(f"adapter {name!r} cannot be unloaded: {users} unfinished requests have it")
+            self.model.adapters.remove(name)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name."""
+        return self.model.adapters.infos
+
     # Memory
 
     def resize_kv_cache(self, memory: int | str) -> None:
@@ -380,10 +423,10 @@ class BatchEngine(Jobs):
         """Counts since the last `reset_stats`, and memory in bytes now.
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
-        cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `cuda_graphs` batch sizes of
-        decode steps are recorded so far, which keep `cuda_graph_bytes`. `draft_tokens` were guessed, `accepted_tokens` of
-        them were right and `acceptance_rate` is their share (None if nothing was guessed). Times are the host's, in
-        seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and waiting for
+        cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `adapter_bytes` are those of
+        loaded adapters. `cuda_graphs` batch sizes of decode steps are recorded so far, which keep `cuda_graph_bytes`.
+        `draft_tokens` were guessed, `accepted_tokens` of them were right and `acceptance_rate` is their share (None if
+        nothing was guessed). Times are the host's, in seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and waiting for
         the device), `time_draft` what guessing took, the rest is the engine's own (`time_build` packs the batch, and grows
         the cache when it must). `shared_prefix_tokens` counts the tokens of shared prefixes that a layer read for several
         sequences at once instead of for each.
@@ -404,6 +447,7 @@ class BatchEngine(Jobs):
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
                 "cuda_graphs": len(self.graphs.recorded) if self.graphs else 0,
                 "cuda_graph_bytes": self.graphs.num_bytes if self.graphs else 0,
+                "adapter_bytes": self.model.adapters.num_bytes,
                 "state_bytes_allocated": self._cache.states.bytes_allocated,
                 "state_bytes_in_use": slot_size * scheduler["slots_in_use"],
                 "state_bytes_peak": slot_size * scheduler["slots_peak"],
@@ -434,6 +478,7 @@ class BatchEngine(Jobs):
             for sequence in list(self._scheduler.held):
                 self._scheduler.held.release(sequence)
             self._runner.release()
+            self.model.adapters.close()
             if self._speculator is not None:
                 self._speculator.close()
 

@@ -14,6 +14,7 @@ import torch
 from ..core.plan import StepPlan
 from ..core.request import Sequence
 from ..core.scheduler import Scheduler
+from ..runtime.adapters import groups_of
 from ..runtime.batch import SequenceHooks
 from ..runtime.packed import Owner
 from ..runtime.pending import PendingSamples
@@ -172,16 +173,22 @@ class StepExecutor:
         for span in of_head:
             rows += span.packed
         sampled = None if previous is None else previous.tokens
-        context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled, hidden=bool(of_hidden))
-        mark = clock.lap("build", mark)
-        logits = self._runner.forward(context)
+        groups = groups_of(self._runner.model.adapters, plan)
+        if len(groups) > 1:
+            options = dict(rows=rows, sampled=sampled, hidden=bool(of_hidden))
+            logits, hidden = self._runner.forward_apart(plan, groups, self._owner, hooks, **options)
+        else:
+            context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled, hidden=bool(of_hidden))
+            mark = clock.lap("build", mark)
+            logits = self._runner.forward(context)
+            hidden = context.hidden
         mark = clock.lap("model", mark)
         samples = self._sample(logits, plan, place, due, previous) if due else None
         parts, offset = [], len(place)
         for span in of_head:
             parts.append(self._part(span, logits[offset : offset + len(span.packed)]))
             offset += len(span.packed)
-        parts += [self._part(span, context.hidden[span.packed.start : span.packed.stop]) for span in of_hidden]
+        parts += [self._part(span, hidden[span.packed.start : span.packed.stop]) for span in of_hidden]
         flight = InFlight(plan, hooks, due, samples, parts, Milestone(logits.device))
         clock.lap("sample", mark)
         return flight

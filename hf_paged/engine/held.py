@@ -61,6 +61,7 @@ class HeldRows:
     does, at the engine's next step, the end of the object's life.
 
     Args:
+        adapters: the name of every row's adapter; None: no row has one.
         publish: the rows' blocks may enter the prefix cache.
         expendable: whoever lacks blocks may empty rows between two calls.
 
@@ -70,7 +71,7 @@ class HeldRows:
     """
 
     def __init__(self, engine, num_rows: int, *, name: str = "held", cache_salt: str | bytes | None = None,
-                 publish: bool = True, expendable: bool = False):  # fmt: skip
+                 adapters: list[str] | None = None, publish: bool = True, expendable: bool = False):  # fmt: skip
         self._engine = engine
         self._held = engine._scheduler.held
         self._name = f"{name}-{next(_numbers)}"
@@ -82,8 +83,8 @@ class HeldRows:
             engine._release_dropped()
             engine._look_if_idle()
             self._sequences = [
-                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, **self._options)
-                for row in range(num_rows)
+                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, adapter=number, **self._options)
+                for row, number in enumerate(map(engine.model.adapters.number, adapters or [None] * num_rows))
             ]
         self._drop = weakref.finalize(self, engine._dropped.append, self._sequences)
         self._drop.atexit = False
@@ -161,10 +162,19 @@ class HeldRows:
                 )
 
     def _chunks(self, new_tokens: list[list[int]]):
-        """(row, start, tokens) lists of at most `max_batch_tokens` together, unless rows must not be cut."""
+        """(row, start, tokens) lists of at most `max_batch_tokens` together, unless rows must not be cut, and of rows that
+        may run in one forward."""
+        groups: dict = {}
+        for row, sequence in enumerate(self._sequences):
+            groups.setdefault(self._engine.model.adapters.group(sequence.request.adapter), []).append(row)
+        for rows in groups.values():
+            yield from self._chunks_of(rows, new_tokens)
+
+    def _chunks_of(self, rows: list[int], new_tokens: list[list[int]]):
         budget, whole = self.max_batch_tokens, self._engine._scheduler.whole_prompts
         work, room = [], budget
-        for row, tokens in enumerate(new_tokens):
+        for row in rows:
+            tokens = new_tokens[row]
             start = 0
             while start < len(tokens):
                 part = tokens if whole else tokens[start : start + room]

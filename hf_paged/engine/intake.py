@@ -58,6 +58,7 @@ class Intake:
         priority: int = 0,
         deadline: float | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
         hooks: RowHooks = NO_HOOKS,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> RequestState:
@@ -80,6 +81,7 @@ class Intake:
             arrival=arrival,
             deadline=None if deadline is None else arrival + deadline,
             cache_salt=cache_salt,
+            adapter=self._model.adapters.number(adapter),
             # a function on activations sees every token of its request, and what it changes is nobody else's
             write_prefix_cache=not hooks.forward_hooks,
             params=params,

@@ -22,19 +22,26 @@ Work = list[tuple]  # (prompt, its SamplingParams or what a task takes), in orde
 class Jobs:
     """What BatchEngine does with lists of prompts. They are requests like any other, in the same steps.
 
-    `options` of the tasks are those of `add` for each request: `priority`, `deadline`, `cache_salt`, `forward_hooks`.
+    `options` of the tasks are those of `add` for each request: `priority`, `deadline`, `cache_salt`, `adapter`,
+    `forward_hooks`.
     """
 
     _intake: Intake
 
     def generate(
-        self, prompts, params: SamplingParams | list[SamplingParams] | None = None, *, progress: bool = False
+        self,
+        prompts,
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        adapter: str | list[str | None] | None = None,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Run prompts to their end and return their outputs in order.
 
         Args:
             prompts: one prompt or a list of them, each as in `add`.
             params: for all prompts, or a list with one per prompt; each as in `add`.
+            adapter: for all prompts, or a list with one per prompt; each as in `add`.
             progress: show a tqdm bar.
 
         Raises:
@@ -42,12 +49,8 @@ class Jobs:
                 lists all of them in order.
         """
         prompts = as_list(prompts)
-        if isinstance(params, (list, tuple)):
-            if len(params) != len(prompts):
-                raise InvalidArgument(f"params has {len(params)} entries for {len(prompts)} prompts")
-        else:
-            params = [params] * len(prompts)
-        return self._run(list(zip(prompts, params)), progress)
+        work = list(zip(prompts, _each("params", params, prompts)))
+        return self._run(work, progress, _each("adapter", adapter, prompts))
 
     def embed(
         self,
@@ -111,19 +114,20 @@ class Jobs:
         return self._results([(prompt, params) for prompt in as_list(prompts)], progress, options)
 
     def _results(self, work: Work, progress: bool, options: dict) -> list:
+        adapter = options.pop("adapter", None)
         functions = {name: options.pop(name) for name in ("forward_hooks",) if name in options}
         if functions:
             options["hooks"] = self.hooks(**functions)
         unknown = options.keys() - {"priority", "deadline", "cache_salt", "hooks"}
         if unknown:
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-        return [result_of(output) for output in self._run(work, progress, **options)]
+        return [result_of(output) for output in self._run(work, progress, [adapter] * len(work), **options)]
 
-    def _run(self, work: Work, progress: bool, **options) -> list[RequestOutput]:
+    def _run(self, work: Work, progress: bool, adapters: list[str | None], **options) -> list[RequestOutput]:
         states: list[RequestState] = []
         try:
-            for prompt, params in work:
-                states.append(self.submit_when_possible(prompt, params, **options))
+            for (prompt, params), adapter in zip(work, adapters):
+                states.append(self.submit_when_possible(prompt, params, adapter=adapter, **options))
             _finish_all(self, states, progress)
         finally:
             for state in states:
@@ -172,6 +176,15 @@ def _with_continuations(prompts: list, continuations) -> list[tuple[object, list
             kind = type(given).__name__
             raise InvalidArgument(f"continuations must be a list for each prompt, got {kind} at {place}")
     return [(prompt, list(given)) for prompt, given in zip(prompts, lists)]
+
+
+def _each(name: str, value, prompts: list) -> list:
+    """An option for every prompt: a list has one per prompt, anything else is for all."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise InvalidArgument(f"{name} has {len(value)} entries for {len(prompts)} prompts")
+    return list(value)
 
 
 def _finish_all(engine, states: list[RequestState], progress: bool) -> None:

@@ -98,6 +98,11 @@ class Engine(BatchEngine):
         self._check_strict()  # since the model was patched, hooks and replaced modules may have come
         return super().prepare(*args, **options)
 
+    def adapter_inside(self, name: str) -> str:
+        """The name in this engine of an adapter of the model's own PEFT modules, which is loaded if it was not."""
+        with self._between_steps():
+            return self.model.adapters.inside(name, self.config, self.model.take_adapter)
+
     def hold(self, *args, **options):
         self._check_strict()
         return super().hold(*args, **options)

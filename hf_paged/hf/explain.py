@@ -9,6 +9,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable
+from ..base.types import AdapterInfo
 from ..engine.build import wants_graphs
 from ..quant.packed import Packed
 from .attention import drops_softcap
@@ -57,6 +58,7 @@ class Explanation:
     """`str()` is a table.
 
     Attributes:
+        adapters: those that the engine has loaded.
         weights: the quantized linear layers, by format, shape of their scales and kernel.
         fused: kernel -> modules it stands in for.
         plain: linear layers of a quantized model's decoder layers that are not quantized -> why.
@@ -90,6 +92,7 @@ class Explanation:
     guesses: str | None = None
     graphs: str | None = None
     weights: list[WeightsExplanation] = field(default_factory=list)
+    adapters: list[AdapterInfo] = field(default_factory=list)
 
     def raise_on_fallback(self) -> None:
         """Raise KernelUnavailable if anything takes a slower path now, whatever calls did (`EngineConfig(strict=True)`)."""
@@ -106,6 +109,7 @@ class Explanation:
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
         lines += [f"weights {weights}" for weights in self.weights]
+        lines += [f"adapter {_adapter(info)}" for info in self.adapters]
         lines += [f"plain   {name}: {reason}" for name, reason in self.plain.items()]
         lines += [f"alone   {name}: {reason}" for name, reason in self.alone.items()]
         if self.launches is not None:
@@ -163,6 +167,8 @@ def explain_patch(model, patch, config) -> Explanation:
     multiplies = ops.resolve_backend("auto", adapter.device) if multiplies == "reference" else multiplies
     weights = _weights(model, multiplies)
     fallbacks |= {f"{entry.layers} linear layers ({entry.format})": entry.reason for entry in weights if entry.reason}
+    adapters = list(adapter.adapters.infos.values())
+    fallbacks |= {f"adapter {info.name}": f"forwards of its own: {info.apart}" for info in adapters if info.apart}
     limits = [f"at most {adapter.max_model_len} tokens a sequence"] if adapter.max_model_len < NO_LIMIT else []
     if adapter.length_note:
         limits.append(adapter.length_note)
@@ -202,7 +208,13 @@ def explain_patch(model, patch, config) -> Explanation:
         guesses=_guesses(config),
         graphs=_graphs(patch, config),
         weights=weights,
+        adapters=adapters,
     )
+
+
+def _adapter(info: AdapterInfo) -> str:
+    rank = "" if info.rank is None else f" of rank {info.rank}"
+    return f"{info.name}: {info.kind}{rank} from {info.source}, {info.num_bytes / 2**20:.1f} MiB"
 
 
 def _quantized(model) -> list[Packed]:

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
+from . import row_adapters
 from .names import CACHE_NAME, CACHE_NAMES
 from .paged_call import cache_of, paged_call
 from .paged_cache import PagedCache, begun
@@ -45,7 +46,11 @@ class PagedMixin(Swapped):
         with _starting(None):  # a `generate` inside a started one is its own
             return self._generate(*args, **kwargs)
 
-    def _generate(self, *args, **kwargs):
+    def _generate(self, *args, adapter_names=None, **kwargs):
+        with row_adapters.named(self, adapter_names):
+            return self._generate_rows(*args, **kwargs)
+
+    def _generate_rows(self, *args, **kwargs):
         if kwargs.get("cache_implementation") == "paged":
             raise UnsupportedOption("cache_implementation='paged' is transformers' own; leave it out, pages are used anyway")
         return super().generate(*args, **kwargs)
@@ -219,6 +224,11 @@ class _Decoding:
             if reason and (begun(cache) or getattr(cache, "_is_user_defined", False)):
                 yield "past_key_values", reason
         yield from self._reasons_of_the_mask()
+        if (rows := row_adapters.current()) is not None:
+            try:
+                rows.load()
+            except UnsupportedOption as error:
+                yield "adapter_names", str(error)
         yield from obstacles(self.model)
         if replaces_preparation(self.model):
             yield "prepare_inputs_for_generation", "it was replaced on the model, as PEFT's prompt learning does"
@@ -247,7 +257,9 @@ class _Decoding:
             self.kwargs |= {name: None for name in CACHE_NAMES if self.kwargs.get(name) is pages}
             self.kwargs[CACHE_NAME] = to_stock(pages, whole=True)
             pages.close()
-        return self._run(logits_processor, stopping_criteria, **options)
+        rows = row_adapters.current()
+        with nullcontext() if rows is None else rows.on_stock(self.why):
+            return self._run(logits_processor, stopping_criteria, **options)
 
     # -- stock's own loop on pages
 
@@ -277,7 +289,7 @@ class _Decoding:
         given, wanted = cache_of(self.kwargs), self.kwargs.get("use_cache")
         for name in CACHE_NAMES:
             self.kwargs.pop(name, None)
-        pages = given if isinstance(given, PagedCache) else PagedCache(self.model._hf_paged.engine())
+        pages = given if isinstance(given, PagedCache) else PagedCache(self.model._hf_paged.engine(), self._adapters())
         guided = self._guide(logits_processor)
         handed_out = False
         try:
@@ -308,6 +320,11 @@ class _Decoding:
             **self.kwargs,
         )
 
+    def _adapters(self) -> list[str] | None:
+        """The adapter of every row, where the call names some."""
+        rows = row_adapters.current()
+        return None if rows is None else rows.of_rows(len(self.input_ids))
+
     def _guide(self, logits_processor) -> list[PagedCache]:
         """Put the second forward of classifier-free guidance on pages too."""
         caches = []
@@ -315,7 +332,7 @@ class _Decoding:
             if type(processor) is UnbatchedClassifierFreeGuidanceLogitsProcessor:
                 context = processor.unconditional_context
                 if processor.model is self.model and context["use_cache"] and context[CACHE_NAME] is None:
-                    caches.append(PagedCache(self.model._hf_paged.engine()))
+                    caches.append(PagedCache(self.model._hf_paged.engine(), self._adapters()))
                     context[CACHE_NAME] = caches[-1]
         return caches
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from ..base.errors import InvalidArgument, UnsupportedModel, UnsupportedOption
+from ..base.config import EngineConfig
+from ..base.errors import InvalidArgument, KernelUnavailable, UnsupportedModel, UnsupportedOption
+from ..base.types import AdapterInfo
 from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
@@ -16,8 +18,10 @@ from .fusion import Fusions
 from .fusion.experts import paged_experts
 from .heads import head_of, keeping_hidden
 from .peft import obstacles
+from .peft_bank.bank import AdapterBank, Loaded
 from .selfcheck import Observed
 from .sequence_hooks import sequence_hooks
+from .peft_bank.check import check_apart, why_not_together
 from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
 from .watch import Snapshot, without_hooks
@@ -43,6 +47,7 @@ class TransformersModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)
         self.generation = 0
+        self.adapters = AdapterBank(model, self.device, fusions.backend)
         self._seen: Snapshot | None = None
         self._look()
 
@@ -60,10 +65,12 @@ class TransformersModel:
         if self.generates:
             return self.outputs(context, rows).logits[0]
         context.needs_hidden = True
+        if context.adapters is not None:
+            context.adapters.take_logit_rows(rows)
         with self._running(context):
             self._body(input_ids=context.input_ids, position_ids=context.position_ids, use_cache=False)
             states = context.hidden[rows]
-            return states if self._head.classifier is None else self._head.classifier(states)
+            return states if self._head.classifier is None else self.module.score(states)
 
     def classified(self, token_ids: list[int]) -> list[int]:
         """Stock passes over padding, and takes what the tokenizer puts at the end for it where both are the same token."""
@@ -78,6 +85,8 @@ class TransformersModel:
         `options` go to the model's forward; `inputs_embeds` [1, T, H] takes the place of the token ids.
         """
         context.logit_rows = rows if self._keeps_logits else None
+        if context.adapters is not None:
+            context.adapters.take_logit_rows(context.logit_rows)
         inputs = {} if "inputs_embeds" in options else {"input_ids": context.input_ids}
         if self._keeps_logits:
             inputs["logits_to_keep"] = rows
@@ -94,6 +103,7 @@ class TransformersModel:
             name, reason = self._obstacle
             raise UnsupportedOption(f"{name} cannot be used while the model runs on pages: {reason}")
         with (
+            self.adapters.running(context.plan),
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
             paged_masks(),
@@ -104,14 +114,35 @@ class TransformersModel:
         ):
             yield
 
+    def take_adapter(self, loaded: Loaded, config: EngineConfig) -> AdapterInfo:
+        """See `PagedModel`."""
+        bank = self.adapters
+        bank.put(loaded)
+        try:
+            with self.unobserved():
+                if loaded.reason is None and (reason := why_not_together(self, loaded, config)):
+                    bank.move_aside(loaded, reason)
+                if loaded.reason is not None:
+                    check_apart(self, loaded, config)
+        except Exception as error:
+            bank.remove(loaded.name)
+            raise InvalidArgument(f"adapter {loaded.name!r} does not run on this model: {error}") from error
+        if loaded.reason is not None and config.strict:
+            bank.remove(loaded.name)
+            raise KernelUnavailable(f"strict: adapter {loaded.name!r} takes a slower path: {loaded.reason}")
+        bank.settle(loaded)
+        return loaded.info
+
     def weights_changed(self) -> bool:
         """In-place writes, swapped parameters and modules, moved storage, adapters switched, hooks that came or went.
 
         About 0.1 ms for 300 tensors in 400 modules.
         """
         if self._seen.holds():
-            return False
+            return self.adapters.changed()
         self._look()
+        self.adapters.weights_changed()
+        self.adapters.changed()
         return True
 
     def weights_replaced(self) -> bool:
@@ -119,7 +150,10 @@ class TransformersModel:
         before = self._seen
         held = before.holds()
         self._look()
-        return not held or not before.equals(self._seen)
+        replaced = not held or not before.equals(self._seen)
+        if replaced:
+            self.adapters.weights_changed()
+        return self.adapters.changed() or replaced
 
     @property
     def hooked(self) -> bool:
@@ -153,6 +187,7 @@ class TransformersModel:
         before, self._seen = self._seen, Snapshot(self.module)
         self.generation += before is None or not before.same_places(self._seen)
         self.why_unrecordable = self._why_unrecordable()
+        self.adapters.look(self._seen.modules)
         self._obstacle = next(obstacles(self.module), None)
         device = self._seen.device
         if getattr(self, "device", device) != device:

@@ -8,6 +8,8 @@ of the rows' own tokens, however they were padded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -20,15 +22,19 @@ class PagedCache(Cache):
 
     Columns are what the caller counts, padding included; a row's tokens are its columns without the padding on its left.
 
+    Args:
+        adapters: the name of every row's adapter; None: no row has one.
+
     Attributes:
         rows: the engine's rows; None before the first tokens came.
         width: columns so far.
         padding: per row, padding columns.
     """
 
-    def __init__(self, engine):
+    def __init__(self, engine, adapters: list[str] | None = None):
         super().__init__(layers=[])
         self.engine = engine
+        self.adapters = adapters
         self.rows: HeldRows | None = None
         self.width = 0
         self.padding: list[int] = []
@@ -126,9 +132,11 @@ class PagedCache(Cache):
 
     # -- on the engine's side
 
-    def open(self, num_rows: int, *, publish: bool) -> HeldRows:
-        """Take `num_rows` empty rows of the engine."""
-        self.rows = self.engine.hold(num_rows, name="generate", publish=publish)
+    def open(self, rows: Sequence[int], *, publish: bool) -> HeldRows:
+        """Take empty rows of the engine, for these of the batch."""
+        num_rows = len(rows)
+        adapters = None if self.adapters is None else [self.adapters[row] for row in rows]
+        self.rows = self.engine.hold(num_rows, name="generate", publish=publish, adapters=adapters)
         self.rows.keep_past = self._keep_past
         self.padding = [0] * num_rows
         return self.rows

@@ -91,7 +91,7 @@ class _Call:
         computed = shown
         if fresh:
             computed, shown = self._distinct()
-            rows = cache.open(len(computed), publish=self.embeds is None and self.positions is None)
+            rows = cache.open(computed, publish=self.embeds is None and self.positions is None)
             rows.labels = computed
             self._use_prefix_cache(rows, computed)
         elif self.batch != len(cache.rows):
@@ -114,7 +114,8 @@ class _Call:
         computed, shown = [], []
         for row in range(self.batch):
             positions = () if self.positions is None else tuple(self.positions[row].tolist())
-            key = (self.first[row], tuple(self.ids[row]), positions)
+            adapter = None if self.cache.adapters is None else self.cache.adapters[row]
+            key = (adapter, self.first[row], tuple(self.ids[row]), positions)
             if key not in places:
                 places[key] = len(computed)
                 computed.append(row)

@@ -48,7 +48,7 @@ def base_model(model):
 def obstacles(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """(option or adapter, why a packed batch would get it wrong) for everything of the kind that is on `model` now."""
     for name, module in model.named_modules():
-        tuner = _tuner(module)
+        tuner = tuner_of(module)
         if tuner is not None and tuner not in BY_TOKEN:
             yield f"PEFT's {tuner}", f"the adapter of {name} has not been proven to treat every token by itself"
         for variant in getattr(module, "lora_variant", {}).values() if tuner else ():
@@ -60,6 +60,37 @@ def obstacles(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
                     yield option, "it gives every row of a batch an adapter of its own"
 
 
+def names_by_row(model: torch.nn.Module) -> list[str] | None:
+    """The adapter of every row of the batch, where PEFT's `generate` was given `adapter_names`; else None."""
+    if not hasattr(model, "peft_config"):
+        return None
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if names := getattr(hook, "keywords", {}).get("adapter_names"):
+                return list(names)
+    return None
+
+
+class NamesByRow:
+    """The hooks that tell PEFT's layers in `model` whose adapter every row of a batch has."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        self._taken: list[tuple[dict, int, object]] = []
+
+    def take(self) -> None:
+        """Out of the model."""
+        for module in self._model.modules():
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if "adapter_names" in getattr(hook, "keywords", {})]:
+                self._taken.append((hooks, key, hooks.pop(key)))
+
+    def put_back(self) -> None:
+        for hooks, key, hook in self._taken:
+            hooks[key] = hook
+        self._taken.clear()
+
+
 def replaces_preparation(model: torch.nn.Module) -> bool:
     """Whether somebody decides on this very object what `generate` feeds its forward."""
     function = model.__dict__.get("prepare_inputs_for_generation")
@@ -67,7 +98,7 @@ def replaces_preparation(model: torch.nn.Module) -> bool:
     return function is not None and getattr(function, "__func__", function) is not own
 
 
-def _tuner(module: torch.nn.Module) -> str | None:
+def tuner_of(module: torch.nn.Module) -> str | None:
     """The package below peft.tuners that `module`'s class comes from, such as "lora"; None for everything else."""
     homes = (kind.__module__.split(".") for kind in type(module).__mro__)
     return next((home[2] for home in homes if home[:2] == ["peft", "tuners"] and len(home) > 3), None)

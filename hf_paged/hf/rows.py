@@ -12,6 +12,7 @@ from transformers.generation import stopping_criteria as stopping
 from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
 from ..engine.request_state import RowHooks, new_request_id
+from . import row_adapters
 from .paged_cache import begun
 from .paged_call import cache_of
 
@@ -103,6 +104,8 @@ class RowGeneration:
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self.rows: list = []
         self.name = new_request_id()
+        named = row_adapters.current()
+        self.adapters = [None] * self.batch if named is None else named.of_rows(self.batch)
 
     def _split_processors(self, processors: list) -> tuple[SamplingParams, list]:
         """The last processors become the sampler's where it has the same; the others run on their row, in order."""
@@ -181,7 +184,8 @@ class RowGeneration:
             row=row,
         )
         ids = self.input_ids[row, self.padding[row] :].tolist()
-        return self.engine.submit_when_possible(ids, params, request_id=f"{self.name}/{row}", hooks=hooks)
+        options = dict(request_id=f"{self.name}/{row}", adapter=self.adapters[row], hooks=hooks)
+        return self.engine.submit_when_possible(ids, params, **options)
 
     def _row_processor(self, row: int) -> tuple:
         if not self.row_processors:

@@ -62,7 +62,7 @@ class Observed:
 def observe(model: torch.nn.Module, adaptations: Adaptations) -> Observed:
     """Runs the model's own forward, as stock runs it. Raises UnsupportedModel for attention hf_paged does not do."""
     device = next(model.parameters()).device
-    ids = _tokens(model, device)
+    ids = some_tokens(model, device)
     visibility = Visibility()
     # Modules with a softmax of their own, whose adapters know what they see, may ask for the implementation's name.
     configs = [] if adaptations.layers else attention_configs(model)
@@ -71,11 +71,12 @@ def observe(model: torch.nn.Module, adaptations: Adaptations) -> Observed:
     return Observed(ids, stock.rows, stock.body, stock.hidden_size, visibility)
 
 
-def _tokens(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
+def some_tokens(model: torch.nn.Module, device: torch.device, wanted: int | None = None) -> torch.Tensor:
+    """[1, L] tokens, all different where the vocabulary allows; default as many as show what its attention sees."""
     config = model.config.get_text_config(decoder=True)
     local = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or MOST_TOKENS
     length = local + TOKENS if local + TOKENS <= MOST_TOKENS else TOKENS
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    length = wanted or min(length, getattr(config, "max_position_embeddings", None) or length)
     vocabulary = vocab_size(model)
     special = {value for settings in (model.config, config) for name, value in vars(settings).items()
                if name.endswith(("token_id", "token_index")) and isinstance(value, int)}  # fmt: skip
@@ -100,18 +101,15 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> tuple[li
     """
     tokens = observed.ids[0].tolist()
     shorter = tokens[: max(1, len(tokens) * 2 // 3)]
-    small = config.replace(
-        **dict.fromkeys(("block_size", "memory_fraction", "kv_dtype", "max_queue", "speculation")), prefix_cache=False,
-        kv_cache_memory=_memory(adapter), max_batch_tokens=max(2, len(tokens)), max_num_seqs=2, cuda_graphs=False,
-    )  # fmt: skip
-    cache, scheduler = build(adapter, small, max_model_len=len(tokens) + 1)
-    runner = build_runner(adapter, small, cache, scheduler)
+    scratch = scratch_config(adapter, config, max_batch_tokens=max(2, len(tokens)), max_num_seqs=2)
+    cache, scheduler = build(adapter, scratch, max_model_len=len(tokens) + 1)
+    runner = build_runner(adapter, scratch, cache, scheduler)
     # Stock itself computes other states for tokens one by one than for a prompt where prompts cannot be cut.
     alike = all(spec.takes_chunks for spec in adapter.states)
     singles = min(SINGLES, len(tokens) - len(shorter)) if alike else 0
     scheduler.add(Request(request_id="shorter", prompt_token_ids=shorter, max_tokens=singles + 1))
     scheduler.add(Request(request_id="longer", prompt_token_ids=tokens, max_tokens=1))
-    errors: dict[int, list[torch.Tensor]] = {}
+    off: dict[int, list[torch.Tensor]] = {}
     launches = None
     try:
         while (plan := scheduler.schedule()) is not None:
@@ -119,22 +117,29 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> tuple[li
             ends = {}
             for seq_id, begin, mine in zip(plan.seq_ids, plan.num_context, logits.split(plan.num_new)):
                 end = ends[seq_id] = begin + len(mine)
-                errors.setdefault(seq_id, []).append(_errors(mine, observed.logits[begin:end]))
+                off.setdefault(seq_id, []).append(errors(mine, observed.logits[begin:end]))
             scheduler.commit(plan, {seq_id: [(tokens + tokens)[ends[seq_id]]] for _, seq_id in plan.samples})
     finally:
         runner.release()
     narrow = adapter.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
     scatter = None
-    for rows in map(torch.cat, errors.values()):
-        if not narrow and not _small(rows, narrow):
+    for rows in map(torch.cat, off.values()):
+        if not narrow and not small(rows, narrow):
             scatter = _scatter(adapter.module, observed)
             narrow = scatter > SCATTER
-        if not _small(rows, narrow) and not (narrow and _small(rows, narrow, own=_scatter(adapter.module, observed))):
+        if not small(rows, narrow) and not (narrow and small(rows, narrow, own=_scatter(adapter.module, observed))):
             raise UnsupportedModel(
                 f"model: {type(adapter.module).__name__} computes other logits in packed batches than by itself (off "
                 f"by {rows.max():.1g} of the largest), which hf_paged cannot explain"
             )
     return launches, scatter
+
+
+def scratch_config(adapter, config: EngineConfig, **limits: int) -> EngineConfig:
+    """`config` for a few short sequences on a cache of their own."""
+    unset = dict.fromkeys(("block_size", "memory_fraction", "kv_dtype", "max_queue", "speculation"))
+    memory = _memory(adapter)
+    return config.replace(**unset, prefix_cache=False, kv_cache_memory=memory, cuda_graphs=False, **limits)
 
 
 def _scatter(model: torch.nn.Module, observed: Observed) -> float:
@@ -149,7 +154,7 @@ def _scatter(model: torch.nn.Module, observed: Observed) -> float:
     def error(count: int) -> float:
         with evaluating(model), torch.no_grad():
             logits = stock_rows(model, ids[:, :count]).rows
-        return float(_errors(logits, observed.logits[:count]).max())
+        return float(errors(logits, observed.logits[:count]).max())
 
     fewer = [error(count) for count in sorted({1, ids.shape[1] // 2, ids.shape[1] - 1} - {0})]
     handle = model.get_input_embeddings().register_forward_hook(perturb)
@@ -169,13 +174,13 @@ def _forward(runner: ModelRunner, plan: StepPlan) -> tuple[torch.Tensor, list[st
     return logits, max(layers, key=len, default=None)
 
 
-def _small(errors: torch.Tensor, narrow: bool, own: float = 0.0) -> bool:
+def small(off: torch.Tensor, narrow: bool, own: float = 0.0) -> bool:
     """Whether such errors of rows are those of rounding. `own`: how far a row of the model's own was off (`_scatter`)."""
-    if not len(errors):
+    if not len(off):
         return True
     if not narrow:
-        return bool(errors.max() <= LIMIT)
-    return bool(errors.median() <= LIMIT_NARROW) and bool(errors.max() <= max(LIMIT_NARROW_ROW, 2 * own))
+        return bool(off.max() <= LIMIT)
+    return bool(off.median() <= LIMIT_NARROW) and bool(off.max() <= max(LIMIT_NARROW_ROW, 2 * own))
 
 
 def _memory(adapter) -> int:
@@ -184,7 +189,7 @@ def _memory(adapter) -> int:
     return 1024 * max(1, a_token) + 8 * sum(spec.num_bytes for spec in adapter.states)
 
 
-def _errors(mine: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
+def errors(mine: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
     """The relative error of every row of which stock's logits are numbers."""
     sound = stock.isfinite().all(-1)
     mine, stock = mine[sound].float(), stock[sound].float()

@@ -47,6 +47,8 @@ def check_supported(model: torch.nn.Module) -> None:
 class _Probe:
     """Stands in for a step: records each layer's shapes and attends plainly within the one sequence."""
 
+    adapters = None
+
     def __init__(self, positions: torch.Tensor, states: StateProbe, backend: str):
         self.positions, self.position_ids = positions, positions[None]
         self.backend = backend

@@ -71,7 +71,7 @@ def to_pages(cache: Cache, pages: PagedCache, attention_mask: torch.Tensor | Non
     padding = [0] * batch
     if attention_mask is not None:
         padding = (attention_mask[:, :width] == 0).sum(-1).tolist()
-    rows = pages.open(batch, publish=False)
+    rows = pages.open(range(batch), publish=False)
     pages.width, pages.padding = width, padding
     lengths = [width - count for count in padding]
     adaptations = pages.engine.model.adaptations

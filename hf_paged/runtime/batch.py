@@ -13,6 +13,7 @@ import torch
 from hf_paged_kernels import ops
 
 from ..core.plan import StepPlan
+from .adapters import StepAdapters
 from .inputs import StepInputs
 from .kv_cache import KVCache
 from .states import StepStates
@@ -49,6 +50,7 @@ class StepContext:
         logit_rows: [R] packed rows whose logits the running forward computes; None: all.
         packed: the batch as `current_batch` describes it, once somebody asked.
         hooks: activation hooks of single sequences, and how they fared.
+        adapters: what changes the layers' outputs of single rows; None: nothing does.
         needs_hidden: whether somebody wants hidden states of this step.
         hidden: [T, H] those after the model's last norm, once the forward has run, if they are needed.
         backend: whose kernels run; see `ops`.
@@ -56,7 +58,7 @@ class StepContext:
 
     __slots__ = (
         *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
-        *("recording", "logit_rows", "packed", "hooks", "needs_hidden", "hidden", "calls", "backend", "_layers"),
+        *("recording", "logit_rows", "packed", "hooks", "adapters", "needs_hidden", "hidden", "calls", "backend", "_layers"),
     )
 
     def __init__(
@@ -76,6 +78,7 @@ class StepContext:
         self.logit_rows: torch.Tensor | None = None
         self.packed = None
         self.hooks = hooks
+        self.adapters: StepAdapters | None = None
         self.needs_hidden = False
         self.hidden: torch.Tensor | None = None
         self.input_ids = inputs.input_ids

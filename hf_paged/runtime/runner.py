@@ -10,7 +10,10 @@ import torch
 
 from hf_paged_kernels import ops
 
+from ..base.config import EngineConfig
+from ..base.types import AdapterInfo
 from ..core.plan import StepPlan
+from .adapters import Adapters, part_of
 from .batch import SequenceHooks, StepContext
 from .graphs import DecodeGraphs
 from .inputs import Inputs
@@ -19,6 +22,7 @@ from .layout import LayerSpec
 from .packed import Owner
 from .shared_prefix import PrefixSharing
 from .states import StateSpec
+from .transfer import to_device
 
 T = TypeVar("T")
 
@@ -35,6 +39,7 @@ class PagedModel(Protocol):
     eos_token_ids: frozenset[int]
     device: torch.device
     dtype: torch.dtype
+    adapters: Adapters
 
     name: str  # of its class
     hidden_size: int  # of its hidden states after the last norm
@@ -60,6 +65,13 @@ class PagedModel(Protocol):
 
     def check_module(self, name: str) -> None:
         """Raise InvalidArgument unless a function on activations can run on the outputs of a module of that name."""
+        ...
+
+    def take_adapter(self, loaded: object, config: EngineConfig) -> AdapterInfo:
+        """Let requests have an adapter that `adapters.read` gave. Between steps only.
+
+        Raises InvalidArgument if the model does not run with it, KernelUnavailable if `config` is strict and it is slow.
+        """
         ...
 
     def weights_changed(self) -> bool:
@@ -178,13 +190,15 @@ class ModelRunner:
             self.cache.copy_blocks(inputs.copies)
             context = StepContext(plan, inputs, self.cache, self.backend, owner, hooks)
         context.recording, context.num_rows, context.needs_hidden = size, len(rows), hidden
+        if plan.adapters:
+            context.adapters = self.model.adapters.for_forward(plan)
         return context
 
     def _recording(self, plan: StepPlan, rows: Sequence[int], hooks: SequenceHooks) -> int | None:
         """The number of sequences to pad a step to, if it is one that a recorded forward can run."""
         count = len(plan.seq_ids)
         decodes = plan.num_tokens == count and 0 < len(rows) <= count
-        if self.graphs is None or not decodes or hooks.functions or self.model.why_unrecordable is not None:
+        if self.graphs is None or not decodes or hooks.functions or plan.adapters or self.model.why_unrecordable is not None:
             return None
         return self.graphs.size_for(count, self._valid_for)
 
@@ -193,6 +207,48 @@ class ModelRunner:
         if context.recording is None:
             return self.run(context, lambda context: self.model.forward(context, context.rows))
         return self.run(context, self._recorded)
+
+    def forward_apart(
+        self,
+        plan: StepPlan,
+        groups: list[list[int]],
+        owner: Callable[[int], Owner],
+        hooks: SequenceHooks,
+        *,
+        rows: Sequence[int],
+        sampled: torch.Tensor | None = None,
+        hidden: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`prepare` and `forward` where not all sequences may run together: those of each group do, one after another.
+
+        Args:
+            groups: places of the plan's sequences.
+
+        Returns logits [R, V] and, if wanted, hidden states [T, H]: new tensors.
+        """
+        logits = states = None
+        for index, places in enumerate(groups):
+            part, packed = part_of(plan, places, with_copies=not index)
+            where = {row: place for place, row in enumerate(packed)}
+            mine = [place for place, row in enumerate(rows) if row in where]
+            functions = {seq_id: hooks.functions[seq_id] for seq_id in part.seq_ids if seq_id in hooks.functions}
+            context = self.prepare(
+                part,
+                owner,
+                SequenceHooks(functions, hooks.errors),
+                rows=[where[rows[place]] for place in mine],
+                sampled=sampled,
+                hidden=hidden,
+            )
+            result = self.forward(context)
+            if logits is None:
+                logits = result.new_empty(len(rows), result.shape[1])
+            logits[to_device(mine, torch.int64, logits.device)] = result
+            if hidden:
+                if states is None:
+                    states = context.hidden.new_empty(plan.num_tokens, context.hidden.shape[1])
+                states[to_device(packed, torch.int64, states.device)] = context.hidden
+        return logits, states
 
     def _recorded(self, context: StepContext) -> torch.Tensor:
         size = context.recording

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from quantized_checkpoints import gptq_layer, save_quantized
@@ -26,12 +27,24 @@ def names(tmp_path) -> dict:
     return dict(checkpoint=tmp_path / "quantized", name=tmp_path / "float", folder=tmp_path / "out", ids=ids)
 
 
-@pytest.mark.parametrize("page", ["quantization.md"])
-def test_code_blocks_run(page, names, capsys):
+def run(page: str, names: dict) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+def test_adapters(names, tmp_path, capsys):
+    plain = tiny_model("llama", **SIZES)
+    peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    names["adapter"] = tmp_path / "adapter"
+    run("adapters.md", names)
+    assert re.search(r"LORA 4 \d+ \['first', 'second'\]", capsys.readouterr().out)
+    assert names["rows"].shape == (2, 11) and len(names["outputs"]) == 3
+
+
+def test_quantization(names, capsys):
+    run("quantization.md", names)
     printed = capsys.readouterr().out
     assert "LlamaForCausalLM (float32 on cpu)" in printed
     assert names["adapted"].generate(names["ids"], max_new_tokens=3, do_sample=False).shape == (1, 9)

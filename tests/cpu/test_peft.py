@@ -8,6 +8,7 @@ import pickle
 import peft
 import pytest
 import torch
+from peft_adapters import LAYERS, TUNERS, WARNINGS, shake
 from tiny_models import tiny_model
 
 import hf_paged
@@ -16,28 +17,10 @@ from hf_paged.hf.patch import is_patched
 from hf_paged.hf.peft import BY_TOKEN
 from hf_paged.hf.swap import Swapped
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT's own, on transformers 5.24
-    "ignore:Detected that the base layer has no bias term",  # and what some of its adapters say of themselves
-    "ignore:Failed to load the CUDA extension",
-    "ignore:Sparse invariant checks are implicitly disabled",
-    "ignore:Unsupported layer type",
-    "ignore:Setting boft_n_butterfly_factor",
-    "ignore:Model has .tie_word_embeddings=True. and a tied layer",
-)
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
 PROMPT = torch.tensor([[5, 9, 11, 40, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20] * 2])
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-LAYERS = dict(target_modules=["q_proj", "v_proj", "down_proj"])
-
-
-def shake(model, seed: int = 1) -> None:
-    """Give every trainable parameter a value of its own: fresh adapters add nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def with_adapter(config: str = "LoraConfig", **options) -> torch.nn.Module:
@@ -199,43 +182,6 @@ def test_adapters_put_on_a_patched_model():
 
 # Every kind of adapter that is let through
 
-TUNERS = {
-    "lora": ("LoraConfig", dict(r=4, **LAYERS)),
-    "lora-dora": ("LoraConfig", dict(r=4, use_dora=True, **LAYERS)),
-    "ia3": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
-    "trainable_tokens": ("TrainableTokensConfig", dict(target_modules=["embed_tokens"], token_indices=[5, 9, 11])),
-    "adalora": ("AdaLoraConfig", dict(total_step=10, init_r=4, **LAYERS)),
-    "adaption_prompt": ("AdaptionPromptConfig", dict(adapter_layers=2, adapter_len=4)),
-    "beft": ("BeftConfig", LAYERS),
-    "boft": ("BOFTConfig", dict(boft_block_size=4, **LAYERS)),
-    "c3a": ("C3AConfig", dict(block_size=4, **LAYERS)),
-    "deft": ("DeftConfig", LAYERS),
-    "delora": ("DeloraConfig", LAYERS),
-    "fourierft": ("FourierFTConfig", dict(n_frequency=50, **LAYERS)),
-    "frod": ("FrodConfig", LAYERS),
-    "glora": ("GloraConfig", LAYERS),
-    "gralora": ("GraloraConfig", dict(r=4, gralora_k=2, **LAYERS)),
-    "hira": ("HiraConfig", LAYERS),
-    "hra": ("HRAConfig", LAYERS),
-    "ln_tuning": ("LNTuningConfig", dict(target_modules=["input_layernorm", "norm"])),
-    "loha": ("LoHaConfig", LAYERS),
-    "lokr": ("LoKrConfig", LAYERS),
-    "miss": ("MissConfig", dict(r=4, **LAYERS)),
-    "oft": ("OFTConfig", dict(oft_block_size=4, **LAYERS)),
-    "osf": ("OSFConfig", LAYERS),
-    "peanut": ("PeanutConfig", LAYERS),
-    "psoft": ("PsoftConfig", dict(r=4, **LAYERS)),
-    "pvera": ("PveraConfig", LAYERS),
-    "randlora": ("RandLoraConfig", dict(r=4, **LAYERS)),
-    "road": ("RoadConfig", dict(group_size=12, **LAYERS)),
-    "shira": ("ShiraConfig", dict(r=4, **LAYERS)),
-    "supertuning": ("SupertuningConfig", LAYERS),
-    "tinylora": ("TinyLoraConfig", LAYERS),
-    "unilora": ("UniLoraConfig", LAYERS),
-    "vblora": ("VBLoRAConfig", dict(vector_length=4, num_vectors=16, **LAYERS)),
-    "vera": ("VeraConfig", dict(r=4, **LAYERS)),
-    "waveft": ("WaveFTConfig", dict(n_frequency=50, **LAYERS)),
-}
 QUICK = ("lora", "lora-dora", "ia3", "trainable_tokens")
 
 
@@ -345,17 +291,38 @@ def test_prompt_learning_is_refused_by_name_and_stock_on_a_patched_base(name):
         short(model)
 
 
-def test_adapter_names_give_every_row_its_own_on_stock_s_path(model, tmp_path):
+WAYS = {
+    "rows": {},
+    "beams": dict(num_beams=2),
+    "scores": dict(return_dict_in_generate=True, output_scores=True),
+    "several": dict(num_beams=2, num_return_sequences=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapter_names_give_every_row_its_own(model, tmp_path, way):
     add_second(model, tmp_path)
     ids = PROMPT.repeat(3, 1)
-    options = dict(max_new_tokens=8, do_sample=False, adapter_names=["default", "second", "__base__"])
+    names = ["default", "second", "__base__"]
+    options = dict(max_new_tokens=8, do_sample=False, adapter_names=names, **WAYS[way])
     expected = model.generate(input_ids=ids, **options)
-    assert len({tuple(row.tolist()) for row in expected}) == 3
     hf_paged.patch(model)
-    with pytest.warns(UserWarning, match="adapter_names: runs on transformers' own path"):
-        assert torch.equal(model.generate(input_ids=ids, **options), expected)
-    assert "adapter_names" in hf_paged.explain(model).calls
+    for _ in range(2):
+        got = model.generate(input_ids=ids, **options)
+        if way == "scores":
+            assert all((a - b).abs().max() < 1e-4 for a, b in zip(got.scores, expected.scores, strict=True))
+            got = got.sequences
+        assert torch.equal(got, getattr(expected, "sequences", expected))
+    assert not hf_paged.explain(model).calls
     assert torch.equal(greedy(model), stock(model))
+    with pytest.warns(UserWarning, match="output_attentions: runs on transformers' own path"):
+        options = options | dict(return_dict_in_generate=True, output_attentions=True)
+        assert torch.equal(model.generate(input_ids=ids, **options).sequences, getattr(expected, "sequences", expected))
+
+
+def test_adapter_names_outside_of_generate_are_refused(model, tmp_path):
+    add_second(model, tmp_path)
+    hf_paged.patch(model)
     with model._enable_peft_forward_hooks(adapter_names=["second"]):
         with pytest.raises(RequestFailed, match="UnsupportedOption: adapter_names cannot be used"):
             hf_paged.engine_of(model).generate([PROMPT[0].tolist()], GREEDY)

@@ -20,6 +20,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 from ...runtime.batch import active_context
 from ..attention import drops_softcap, implementation
 from ..swap import Swapped, can_swap
+from .adapted import adapted_linear
 from .base import Bypass, Fusions, Parts, idle_children, is_plain, weight_of
 from .calls import Attended, Call
 from .linear import project
@@ -80,7 +81,7 @@ class _Attention(Bypass):
     ) -> Tensor:
         """residual + what the module makes of norm(x), [1, T, H]."""
         module, children = self.module, self.module._modules
-        query, key, value = self._heads(x, norm)
+        query, key, value = self._heads(context, x, norm)
         options = dict(self.options)
         if self.sinks is not None:
             options["sinks"] = module._parameters[self.sinks]
@@ -102,12 +103,13 @@ class _Attention(Bypass):
             kept = context.shared["tables"] = (cos, *(torch.cat((table[0],) * 2, dim=-1) for table in (cos, sin)))
         return kept[1:]
 
-    def _heads(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, context, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:
         """query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] of x [1, T, H]."""
         Hq, Hkv, D, Dv = self.heads
         children = [self.module._modules[name] for name in self.projections]
         if (joint := self._joint(children)) is not None:
-            projected = fused.linear(x, *joint, norm=norm, backend=self.backend)
+            layer = self.merged or children[0]
+            projected = adapted_linear(context, layer, x, *joint, norm=norm, backend=self.backend)
         else:
             if norm is not None:
                 x = fused.rms_norm(x, *norm[:2], offset=norm.offset, cast=norm.cast, backend=self.backend)

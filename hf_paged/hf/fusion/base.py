@@ -55,9 +55,11 @@ LINEAR = (nn.Linear, QuantLinear)
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` is no more than y = x W^T + b, which nobody watches."""
+    from .adapted import AdaptedLayer
     from .linear import FusedLinear
 
-    known = type(layer) in LINEAR or isinstance(layer, FusedLinear)
+    plain = type(layer)._hf_paged_base if isinstance(layer, AdaptedLayer) else type(layer)
+    known = plain in LINEAR or isinstance(layer, FusedLinear)
     return known and has_known_weight(layer) and not is_hooked(layer)
 
 

@@ -92,6 +92,8 @@ class LayerProbe:
         attended: one entry per attention.
     """
 
+    adapters = None
+
     def __init__(self, positions: Tensor, dtype: torch.dtype, backend: str, states: StateProbe | None = None):
         self.positions, self.position_ids = positions, positions[None]
         self.dtype, self.backend, self.states = dtype, backend, states

@@ -11,6 +11,7 @@ from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..weights import has_known_weight
+from .adapted import adapted_linear, changed
 from .base import LINEAR, Fusions, is_plain, weight_of
 from .proof import agree, in_fp32, random_rows
 
@@ -19,24 +20,27 @@ class FusedLinear(Swapped):
     """y = x W^T + b, W quantized or not. State: the backend."""
 
     def forward(self, input):
-        if active_context() is None or not has_known_weight(self):
-            return super().forward(input)
-        return fused.linear(input, weight_of(self), self.bias, backend=self._hf_paged)
+        context = active_context()
+        if context is None or not has_known_weight(self):
+            return changed(context, self, input, super().forward(input))
+        return adapted_linear(context, self, input, weight_of(self), self.bias, backend=self._hf_paged)
 
 
 class FusedConv1D(Swapped):
     """GPT-2's linear layer, whose weight is kept [K, N]. State: the backend."""
 
     def forward(self, x):
-        if active_context() is None or x.dim() != 3:
-            return super().forward(x)
-        return fused.head_linear(x, self.weight[None], self.bias)
+        context = active_context()
+        if context is None or x.dim() != 3:
+            return changed(context, self, x, super().forward(x))
+        return changed(context, self, x, fused.head_linear(x, self.weight[None], self.bias))
 
 
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
     """residual + layer(x), in one call where `layer` is a plain linear layer."""
     if is_plain(layer):
-        return fused.linear(x, weight_of(layer), layer.bias, residual=residual, backend=backend)
+        weight = weight_of(layer)
+        return adapted_linear(active_context(), layer, x, weight, layer.bias, residual=residual, backend=backend)
     y = layer(x)
     return y if residual is None else residual + y
 

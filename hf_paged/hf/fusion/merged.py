@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_paged_kernels import fused
 from hf_paged_kernels.quantized import QuantizedWeight, cat, same_layout, why_not_joined
 
 from ...quant.linear import QuantLinear
@@ -13,6 +12,7 @@ from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..watch import version_of
 from ..weights import has_known_weight
+from .adapted import adapted_linear, changed
 from .base import LINEAR, Fusions
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -115,12 +115,12 @@ class MergedLinear(Swapped):
     def forward(self, input):
         context, (merged, index) = active_context(), self._hf_paged
         if context is None or not merged.joined:
-            return super().forward(input)
+            return changed(context, self, input, super().forward(input))
         kept = context.shared
         same = kept.get("input") is input and kept.get("merged") is merged
         if not same or kept["version"] != version_of(input):  # a hook may have changed the input in place
             kept["input"], kept["merged"], kept["version"] = input, merged, version_of(input)
-            joint = fused.linear(input, merged.weight, merged.bias, backend=merged.backend)
+            joint = adapted_linear(context, merged, input, merged.weight, merged.bias, backend=merged.backend)
             kept["parts"] = torch.split_with_sizes(joint, merged.sizes, dim=-1)
         return kept["parts"][index]
 

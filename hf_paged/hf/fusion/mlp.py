@@ -13,6 +13,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..weights import has_known_weight
+from .adapted import adapted_linear
 from .base import LINEAR, Bypass, Fusions, Parts, is_plain, weight_of
 from .linear import project, rows_for
 from .merged import GATE_UP, Merged, merged_of
@@ -55,7 +56,8 @@ class _MLP(Bypass):
         children, weight = self.module._modules, self.first_weight
         gate_up = self.merged or children[JOINED]
         if weight is not None:
-            h = fused.linear(x, weight, gate_up.bias, norm=norm, activation=self.activation, backend=self.backend)
+            options = dict(norm=norm, activation=self.activation, backend=self.backend)
+            h = adapted_linear(active_context(), gate_up, x, weight, gate_up.bias, **options)
         else:
             if norm is not None:
                 x = fused.rms_norm(x, *norm[:2], offset=norm.offset, cast=norm.cast, backend=self.backend)
