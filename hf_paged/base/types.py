@@ -141,7 +141,7 @@ class RequestDelta:
     Attributes:
         outputs: of the completions that have something new, in order.
         prompt_logprobs: of the whole prompt, with the last delta, when asked for.
-        finished, error, metrics, prompt_token_ids: as those of RequestOutput, as of now.
+        finished, result, error, metrics, prompt_token_ids: as those of RequestOutput, as of now.
     """
 
     request_id: str
@@ -150,6 +150,7 @@ class RequestDelta:
     metrics: RequestMetrics
     finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    result: TaskOutput | None = None
     error: Exception | None = None
 
     def then(self, later: RequestDelta) -> RequestDelta:

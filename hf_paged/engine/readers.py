@@ -161,6 +161,7 @@ class DeltaReader(Reader):
             metrics=copy.copy(output.metrics),
             finished=marks.finished,
             prompt_logprobs=(marks.prompt_logprobs or None) if marks.finished else None,
+            result=output.result if marks.finished else None,
             error=marks.error,
         )
 
