@@ -21,7 +21,8 @@ class EmbedParams:
     """One vector for a text, from the hidden states after the model's last norm.
 
     Attributes:
-        pooling: "mean" of all tokens, or that of the "last" or the first token ("cls").
+        pooling: "mean" of all tokens, or that of the "last" or the first token ("cls"). None: what the checkpoint says
+            (sentence-transformers' 1_Pooling/config.json), "mean" where it says nothing.
         normalize: scale to length 1.
         dimensions: keep only so many leading numbers (before normalising), for models trained for that (Matryoshka).
             None: all.
@@ -29,12 +30,12 @@ class EmbedParams:
     Raises InvalidArgument for a value that is wrong.
     """
 
-    pooling: Literal["mean", "last", "cls"] = "mean"
+    pooling: Literal["mean", "last", "cls"] | None = None
     normalize: bool = True
     dimensions: int | None = None
 
     def __post_init__(self):
-        if self.pooling not in POOLINGS:
+        if self.pooling is not None and self.pooling not in POOLINGS:
             raise InvalidArgument(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if not isinstance(self.normalize, bool):
             raise InvalidArgument(f"normalize must be True or False, got {self.normalize!r}")

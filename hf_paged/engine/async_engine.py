@@ -165,7 +165,7 @@ class AsyncEngine:
         return last
 
     async def embed(
-        self, prompts, pooling: str = "mean", normalize: bool = True, dimensions: int | None = None, **options
+        self, prompts, pooling: str | None = None, normalize: bool = True, dimensions: int | None = None, **options
     ) -> list[EmbeddingOutput]:
         """See `Engine.embed`. `options` are those of `Engine.add`, for every prompt, but for `request_id`.
 

@@ -55,7 +55,7 @@ class Jobs:
     def embed(
         self,
         prompts,
-        pooling: str = "mean",
+        pooling: str | None = None,
         normalize: bool = True,
         dimensions: int | None = None,
         *,

@@ -10,7 +10,15 @@ import numpy
 import torch
 
 from ..base.errors import InvalidArgument, UnsupportedOption
-from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput, ScoreParams
+from ..base.tasks import (
+    POOLINGS,
+    ClassificationOutput,
+    ClassifyParams,
+    EmbeddingOutput,
+    EmbedParams,
+    ScoreOutput,
+    ScoreParams,
+)
 from ..base.types import RequestOutput
 from ..runtime.logprobs import logprob_table
 from ..runtime.runner import PagedModel
@@ -52,10 +60,10 @@ class EmbedTask(Task):
 
     needs_hidden = True
 
-    def __init__(self, params: EmbedParams, num_tokens: int):
+    def __init__(self, params: EmbedParams, pooling: str, num_tokens: int):
         self._params = params
         last = num_tokens - 1
-        self._pooled = {"mean": range(num_tokens), "last": range(last, num_tokens), "cls": range(1)}[params.pooling]
+        self._pooled = {"mean": range(num_tokens), "last": range(last, num_tokens), "cls": range(1)}[pooling]
         self.max_cached_tokens = self._pooled.start
         self._sum = numpy.zeros(())
 
@@ -149,13 +157,17 @@ def make_task(params: TaskParams, token_ids: list[int], continuation: list[int] 
     """The task of a request whose prompt has these tokens.
 
     Raises:
-        UnsupportedOption: the model has no head for it.
+        UnsupportedOption: the checkpoint says how to pool hidden states, and that is not known here.
         InvalidArgument: more dimensions than its hidden states have.
     """
     if isinstance(params, EmbedParams):
         if (params.dimensions or 1) > model.hidden_size:
             raise InvalidArgument(f"dimensions must be at most {model.hidden_size}, got {params.dimensions}")
-        return EmbedTask(params, len(token_ids))
+        pooling = params.pooling or model.pooling
+        if pooling not in POOLINGS:
+            known = ", ".join(POOLINGS)
+            raise UnsupportedOption(f"pooling: the checkpoint pools by {pooling!r}, which is not known; name one of {known}")
+        return EmbedTask(params, pooling, len(token_ids))
     if isinstance(params, ScoreParams):
         return ScoreTask(len(token_ids), continuation)
     return ClassifyTask(params.activation or model.activation, model.labels, len(token_ids))

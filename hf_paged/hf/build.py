@@ -39,7 +39,10 @@ def load_model(
     device: torch.device | str | None = None,
     progress: bool = True,
 ):
-    """A causal language model in eval mode and its tokenizer (padding on the left).
+    """A model in eval mode, of the kind that the checkpoint was saved as, and its tokenizer (padding on the left).
+
+    Checkpoints for sequence classification, and those without a head, are loaded as such; all others as causal language
+    models.
 
     Args:
         name: hub id or local folder; None is the embedded default, built on first use.
@@ -54,19 +57,40 @@ def load_model(
         ModelNotAvailable: the embedded model could not be downloaded or built.
         OSError, ValueError: transformers' own, for a name it cannot load.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    from .heads import POOLING_FILE
 
     source = str(default_model_folder(progress=progress)) if name is None else name
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _transformers_progress(progress):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        model = _auto_class(source).from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        if not os.path.isdir(source):
+            with contextlib.suppress(OSError):  # few repositories have one
+                cached_file(source, POOLING_FILE)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if name is None:
         model.config._name_or_path = tokenizer.name_or_path = DEFAULT_NAME
     return model.to(device).eval(), tokenizer
+
+
+def _auto_class(source: str):
+    """transformers' Auto class for the kind of model that a checkpoint says it holds."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    saved_as = (AutoConfig.from_pretrained(source).architectures or [""])[0]
+    if saved_as in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return AutoModelForSequenceClassification
+    bases = MODEL_MAPPING_NAMES.values()
+    return AutoModel if any(saved_as in ([base] if isinstance(base, str) else base) for base in bases) else AutoModelForCausalLM
 
 
 def cache_root() -> Path:

@@ -16,7 +16,7 @@ from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
 from .fusion import Fusions
 from .fusion.experts import paged_experts
-from .heads import head_of, keeping_hidden
+from .heads import head_of, keeping_hidden, stated_pooling
 from .peft import obstacles
 from .peft_bank.bank import AdapterBank, Loaded
 from .selfcheck import Observed
@@ -34,6 +34,7 @@ class TransformersModel:
     def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, observed: Observed):
         self.module = model
         self._body, self.hidden_size = observed.body, observed.hidden_size
+        self.pooling = stated_pooling(model.config)
         self.name = type(model).__name__
         self._head = head_of(model)
         self.generates, self.labels, self.activation = self._head.generates, self._head.labels, self._head.activation

@@ -42,7 +42,8 @@ class PagedModel(Protocol):
     adapters: Adapters
 
     name: str  # of its class
-    hidden_size: int  # of its hidden states after the last norm
+    hidden_size: int | None  # of its hidden states after the last norm; None if it does not show them
+    pooling: str  # of them into one vector, unless a request says otherwise; see EmbedParams
     generates: bool  # whether its head gives logits of next tokens
     labels: list[str]  # by name, what a head for classifying tells apart; empty without one
     activation: str  # of that head's logits, unless a request says otherwise; see ClassifyParams

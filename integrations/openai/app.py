@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import chat, completions, described, errors, metrics, models, page
+from . import chat, classify, completions, described, embeddings, errors, metrics, models, page, scoring
 from .auth import RequireKey
 from .drain import Draining
 from .middleware import LimitBody
@@ -51,7 +51,7 @@ def create_app(
     app.state.service = service
     errors.install(app)
     _add_layers(app, service, settings, tracer_provider)
-    for part in (chat, completions, models):
+    for part in (chat, completions, embeddings, scoring, classify, models):
         app.include_router(part.router(service))
     app.include_router(metrics.router(service.metrics))
     described.install(app, keys=bool(settings.api_keys))

@@ -19,7 +19,7 @@ _FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def defaults_of(generation_config) -> dict:
     """What a request that says nothing gets: what the model's makers recommend, else no rule at all."""
     if not getattr(generation_config, "do_sample", False):
-        own = {"repetition_penalty": generation_config.repetition_penalty}
+        own = {"repetition_penalty": getattr(generation_config, "repetition_penalty", None)}
     else:
         own = {name: getattr(generation_config, name, None) for name in _FROM_MODEL}
     return {"temperature": 1.0} | {name: value for name, value in own.items() if value is not None}

@@ -9,13 +9,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from starlette.requests import Request
 
 from ...base.errors import InvalidArgument
 from ...base.sampling_params import SamplingParams
+from ...base.tasks import ClassifyParams, EmbedParams
 from ...base.types import RequestDelta
 from ...engine.async_engine import AsyncEngine
+from .cutting import Cutter
 from .drain import Drain
 from .errors import Refused
 from .metrics import Metrics
@@ -42,10 +45,14 @@ class Service:
         self.model_name = settings.model_name or getattr(config, "_name_or_path", "") or type(model.module).__name__
         self.max_model_len = engine.engine.max_model_len
         self.dialect = Dialect.of(self.tokenizer, settings.tool_parser, settings.reasoning_parser)
-        self.defaults = defaults_of(model.module.generation_config)
+        self.defaults = defaults_of(getattr(model.module, "generation_config", None))
         self.metrics = Metrics(engine, self.model_name)
         self.drain = Drain(engine)
         self.started = int(time.time())
+
+    @cached_property
+    def cutter(self) -> Cutter:
+        return Cutter(self.tokenizer)
 
     @property
     def taking(self) -> bool:
@@ -66,10 +73,11 @@ class Service:
                     yield 0, delta
             return
         queue: asyncio.Queue = asyncio.Queue()
+        turn = asyncio.Semaphore(2 * self.engine.engine.config.max_num_seqs)  # a long list leaves room to others
 
         async def read(place: int) -> None:
             try:
-                async with contextlib.aclosing(self._deltas(jobs[place])) as deltas:
+                async with turn, contextlib.aclosing(self._deltas(jobs[place])) as deltas:
                     async for delta in deltas:
                         queue.put_nowait((place, delta))
                 queue.put_nowait((place, None))
@@ -109,7 +117,8 @@ class Service:
             cache_salt=job.cache_salt,
             deadline=seconds_left(self.settings.request_timeout),
         )
-        return self.metrics.watched(deltas, job.params)
+        sampling = job.params if isinstance(job.params, SamplingParams) else None
+        return self.metrics.watched(deltas, sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +126,7 @@ class Job:
     """One prompt to run."""
 
     prompt: str | list[int]
-    params: SamplingParams
+    params: SamplingParams | EmbedParams | ClassifyParams
     request_id: str
     priority: int = 0
     cache_salt: str | None = None

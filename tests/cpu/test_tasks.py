@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import numpy
@@ -10,7 +11,12 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import hf_paged
 from hf_paged import (
@@ -30,6 +36,7 @@ from hf_paged import (
     UnsupportedModel,
     UnsupportedOption,
 )
+from hf_paged.hf.build import load_model
 
 PROMPTS = [[5, 9, 11, 40, 7, 8], [3], list(range(20, 75)), [7] * 33, [5, 9, 11, 40, 7, 8, 1, 1]]
 FAMILIES = ["llama", "gemma3_text", "opt", "mixtral", "gpt2", "mistral-window"]
@@ -264,6 +271,44 @@ def test_a_classifier_is_patched_and_unpatched():
         assert "LlamaForSequenceClassification" in str(hf_paged.explain(model))
         hf_paged.unpatch(model)
     assert type(model) is before and torch.equal(model(input_ids=ids).logits, stock)
+
+
+# -- checkpoints
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModel, AutoModelForCausalLM])
+def test_checkpoints_are_loaded_as_what_they_were_saved_as(kind, tmp_path):
+    saved = kind.from_config(tiny_config("llama", vocab_size=320))
+    saved.save_pretrained(tmp_path)
+    tiny_tokenizer(320).save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), progress=False)
+    assert type(model) is type(saved)
+
+
+@pytest.mark.parametrize(
+    "note, pooling",
+    [
+        (None, "mean"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
+        ({"pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 48}, "mean"),
+        ({"pooling_mode_max_tokens": True}, None),
+    ],
+)
+def test_a_checkpoint_says_how_it_pools(note, pooling, tmp_path):
+    AutoModel.from_config(tiny_config("qwen3", vocab_size=320)).save_pretrained(tmp_path)
+    if note is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(note))
+    with engine_of(AutoModel.from_pretrained(tmp_path).eval()) as engine:
+        if pooling is None:
+            with pytest.raises(UnsupportedOption, match="pooling: the checkpoint pools by 'max_tokens'"):
+                engine.embed(PROMPTS[0])
+            pooling = "mean"
+        else:
+            by_default = engine.embed(PROMPTS[0])[0].embedding
+            assert by_default.tolist() == engine.embed(PROMPTS[0], pooling)[0].embedding.tolist()
+        assert engine.embed(PROMPTS[0], pooling)[0].embedding.shape == (48,)
 
 
 # -- what cannot be done
@@ -503,5 +548,5 @@ def test_coroutines_embed_score_and_classify(model):
 
 
 def test_parameters_are_values():
-    assert ClassifyParams() == ClassifyParams(activation=None) and EmbedParams().pooling == "mean"
+    assert ClassifyParams() == ClassifyParams(activation=None) and EmbedParams().pooling is None
     assert ScoreParams(continuation=torch.tensor([3, 4])).continuation == (3, 4)

@@ -1,0 +1,66 @@
+"""/classify, as vLLM's."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, StrictBool, StrictInt, StrictStr
+
+from ...base.tasks import ClassificationOutput, ClassifyParams
+from .described import GENERATES, answers
+from .service import Service, while_connected
+from .tasks import TaskRequest, TaskRun, Tokens, inputs
+
+
+class ClassificationRequest(TaskRequest):
+    """
+    Attributes:
+        use_activation: False gives the head's logits; None or True, probabilities as the model's config says.
+    """
+
+    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    use_activation: StrictBool | None = None
+
+
+class Class(BaseModel):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classes(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Class]
+    usage: Tokens
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+    told = {"response_model": None, "responses": answers(*GENERATES, whole=Classes)}
+
+    @routes.post("/v1/classify", **told)
+    @routes.post("/classify", **told)
+    async def classify(body: ClassificationRequest, request: Request) -> dict:
+        """The label of each input."""
+        service.check_model(body.model)
+        return await while_connected(request, _classify(service, body))
+
+    return routes
+
+
+async def _classify(service: Service, body: ClassificationRequest) -> dict:
+    run = TaskRun(service, body, "classify")
+    params = ClassifyParams(activation="none" if body.use_activation is False else None)
+    outputs: list[ClassificationOutput] = await run.results(inputs(body.input), params, "input")
+    data = [
+        {"index": index, "label": output.label, "probs": output.scores.tolist(), "num_classes": len(output.scores)}
+        for index, output in enumerate(outputs)
+    ]
+    head = {"id": run.id, "object": "list", "created": int(time.time()), "model": service.model_name}
+    return {**head, "data": data, "usage": run.usage.as_dict()}
