@@ -4,6 +4,7 @@
 #   make test-quantizers   other packages' quantized models under the engine, and our checkpoints read by the formats' own tools
 #   make test-page  the server's chat page in a headless Chromium, which is fetched where there is none (CHROMIUM names one)
 #   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
+#   make bench-server   1000 streaming clients at the server, beside the engine alone (6 minutes)
 #   make bench-quant   quantized weights and caches on this CPU: speed, memory, perplexity (8 minutes)
 #   make gpu        a machine with a GPU: is everything right there, then how fast (10 minutes); results in benchmarks/results/gpu
 #   make clean      remove what was made here, .venv included
@@ -28,7 +29,7 @@ MIN    := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help setup demo test test-all test-quantizers test-page bench bench-quant models gpu clean
+.PHONY: help setup demo test test-all test-quantizers test-page bench bench-server bench-quant models gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +55,9 @@ test-page: $(STAMP) $(BROWSER)/.installed
 
 bench: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' -m hf_paged bench $(ARGS)
+
+bench-server: $(STAMP)
+	@cd '$(ROOT)' && '$(PY)' benchmarks/run.py server $(ARGS)
 
 bench-quant: $(STAMP)
 	@cd '$(ROOT)' && '$(PY)' benchmarks/run.py quant.engine $(ARGS)

@@ -40,6 +40,19 @@ class RequestMetrics:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
 
+    def copy(self) -> RequestMetrics:
+        """As they are now. (`copy.copy` takes four times as long, for every token that is streamed.)"""
+        return RequestMetrics(
+            self.arrival,
+            self.first_scheduled,
+            self.first_token,
+            self.finished,
+            self.num_cached_tokens,
+            self.num_preemptions,
+            self.num_draft_tokens,
+            self.num_accepted_tokens,
+        )
+
 
 @dataclass(slots=True)
 class CompletionOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from .common import Device, DraftModel, Dtype, Quantization, Speculation, Threads, UserError, open_engine
 
+SPINS = "1000"  # some microseconds
 ENVIRONMENT = "HF_PAGED"  # what its variables begin with
 
 _ENGINE, _LISTEN, _TLS = "Model", "Listening", "TLS"
@@ -125,6 +127,7 @@ def _run(
     keys: list[str], key_file: Path | None, otlp_endpoint: str | None, settings: dict, process: dict, loading: dict
 ) -> int:
     """Load, patch, serve until a signal comes; the exit status. What is wrong with the options shows before the weights are read."""
+    _spin_briefly()
     try:
         from hf_paged.integrations.openai import Settings, create_app
         from hf_paged.integrations.openai.auth import read_keys
@@ -136,6 +139,16 @@ def _run(
     tracing = None if otlp_endpoint is None else _tracing(otlp_endpoint)
     with listening(process) as listeners, open_engine(**loading) as (_, _, engine):
         return serve(create_app(engine, settings, tracer_provider=tracing), process, listeners)
+
+
+def _spin_briefly() -> None:
+    """Let the engine's OpenMP threads sleep soon when they wait for each other. It has to be said before torch is imported.
+
+    By default they spin for milliseconds, on cores that the event loop and other processes need: where there are as many
+    threads as cores, whoever takes one of them for a moment stops all the others.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def _tracing(endpoint: str):

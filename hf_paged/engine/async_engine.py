@@ -20,6 +20,7 @@ from .readers import DeltaReader, OutputReader, Reader, Readers
 from .request_state import RequestState
 
 FUNCTIONS = ("logits_processors", "stopping_criteria", "forward_hooks")
+QUICK = 1024  # characters or tokens of a prompt
 
 
 class AsyncEngine:
@@ -99,7 +100,7 @@ class AsyncEngine:
                 reader.fail(error)
         self._readers.wake()
 
-    async def stream(
+    def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
     ) -> AsyncIterator[RequestDelta]:
         """Yield what each step added to the request. A slow reader gets what several steps added at once; nothing is lost.
@@ -110,20 +111,16 @@ class AsyncEngine:
             InvalidArgument, RequestTooLarge, QueueFull: at the first iteration, as `Engine.add`.
             RequestFailed, DeadlineExceeded, EngineClosed: the request's own end.
         """
-        async with contextlib.aclosing(self._read(DeltaReader, prompt, params, request_id, options)) as deltas:
-            async for delta in deltas:
-                yield delta
+        return self._read(DeltaReader, prompt, params, request_id, options)
 
-    async def generate(
+    def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's whole output after every step that changed it; each is a snapshot of its own.
 
         A slow reader skips intermediate outputs and never the last one. Options and errors are those of `stream`.
         """
-        async with contextlib.aclosing(self._read(OutputReader, prompt, params, request_id, options)) as outputs:
-            async for output in outputs:
-                yield output
+        return self._read(OutputReader, prompt, params, request_id, options)
 
     async def _read(self, kind: type[Reader], prompt: Prompt, params, request_id: str | None, options: dict):
         loop = asyncio.get_running_loop()
@@ -131,7 +128,7 @@ class AsyncEngine:
         functions = {name: options.pop(name) for name in FUNCTIONS if name in options}
         options |= {"hooks": self.engine.hooks(**functions), "on_output": reader.put}
         prepare = partial(self.engine.prepare, prompt, params, request_id=request_id, **options)
-        state = await loop.run_in_executor(None, prepare)  # long prompts and grammars take a while
+        state = prepare() if _is_quick(prompt, params) else await loop.run_in_executor(None, prepare)
         self._arrivals.append((state, reader))
         self._work.set()
         if self._ended:
@@ -246,3 +243,12 @@ class AsyncEngine:
 
     async def __aexit__(self, *exc_info):
         await self.close()
+
+
+def _is_quick(prompt: Prompt, params: SamplingParams | None) -> bool:
+    """Whether a request is prepared sooner than another thread would begin with it: no grammar, template, long text."""
+    if isinstance(params, SamplingParams) and (params.structured_outputs is not None or params.bad_words):
+        return False
+    if isinstance(prompt, list):
+        return len(prompt) <= QUICK and not (prompt and isinstance(prompt[0], dict))
+    return isinstance(prompt, str) and len(prompt) <= QUICK

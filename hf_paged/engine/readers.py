@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import threading
 
 from ..base.types import CompletionDelta, CompletionOutput, Logprob, RequestDelta, RequestOutput
@@ -136,7 +135,7 @@ class OutputReader(Reader):
                 )
                 for one, characters, tokens, cumulative, finish_reason, stop_reason in marks.completions
             ],
-            metrics=copy.copy(output.metrics),
+            metrics=output.metrics.copy(),
             finished=marks.finished,
             prompt_logprobs=marks.prompt_logprobs,
             result=output.result,
@@ -158,7 +157,7 @@ class DeltaReader(Reader):
             request_id=output.request_id,
             prompt_token_ids=output.prompt_token_ids,
             outputs=[delta for delta in added if delta is not None],
-            metrics=copy.copy(output.metrics),
+            metrics=output.metrics.copy(),
             finished=marks.finished,
             prompt_logprobs=(marks.prompt_logprobs or None) if marks.finished else None,
             result=output.result if marks.finished else None,

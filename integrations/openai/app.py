@@ -13,6 +13,7 @@ from ...engine.engine import BatchEngine
 from . import chat, classify, completions, described, embeddings, errors, metrics, models, page, scoring
 from .auth import RequireKey
 from .drain import Draining
+from .lag import watched_loop
 from .middleware import LimitBody
 from .observe import Observe, log
 from .service import Service
@@ -42,7 +43,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI):
         log.info("serving", extra={"fields": {"model": service.model_name, **service.dialect.names}})
-        yield
+        async with watched_loop(service.metrics.loop_lag.observe):
+            yield
         if mine:
             await running.close()
         log.info("stopped", extra={"fields": {"model": service.model_name}})

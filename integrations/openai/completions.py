@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         run = _Run(service, body)
         if body.stream:
-            return event_stream(await first_of(run.chunks()))
+            return event_stream(await while_connected(request, first_of(run.chunks())))
         return await while_connected(request, run.whole())
 
     return routes

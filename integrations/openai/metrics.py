@@ -23,6 +23,7 @@ from .observation import Observation, Run, current
 PREFIX = "hf_paged:"
 SHORT = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LEFT = "client_closed_request"  # nobody read to the end
@@ -45,7 +46,11 @@ _COUNTERS = (
 
 
 class Metrics:
-    """What happens to the requests of one app, and what its engine says of itself. Each app has a registry of its own."""
+    """What happens to the requests of one app, and what its engine says of itself. Each app has a registry of its own.
+
+    Attributes:
+        loop_lag: how late the event loop is; see `lag`.
+    """
 
     def __init__(self, engine: AsyncEngine, model_name: str):
         self.registry = CollectorRegistry()
@@ -83,6 +88,7 @@ class Metrics:
         )
         under_way = Gauge(PREFIX + "http_requests_open", "HTTP requests under way.", ["model_name"], registry=self.registry)
         self._open = under_way.labels(model_name)
+        self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop is, looked at regularly.", LAG)
         self._model_name = model_name
 
     def begun(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from starlette.requests import Request
+from starlette.types import Receive
 
 from ...base.errors import InvalidArgument
 from ...base.sampling_params import SamplingParams
@@ -204,23 +205,35 @@ async def first_of(deltas: AsyncIterator):
     return chained()
 
 
+@contextlib.asynccontextmanager
+async def connected(receive: Receive) -> AsyncIterator[None]:
+    """Scope that is cancelled, wherever it waits, when the client goes away; then raises Refused.
+
+    Args:
+        receive: the request's, whose body has been read.
+    """
+    task = asyncio.current_task()
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():
+            raise Refused("the client went away", status=499, code="client_closed_request") from None
+        raise
+    finally:
+        watcher.cancel()
+
+
 async def while_connected(request: Request, work: Coroutine):
     """The result of `work`, which is cancelled if the client goes away."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            raise Refused("the client went away", status=499, code="client_closed_request")
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    async with connected(request.receive):
+        return await work

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
-from .errors import body_of, describe
+from .errors import Refused, body_of, describe
+from .service import connected
 
 DONE = format_sse_event(data_str="[DONE]")
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
@@ -31,7 +34,16 @@ def event_stream(chunks: AsyncIterator[BaseModel | dict]) -> StreamingResponse:
         else:
             yield DONE
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=HEADERS)
+    return _EventStream(events(), media_type="text/event-stream", headers=HEADERS)
+
+
+class _EventStream(StreamingResponse):
+    """Ends the stream when the client goes away. (Starlette does so with a group of tasks, at several times the cost.)"""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(Refused):
+            async with contextlib.aclosing(self.body_iterator), connected(receive):
+                await self.stream_response(send)
 
 
 def _json(value: BaseModel | dict) -> str:

@@ -67,7 +67,7 @@ def test_every_line_has_the_answer_of_the_server(url, folder, tmp_path):
         chat("several", "Tell me", n=2, logprobs=True, top_logprobs=2, seed=3),
         line("sampled", TEXT, model=MODEL, prompt=["Tell me", "the rain"], max_tokens=5, seed=7, temperature=0.8),
         line("scored", TEXT, prompt="Tell me", max_tokens=0, echo=True, logprobs=1),
-        line("formed", TEXT, prompt="a", structured_outputs={"regex": "[a-f]{4}"}),
+        line("formed", TEXT, prompt="a", temperature=0, structured_outputs={"regex": "[a-f]{4}"}),
         line("tokens", "/tokenize", prompt="Tell me"),
         chat("unknown field", "Tell me", nonsense=1),
         chat("other model", "Tell me", model="other"),

@@ -1,0 +1,1 @@
+"""The server under many clients, beside its engine alone."""
