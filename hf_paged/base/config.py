@@ -51,6 +51,8 @@ class EngineConfig:
         num_speculative_tokens: most tokens to guess for a sequence in one step; fewer while its guesses are wrong.
         ngram_range: fewest latest tokens that must have occurred before for "ngram" to guess, and how many more of them
             are compared to choose among several such places.
+        parallel_timeout: of a model sharded over several processes, most seconds that one waits for another in the middle
+            of a step. Then all of them end, with the reason.
     """
 
     block_size: int | None = None
@@ -72,6 +74,7 @@ class EngineConfig:
     num_speculative_tokens: int = 7
     ngram_range: tuple[int, int] = (2, 5)
     cuda_graphs: bool | None = None
+    parallel_timeout: float = 120.0
 
     def __post_init__(self):
         for name in ("block_size", "max_batch_tokens", "max_num_seqs", "max_model_len", "max_queue"):
@@ -99,6 +102,9 @@ class EngineConfig:
             raise InvalidArgument(f"overlap must be True, False or None, got {self.overlap!r}")
         if self.cuda_graphs not in (None, True, False):
             raise InvalidArgument(f"cuda_graphs must be True, False or None, got {self.cuda_graphs!r}")
+        timeout = self.parallel_timeout
+        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < 1e6:
+            raise InvalidArgument(f"parallel_timeout must be a positive number of seconds, got {timeout!r}")
         self._check_speculation()
 
     def _check_speculation(self) -> None:

@@ -10,6 +10,7 @@
     ├── QueueFull (RuntimeError)            the waiting queue is at its bound
     ├── CacheFull (RuntimeError)            the KV cache has no blocks left for rows that must go on together
     ├── EngineClosed (RuntimeError)         the engine was closed
+    ├── ParallelError (RuntimeError)        one of the processes that hold a sharded model died, hung, failed or disagreed
     └── RequestFailed (RuntimeError)        one request ended with an error; its cause is `__cause__`
         └── DeadlineExceeded (TimeoutError) the request's deadline passed
 """
@@ -53,6 +54,10 @@ class CacheFull(HfPagedError, RuntimeError):
 
 class EngineClosed(HfPagedError, RuntimeError):
     """The engine has been closed."""
+
+
+class ParallelError(HfPagedError, RuntimeError):
+    """One of the processes that hold a sharded model died, hung, failed or disagreed with rank 0: none can go on."""
 
 
 class RequestFailed(HfPagedError, RuntimeError):

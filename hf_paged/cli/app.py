@@ -254,8 +254,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for engine.csv and engine.png.")] = None,
 ) -> None:
     """Measure hf_paged against stock `generate`, interleaved in one run (about 20 minutes on 2 cores)."""
-    from .common import dtype_name, quiet_libraries
+    from .common import check_alone, dtype_name, quiet_libraries
 
+    check_alone("bench")
     quiet_libraries()
     from hf_paged.benchmarks.engine.bench import SYSTEMS, WORKLOADS, Options, run_bench
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,22 @@ class UserError(ValueError):
     """Bad input to a command; the message is shown as it is."""
 
 
+def rank() -> int:
+    """Which of the processes that torchrun or `accelerate launch` started this is; 0 if it is alone."""
+    return int(os.environ.get("RANK", 0)) if num_ranks() > 1 else 0
+
+
+def num_ranks() -> int:
+    """How many processes there are, which hold one model together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_alone(command: str) -> None:
+    """Raise UserError if there are several processes: they would all do the same."""
+    if num_ranks() > 1:
+        raise UserError(f"{command} runs in one process, not under torchrun or `accelerate launch`")
+
+
 @contextmanager
 def guard(debug: bool = False) -> Iterator[None]:
     """Turn what a user can cause into one line on stderr and exit status 2; anything else keeps its traceback."""
@@ -61,7 +79,8 @@ def guard(debug: bool = False) -> Iterator[None]:
     except (HfPagedError, OSError, ValueError, ImportError) as error:
         if debug:
             raise
-        print(f"hf-paged: {one_line(error)}", file=sys.stderr)
+        name = f"hf-paged (rank {rank()})" if rank() else "hf-paged"
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
 
 
@@ -88,8 +107,20 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()
 
 
-def load(*, model: str | None, dtype: str | None, device: str | None, threads: int | None, progress: bool):
-    """The model, unpatched, and its tokenizer."""
+def load(
+    *,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    threads: int | None,
+    progress: bool,
+    ranks: int = 1,
+):
+    """The model, unpatched, and its tokenizer.
+
+    Args:
+        ranks: how many processes load it together, each its shards.
+    """
     dtype = dtype_name(dtype)
     import torch
 
@@ -99,7 +130,9 @@ def load(*, model: str | None, dtype: str | None, device: str | None, threads: i
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return load_model(model, dtype=dtype and getattr(torch, dtype), device=device, progress=progress)
+        return load_model(
+            model, dtype=dtype and getattr(torch, dtype), device=device, progress=progress and not rank(), num_ranks=ranks
+        )
     except (RuntimeError, AssertionError) as error:  # no such device (torch asserts), or too little memory
         raise UserError(one_line(error)) from error
 
@@ -115,6 +148,8 @@ def open_engine(
 ) -> Iterator[tuple]:
     """(patched model, tokenizer, engine); everything is undone afterwards.
 
+    Where several processes hold the model, rank 0 alone gets that far: the others take part in what it does, and exit.
+
     Args:
         engine: more fields of EngineConfig.
     """
@@ -123,10 +158,17 @@ def open_engine(
 
     config = hf_paged.EngineConfig(speculation=speculation, **(engine or {}))  # a mistake shows before the weights are read
     check_kind(quantization)
-    model, tokenizer = load(**loading)
-    draft = None if draft_model is None else load(**loading | {"model": draft_model})[0]
+    model, tokenizer = load(**loading, ranks=num_ranks())
+    draft = None if draft_model is None or rank() else load(**loading | {"model": draft_model})[0]
+    if rank():
+        config = config.replace(speculation=None)  # rank 0 guesses
     hf_paged.patch(model, config, tokenizer=tokenizer, draft_model=draft, quantization=quantization)
     try:
+        if rank():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, signal.SIG_IGN)  # meant for all ranks: rank 0 finishes what it does, and says so
+            hf_paged.follow(model)
+            raise SystemExit(0)
         yield model, tokenizer, hf_paged.engine_of(model)
     finally:
         hf_paged.unpatch(model)

@@ -21,7 +21,7 @@ from hf_paged.benchmarks.engine import systems
 from hf_paged.benchmarks.engine.systems import BATCH, PAGED, STOCK_BATCH, STOCK_ONE, Run
 from hf_paged.benchmarks.engine.workload import Request
 
-from .common import chat_prompt, load
+from .common import chat_prompt, check_alone, load
 from .demo_prompts import CHAT_QUESTIONS, prompts
 
 MIB = 2**20
@@ -34,6 +34,7 @@ def run_demo(name: str | None, count: int, device: str | None, threads: int | No
 
     start = time.perf_counter()
     console = Console(soft_wrap=not sys.stdout.isatty())
+    check_alone("demo")
     model, tokenizer = load(model=name, dtype=None, device=device, threads=threads, progress=True)
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     console.print(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .common import UserError, load
+from .common import UserError, check_alone, load
 
 MIB = 2**20
 
@@ -22,6 +22,7 @@ def run_quantize(out: Path, calibration: Path, sequences: int, length: int, opti
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty")
     calibration.open("rb").close()  # an OSError names it
+    check_alone("quantize")
     model, tokenizer = load(**loading | {"model": None if loading["model"] == DEFAULT_NAME else loading["model"]})
     texts = read_texts(calibration, tokenizer)
     chosen, held_out = split(to_sequences(texts, tokenizer, length), sequences)

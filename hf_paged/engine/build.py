@@ -13,7 +13,9 @@ from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
 from ..runtime.graphs import DecodeGraphs, cuda_capture
 from ..runtime.inputs import Inputs, make_inputs
+from ..parallel.team import ranks_on_this_machine
 from ..runtime.kv_cache import KVCache
+from ..runtime.leading import LeadingRunner
 from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
 from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
 from ..runtime.runner import ModelRunner, PagedModel, as_in_a_step
@@ -46,6 +48,8 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
             CUDA graphs elsewhere.
     """
     if config.cuda_graphs:
+        if model.team is not None:
+            raise UnsupportedOption("cuda_graphs=True: forwards of a sharded model are not recorded; use cuda_graphs=None")
         cuda_capture(model.device)
     try:
         kernels = ops.resolve_backend(config.attention_backend, model.device)
@@ -92,6 +96,8 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
     budget = config.kv_cache_memory or _free_budget(model, config, cache, limits)
     slots = slots_for_budget(cache.states.bytes_per_slot, budget // 2 if cache.groups else budget, config.max_num_seqs)
     most = blocks_within(cache, budget, slots, limits)
+    if model.team is not None:  # blocks are numbered alike on all ranks
+        *most, slots = model.team.least([*most, slots])
     initial = first_blocks(cache.device, most)
     if cuda:  # so that a lack of memory shows here, and not in somebody's request
         with as_in_a_step(cache.device):
@@ -115,12 +121,13 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
 def _free_budget(model: PagedModel, config: EngineConfig, cache: KVCache, limits: Limits) -> int:
     """Bytes that the configuration leaves to the cache when it does not say how many."""
     if model.device.type != "cuda":
-        return int(free_memory() * (config.memory_fraction or CPU_FRACTION))
+        sharing = 1 if model.team is None else ranks_on_this_machine(model.team.size)
+        return int(free_memory() * (config.memory_fraction or CPU_FRACTION)) // sharing
     return kv_budget(
         ModelRunner(model, cache, _inputs(config, cache, limits), backend=config.attention_backend),
         CudaMeter(model.device),
         config.memory_fraction or CUDA_FRACTION,
-        graphs=wants_graphs(config, model.device),
+        graphs=wants_graphs(config, model),
         **limits._asdict(),
     )
 
@@ -156,18 +163,29 @@ def _inputs(config: EngineConfig, cache: KVCache, limits: Limits) -> Inputs:
     )
 
 
-def build_runner(model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler) -> ModelRunner:
-    """What runs the scheduler's plans on the cache."""
+def build_runner(
+    model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler, *, leads: bool = False
+) -> ModelRunner:
+    """What runs the scheduler's plans on the cache.
+
+    Args:
+        leads: the model is sharded, and the other ranks are to run what this runner does.
+    """
     inputs = _inputs(config, cache, limits_of(scheduler))
     graphs = None
-    if wants_graphs(config, cache.device):
+    if wants_graphs(config, model):
         graphs = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs)
-    return ModelRunner(model, cache, inputs, backend=config.attention_backend, graphs=graphs)
+    options = dict(backend=config.attention_backend, graphs=graphs)
+    if leads:
+        return LeadingRunner(model, cache, inputs, team=model.team, **options)
+    return ModelRunner(model, cache, inputs, **options)
 
 
-def wants_graphs(config: EngineConfig, device: torch.device) -> bool:
+def wants_graphs(config: EngineConfig, model: PagedModel) -> bool:
     """Whether decode steps are to be recorded."""
-    return device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    return model.device.type == "cuda" and model.team is None
 
 
 def build_speculator(model: PagedModel, config: EngineConfig, draft_engine) -> Speculator | None:

@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 
 from ..base.config import EngineConfig, parse_bytes
-from ..base.errors import EngineClosed, InvalidArgument, QueueFull, RequestTooLarge
+from ..base.errors import EngineClosed, InvalidArgument, ParallelError, QueueFull, RequestTooLarge, UnsupportedOption
 from ..base.sampling_params import SamplingParams
 from ..base.types import AdapterInfo, RequestOutput
 from ..core.plan import StepPlan
 from ..core.request import Sequence
+from ..parallel.encoding import encode_config
+from ..parallel.team import Order
 from ..runtime.batch import StepContext
 from ..runtime.graphs import DecodeGraphs
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
 from ..runtime.sampler import derive_seed
-from .build import build, build_runner, build_speculator
+from .build import build, build_runner, build_speculator, check_config
 from .execute import StepExecutor
 from .held import HeldRows
 from .intake import Intake
@@ -61,8 +63,14 @@ class BatchEngine(Jobs):
         self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
         self._abandoned: deque[RequestState] = deque()  # requests nobody waits for
         self.closed = False
-        self._cache, self._scheduler = build(model, config, self.max_model_len)
-        self._runner = build_runner(model, config, self._cache, self._scheduler)
+        if model.team is None:
+            self._cache, self._scheduler = build(model, config, self.max_model_len)
+        else:
+            check_config(model, config)
+            model.team.send(Order.OPEN, encode_config(config, self.max_model_len))
+            with model.team.together("open"):
+                self._cache, self._scheduler = build(model, config, self.max_model_len)
+        self._runner = build_runner(model, config, self._cache, self._scheduler, leads=model.team is not None)
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._requests = OpenRequests(self._scheduler, self._forget)
@@ -197,6 +205,9 @@ class BatchEngine(Jobs):
                 self._memory.wake()
                 self._release_dropped()
                 self._stepper.step()
+            except ParallelError as error:
+                self._end_all(error)
+                raise
             except BaseException:
                 self._requests.publish()
                 raise
@@ -272,9 +283,12 @@ class BatchEngine(Jobs):
     def fail_all(self, error: BaseException) -> None:
         """End every unfinished request with `error`: the engine itself could not go on."""
         with self._lock:
-            for state in self._requests:
-                self._requests.end_with(state, error)
-            self._settle()
+            self._end_all(error)
+
+    def _end_all(self, error: BaseException) -> None:
+        for state in self._requests:
+            self._requests.end_with(state, error)
+        self._settle()
 
     def _settle(self) -> None:
         """Requests were ended, perhaps between steps: keep no step in flight that is nobody's, tell who waits."""
@@ -333,6 +347,8 @@ class BatchEngine(Jobs):
             InvalidArgument: the name is taken, the folder holds no sound adapter, or it is none of this model.
             UnsupportedOption: such adapters cannot run beside others; the message says why.
         """
+        if self.model.team is not None:
+            raise UnsupportedOption("load_adapter: adapters are not sharded, and this model is")
         loaded = self.model.adapters.read(name, source, adapter_name, max_rank)
         with self._between_steps():
             return self.model.take_adapter(loaded, self.config)
@@ -478,6 +494,8 @@ class BatchEngine(Jobs):
             for sequence in list(self._scheduler.held):
                 self._scheduler.held.release(sequence)
             self._runner.release()
+            if self.model.team is not None and not self.model.team.failed:
+                self.model.team.send(Order.CLOSE)
             self.model.adapters.close()
             if self._speculator is not None:
                 self._speculator.close()

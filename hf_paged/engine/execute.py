@@ -19,7 +19,7 @@ from ..runtime.batch import SequenceHooks
 from ..runtime.packed import Owner
 from ..runtime.pending import PendingSamples
 from ..runtime.runner import ModelRunner, on_device
-from ..runtime.sampler import Sampler, SampleResult, SampleRow
+from ..runtime.sampler import Sampler, SampleResult, SampleRow, want_winners
 from ..runtime.transfer import Milestone, to_device
 from .metrics import StepClock
 from .request_state import RequestState
@@ -173,7 +173,17 @@ class StepExecutor:
         for span in of_head:
             rows += span.packed
         sampled = None if previous is None else previous.tokens
+        sample_rows = [row for one in due for row in one.rows()]
         groups = groups_of(self._runner.model.adapters, plan)
+        if self._runner.finds_winners and due and not spans and want_winners(sample_rows):
+            context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled)
+            mark = clock.lap("build", mark)
+            winners = self._runner.winners(context)
+            mark = clock.lap("model", mark)
+            samples = self._take_winners(winners, plan, place, sample_rows)
+            flight = InFlight(plan, hooks, due, samples, [], Milestone(samples.tokens.device))
+            clock.lap("sample", mark)
+            return flight
         if len(groups) > 1:
             options = dict(rows=rows, sampled=sampled, hidden=bool(of_hidden))
             logits, hidden = self._runner.forward_apart(plan, groups, self._owner, hooks, **options)
@@ -183,7 +193,7 @@ class StepExecutor:
             logits = self._runner.forward(context)
             hidden = context.hidden
         mark = clock.lap("model", mark)
-        samples = self._sample(logits, plan, place, due, previous) if due else None
+        samples = self._sample(logits, plan, place, sample_rows, previous) if due else None
         parts, offset = [], len(place)
         for span in of_head:
             parts.append(self._part(span, logits[offset : offset + len(span.packed)]))
@@ -229,15 +239,22 @@ class StepExecutor:
         logits: torch.Tensor,
         plan: StepPlan,
         place: dict[int, int],
-        due: list[Due],
+        sample_rows: list[SampleRow],
         previous: PendingSamples | None,
     ) -> PendingSamples:
         """Sample from `logits` [R, V], whose row of every packed row is its `place`."""
-        selected = logits[: len(place)]
-        if len(plan.samples) != len(place):  # n completions start from one row
-            index = to_device([place[row] for row, _ in plan.samples], torch.int64, logits.device)
-            selected = selected[index]
-        return self._sampler.launch(selected, [row for one in due for row in one.rows()], previous)
+        return self._sampler.launch(_selected(logits, plan, place), sample_rows, previous)
+
+    def _take_winners(
+        self,
+        winners: tuple[torch.Tensor, torch.Tensor],
+        plan: StepPlan,
+        place: dict[int, int],
+        sample_rows: list[SampleRow],
+    ) -> PendingSamples:
+        """The same where the model found the largest logits itself."""
+        tokens, peaks = (_selected(tensor, plan, place) for tensor in winners)
+        return self._sampler.chosen(tokens, peaks, sample_rows, self._runner.model.vocab_size)
 
     def _spans(self, plan: StepPlan) -> list[Span]:
         """What requests need of this step beside samples: for log-probabilities of their prompts, or their tasks."""
@@ -268,3 +285,11 @@ class StepExecutor:
         pending = self._sampler.prompt_logprobs(rows, token_ids, state.params.prompt_logprobs)
         return Part(state, lambda: state.record_prompt_logprobs(pending.result()))
 
+
+def _selected(rows: torch.Tensor, plan: StepPlan, place: dict[int, int]) -> torch.Tensor:
+    """Of `rows` [R, ...] those of the plan's samples, where the row of a packed row is its `place`."""
+    selected = rows[: len(place)]
+    if len(plan.samples) != len(place):  # n completions start from one row
+        index = to_device([place[row] for row, _ in plan.samples], torch.int64, rows.device)
+        selected = selected[index]
+    return selected

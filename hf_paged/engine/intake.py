@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..base.config import EngineConfig
-from ..base.errors import InvalidArgument
+from ..base.errors import InvalidArgument, UnsupportedOption
 from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassifyParams, ScoreParams
 from ..base.types import RequestOutput
@@ -40,6 +40,8 @@ class Intake:
         forward_hooks: Mapping[str, Callable] | None,
     ) -> RowHooks:
         """A caller's functions."""
+        if forward_hooks and self._model.team is not None:
+            raise UnsupportedOption("forward_hooks: functions on activations are not run on a sharded model")
         processors, criteria = tuple(logits_processors), tuple(stopping_criteria)
         if not processors and not criteria and forward_hooks is None:
             return NO_HOOKS

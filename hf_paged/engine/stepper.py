@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from ..base.errors import ParallelError
 from ..core.plan import StepPlan
 from ..core.request import Sequence
 from ..core.scheduler import Scheduler
@@ -134,6 +135,9 @@ class Stepper:
         try:
             previous = self._in_flight[0].samples if self._in_flight else None
             flight = self._executor.launch(plan, hooks, previous, self.clock)
+        except ParallelError:  # nobody's request is to blame
+            self._scheduler.rollback(plan)
+            raise
         except Exception as error:
             self._scheduler.rollback(plan)
             if self._collect():  # else the step before it failed, too, and is the more likely cause

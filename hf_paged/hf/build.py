@@ -38,6 +38,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    num_ranks: int = 1,
 ):
     """A model in eval mode, of the kind that the checkpoint was saved as, and its tokenizer (padding on the left).
 
@@ -49,6 +50,8 @@ def load_model(
         dtype: default the checkpoint's own (float32 for the embedded model).
         device: default CUDA where there is one, else the CPU.
         progress: show progress bars on stderr.
+        num_ranks: processes that load the model at the same time, each its shards (torchrun or `accelerate launch` has
+            started them); `device` is then each one's own.
 
     Returns:
         (model, tokenizer)
@@ -63,11 +66,18 @@ def load_model(
     from .heads import POOLING_FILE
 
     source = str(default_model_folder(progress=progress)) if name is None else name
-    if device is None:
+    options = {"dtype": "auto" if dtype is None else dtype}
+    if num_ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        if device is not None:
+            raise ValueError("device: of a model on several ranks each has its own; leave it out")
+        options["distributed_config"] = DistributedConfig(tp_size=num_ranks)
+    elif device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _transformers_progress(progress):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = _auto_class(source).from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        model = _auto_class(source).from_pretrained(source, **options)
         if not os.path.isdir(source):
             with contextlib.suppress(OSError):  # few repositories have one
                 cached_file(source, POOLING_FILE)
@@ -75,7 +85,9 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if name is None:
         model.config._name_or_path = tokenizer.name_or_path = DEFAULT_NAME
-    return model.to(device).eval(), tokenizer
+    if device is not None:
+        model.to(device)
+    return model.eval(), tokenizer
 
 
 def _auto_class(source: str):

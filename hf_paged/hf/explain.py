@@ -174,6 +174,8 @@ def explain_patch(model, patch, config) -> Explanation:
         limits.append(adapter.length_note)
     if adapter.states:
         limits.append("no prefix cache: a prefix is of no use without the states at its end")
+    if adapter.team is not None:
+        limits.append(f"sharded: heads, sizes and memory are those of one of {adapter.team.size} ranks")
     if patch.scatter is not None:
         limits.append(
             "its own layers round what they are given to few bits, so tokens may differ where choices are close: its own "
@@ -262,14 +264,14 @@ def _resting(model, patch, config) -> dict[str, str]:
 
 def _why_no_graphs(patch, config) -> str | None:
     """Why no step runs as a CUDA graph, though they were to; None if some do, or none were to."""
-    if not wants_graphs(config, patch.adapter.device):
+    if not wants_graphs(config, patch.adapter):
         return None
     graphs = patch.live_engine and patch.live_engine.graphs
     return patch.adapter.why_unrecordable or (graphs and graphs.problem)
 
 
 def _graphs(patch, config) -> str | None:
-    if not wants_graphs(config, patch.adapter.device) or _why_no_graphs(patch, config):
+    if not wants_graphs(config, patch.adapter) or _why_no_graphs(patch, config):
         return None
     graphs = patch.live_engine and patch.live_engine.graphs
     so_far = "none so far"

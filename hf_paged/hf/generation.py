@@ -44,6 +44,9 @@ class PagedMixin(Swapped):
 
     def generate(self, *args, **kwargs):
         with _starting(None):  # a `generate` inside a started one is its own
+            shared = self._hf_paged.calls_of_all
+            if shared is not None:
+                return shared.run(lambda: self._generate(*args, **kwargs), args, kwargs)
             return self._generate(*args, **kwargs)
 
     def _generate(self, *args, adapter_names=None, **kwargs):
@@ -214,6 +217,8 @@ class _Decoding:
             if name not in _KNOWN and value is not None and value is not False:
                 yield name, "the engine has no place for it"
         cache = cache_of(kwargs)
+        if adapter.team is not None and cache is not None and begun(cache):
+            yield "past_key_values", "each rank has the keys and values of its own heads only"
         if not kwargs.get("use_cache", True):
             if config.return_dict_in_generate and config.output_hidden_states:
                 yield "use_cache", "without a cache every step shows the hidden states of whole rows"
@@ -340,6 +345,8 @@ class _Decoding:
         """What the caller gets as this call's cache, if anything."""
         if isinstance(given, PagedCache) or self.config.is_assistant:
             return pages  # whoever drafts goes on with it
+        if self.model._hf_paged.team is not None:
+            return None  # each rank has a part
         if given is not None and getattr(given, "_is_user_defined", False):
             return to_stock(pages, into=given)
         if not (self.config.return_dict_in_generate and wanted):

@@ -11,11 +11,13 @@ import torch
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, KernelUnavailable, UnsupportedModel, UnsupportedOption
 from ..base.types import AdapterInfo
+from ..parallel.team import Team
 from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
 from .fusion import Fusions
 from .fusion.experts import paged_experts
+from .fusion.sharded import SplitHead
 from .heads import head_of, keeping_hidden, stated_pooling
 from .peft import obstacles
 from .peft_bank.bank import AdapterBank, Loaded
@@ -31,8 +33,17 @@ from .weights import float_parameter
 class TransformersModel:
     """Implements `runtime.runner.PagedModel` for a decoder-only transformers model. Reads the live weights."""
 
-    def __init__(self, model: torch.nn.Module, fusions: Fusions, adaptations: Adaptations, observed: Observed):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        fusions: Fusions,
+        adaptations: Adaptations,
+        observed: Observed,
+        team: Team | None = None,
+    ):
         self.module = model
+        self.team = team
+        self.split_head: SplitHead | None = None  # of a sharded model, once `winners` is known to be right
         self._body, self.hidden_size = observed.body, observed.hidden_size
         self.pooling = stated_pooling(model.config)
         self.name = type(model).__name__
@@ -85,6 +96,9 @@ class TransformersModel:
 
         `options` go to the model's forward; `inputs_embeds` [1, T, H] takes the place of the token ids.
         """
+        if context.announce is not None:
+            self._check_obstacle()  # from here on nothing may fail on this rank alone
+            context.announce(context, rows, options.get("inputs_embeds"))
         context.logit_rows = rows if self._keeps_logits else None
         if context.adapters is not None:
             context.adapters.take_logit_rows(context.logit_rows)
@@ -100,9 +114,7 @@ class TransformersModel:
     @contextmanager
     def _running(self, context: StepContext):
         """Scope in which calls of the model's modules are one forward of the packed batch of `context`."""
-        if self._obstacle is not None:
-            name, reason = self._obstacle
-            raise UnsupportedOption(f"{name} cannot be used while the model runs on pages: {reason}")
+        self._check_obstacle()
         with (
             self.adapters.running(context.plan),
             evaluating(self.module, self._seen.modules),
@@ -114,6 +126,11 @@ class TransformersModel:
             keeping_hidden(self._body, context),
         ):
             yield
+
+    def _check_obstacle(self) -> None:
+        if self._obstacle is not None:
+            name, reason = self._obstacle
+            raise UnsupportedOption(f"{name} cannot be used while the model runs on pages: {reason}")
 
     def take_adapter(self, loaded: Loaded, config: EngineConfig) -> AdapterInfo:
         """See `PagedModel`."""
@@ -133,6 +150,14 @@ class TransformersModel:
             raise KernelUnavailable(f"strict: adapter {loaded.name!r} takes a slower path: {loaded.reason}")
         bank.settle(loaded)
         return loaded.info
+
+    @property
+    def finds_winners(self) -> bool:
+        return self.split_head is not None
+
+    def winners(self, context: StepContext, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        context.local_logits = True
+        return self.split_head.winners(self.forward(context, rows))
 
     def weights_changed(self) -> bool:
         """In-place writes, swapped parameters and modules, moved storage, adapters switched, hooks that came or went.
@@ -190,6 +215,8 @@ class TransformersModel:
         self.why_unrecordable = self._why_unrecordable()
         self.adapters.look(self._seen.modules)
         self._obstacle = next(obstacles(self.module), None)
+        if self.team is not None and any(hasattr(module, "base_layer") for module in self._seen.modules):
+            self._obstacle = "a PEFT adapter", "the model is sharded"
         device = self._seen.device
         if getattr(self, "device", device) != device:
             raise UnsupportedModel(

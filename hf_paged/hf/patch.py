@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import contextmanager
 
 import torch
 
 from ..base.config import EngineConfig
-from ..base.errors import InvalidArgument, KernelUnavailable, UnsupportedOption
+from ..base.errors import (
+    InvalidArgument,
+    KernelUnavailable,
+    UnsupportedModel,
+    UnsupportedOption,
+    VerificationFailed,
+)
 from ..engine.build import check_config
+from ..parallel.team import Team
 from ..runtime.runner import as_in_a_step
 from .adapters import adapt
 from .draft import check_draft, draft_config
 from .explain import Explanation, explain_patch
-from .fusion import Fusions, fuse, fuse_layers
+from .fusion import Fusions, fuse, fuse_layers, voting
 from .generation import PagedMixin
 from .heads import head_of
 from .model import TransformersModel
@@ -23,15 +31,25 @@ from .quantize.spot import quantize_on_the_spot
 from .selfcheck import check_forward, observe
 from .spec import check_supported
 from .swap import ATTRIBUTE, Swapped, evaluating, restore, swap
+from .team import SharedCalls, find_team
 from .verify import Verification
 from .watch import without_hooks
+from .weights import local
 
 
 class Patch:
     """Everything hf_paged did to one model. Lives on the model as `model._hf_paged`."""
 
-    def __init__(self, model: torch.nn.Module, config: EngineConfig, tokenizer, draft_model: torch.nn.Module | None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: EngineConfig,
+        tokenizer,
+        draft_model: torch.nn.Module | None,
+        team: Team | None,
+    ):
         self.config = config
+        self.team = team
         self.tokenizer = tokenizer
         self.draft_model = draft_model
         self.fusions = Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
@@ -39,11 +57,12 @@ class Patch:
         try:
             if config.fuse:
                 with evaluating(model), without_hooks(model):
-                    self.fusions = fuse(model, config.attention_backend)
+                    self.fusions = fuse(model, config.attention_backend, team)
         except BaseException:
             self.adaptations.undo()
             raise
         self.adapter: TransformersModel | None = None
+        self.calls_of_all: SharedCalls | None = None  # `generate` of a sharded model
         self.largest_difference: float | None = None  # that `verify` found
         self.launches: list[str] | None = None  # kernels of a layer that decodes, where they are Triton's
         self.scatter: float | None = None  # of the model's own logits, where its layers round activations to 8 bits
@@ -55,13 +74,16 @@ class Patch:
         """Look at the model; with `check`, compare packed forwards with the model's own."""
         with without_hooks(model):
             observed = observe(model, self.adaptations)
-            self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed)
+            self.adapter = TransformersModel(model, self.fusions, self.adaptations, observed, self.team)
             check_config(self.adapter, self.config)
             if self.config.fuse:
-                fuse_layers(model, self.fusions, self.adapter.length_limit)
+                with voting(self.team and self.team.unanimous):
+                    fuse_layers(model, self.fusions, self.adapter.length_limit)
             if check:
                 self.launches, self.scatter = check_forward(self.adapter, observed, self.config)
         self.adapter.weights_replaced()  # with its hooks
+        if self.team is not None:
+            self.calls_of_all = SharedCalls(self.adapter, self.team)
 
     @property
     def live_engine(self):
@@ -75,13 +97,21 @@ class Patch:
         """The model's one engine, made on first use."""
         from .engine import Engine  # Engine patches models, so it stands above this module
 
+        self.check_leads()
         with self._lock:
             if self.live_engine is None:
                 self._engine = Engine._for_patch(self)
             return self._engine
 
+    def check_leads(self) -> None:
+        """Raise InvalidArgument where an engine of a sharded model cannot be: on other ranks than 0."""
+        if self.calls_of_all is not None:
+            self.calls_of_all.check_leads()
+
     def note_fallback(self, option: str, reason: str) -> None:
         """A call takes a slower path: `explain` tells from now on, a warning once. Raises KernelUnavailable if strict."""
+        if self.team is not None:
+            raise UnsupportedOption(f"{option} is not supported on a sharded model: {reason}")
         if self.config_in_use.strict:
             raise KernelUnavailable(f"strict: {option} takes a slower path: {reason}")
         if option not in self.calls:
@@ -93,6 +123,7 @@ class Patch:
         patch(model, self.config, tokenizer=self.tokenizer, draft_model=self.draft_model)
 
     def adopt(self, engine) -> None:
+        self.check_leads()
         with self._lock:
             if self.live_engine is not None:
                 raise InvalidArgument(
@@ -162,11 +193,14 @@ def _patch(
                 raise UnsupportedOption(f"{option}: {type(model).__name__} does not generate")
     if draft_model is not None:
         check_draft(model, draft_model)
+    team = find_team(model, config.parallel_timeout)
+    if team is not None:
+        _check_options(config, draft_model, quantization)
     if quantization is not None:
         quantize_on_the_spot(model, quantization)
-    with as_in_a_step(next(model.parameters()).device):
+    with as_in_a_step(next(model.parameters()).device), _together(team):
         verification = Verification(model) if verify else None
-        undo = Patch(model, config, tokenizer, draft_model)
+        undo = Patch(model, config, tokenizer, draft_model, team)
         swap(model, PagedMixin if hasattr(model, "generate") else Swapped, undo)
         try:
             undo.bind(model, check=not verify)
@@ -175,8 +209,32 @@ def _patch(
             if config.strict:
                 explain(model).raise_on_fallback()
         except BaseException:
-            unpatch(model)
+            _restore(model, undo)
             raise
+
+
+def _check_options(config: EngineConfig, draft_model, quantization: str | None) -> None:
+    """Raise UnsupportedOption for what a sharded model cannot have."""
+    if quantization is not None:
+        raise UnsupportedOption(f"quantization={quantization!r}: the weights of a sharded model are not rounded on the spot")
+    if draft_model is not None and any(local(parameter) is not parameter for parameter in draft_model.parameters()):
+        raise UnsupportedOption("draft_model: beside a sharded model it must not be sharded itself")
+
+
+@contextmanager
+def _together(team: Team | None):
+    """While a sharded model is patched, on all its ranks. What all of them refuse leaves none waiting."""
+    if team is None:
+        yield
+        return
+    try:
+        with team.engaged():
+            yield
+    except (InvalidArgument, KernelUnavailable, UnsupportedModel, VerificationFailed):
+        team.close()
+        raise
+    except BaseException as error:
+        raise team.broken("patch", error) from error
 
 
 def unpatch(model: torch.nn.Module):
@@ -185,10 +243,37 @@ def unpatch(model: torch.nn.Module):
     engine = undo.live_engine
     if engine is not None:
         engine.close()
+    if undo.calls_of_all is not None:
+        undo.calls_of_all.stop()
+    _restore(base_model(model), undo)
+    return model
+
+
+def follow(model) -> None:
+    """On every rank but 0 of a sharded, patched model: take part in what rank 0 does, until it unpatches the model.
+
+        hf_paged.patch(model)                  # on all ranks
+        if torch.distributed.get_rank():
+            hf_paged.follow(model)
+        else:
+            ...                                # an Engine, a pipeline, a server, model.generate
+
+    Not needed where all ranks call `model.generate` alike.
+
+    Raises:
+        InvalidArgument: the model is not sharded, or this is rank 0.
+        ParallelError: a rank died, hung or failed.
+    """
+    undo = patch_of(model)
+    if undo.calls_of_all is None:
+        raise InvalidArgument("model: it is not sharded, so there is no rank to follow")
+    undo.calls_of_all.follow()
+
+
+def _restore(model: torch.nn.Module, undo: Patch) -> None:
     undo.fusions.undo()
     undo.adaptations.undo()
-    restore(base_model(model))
-    return model
+    restore(model)
 
 
 def is_patched(model) -> bool:

@@ -15,9 +15,11 @@ from ..core.plan import StepPlan
 from ..core.request import Request
 from ..engine.build import build, build_runner
 from ..runtime.runner import ModelRunner
+from ..runtime.warpers import row_argmax
 from .adapters import Adaptations
 from .attention import attention_configs, observing, paged_attention
 from .fusion.launches import counting
+from .fusion.sharded import split_head_of
 from .heads import stock_rows
 from .spec import decoder_layers, vocab_size
 from .swap import evaluating
@@ -114,6 +116,7 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> tuple[li
     try:
         while (plan := scheduler.schedule()) is not None:
             logits, launches = _forward(runner, plan)
+            _check_winners(runner, plan, logits)
             ends = {}
             for seq_id, begin, mine in zip(plan.seq_ids, plan.num_context, logits.split(plan.num_new)):
                 end = ends[seq_id] = begin + len(mine)
@@ -172,6 +175,20 @@ def _forward(runner: ModelRunner, plan: StepPlan) -> tuple[torch.Tensor, list[st
     with counting(list(decoder_layers(runner.model.module).values())) as layers:
         logits = runner.forward(step)
     return logits, max(layers, key=len, default=None)
+
+
+def _check_winners(runner: ModelRunner, plan: StepPlan, logits: torch.Tensor) -> None:
+    """Let each rank of a sharded model keep its part of the logits where that gives the same largest ones."""
+    model = runner.model
+    head = None if model.team is None else split_head_of(model.module)
+    if head is None:
+        return
+    model.split_head = head
+    step = runner.prepare(plan, rows=range(plan.num_tokens))
+    tokens, peaks = runner.run(step, lambda context: model.winners(context, context.rows))
+    best, most = row_argmax(logits)
+    if not model.team.unanimous(torch.equal(tokens, best) and torch.equal(peaks, most.to(peaks))):
+        model.split_head = None
 
 
 def small(off: torch.Tensor, narrow: bool, own: float = 0.0) -> bool:

@@ -13,6 +13,19 @@ from contextlib import contextmanager
 import torch
 
 ATTRIBUTE = "_hf_paged"
+SHARD = "_hf_paged_shard"  # what a sharded module knows; see fusion/sharded.py
+
+
+def reduce_plain(module: torch.nn.Module):
+    """For `__reduce_ex__`: the module as it was before hf_paged had it, whatever was swapped since."""
+    state, kind = dict(module.__dict__), type(module)
+    state.pop(ATTRIBUTE, None)
+    shard = state.pop(SHARD, None)
+    if shard is not None:
+        state["forward"] = shard.forward
+    while "_hf_paged_base" in vars(kind):
+        kind = kind._hf_paged_base
+    return copyreg._reconstructor, (kind, object, None), state
 
 
 class Swapped:
@@ -21,8 +34,7 @@ class Swapped:
     _hf_paged_base: type
 
     def __reduce_ex__(self, protocol):
-        state = {name: value for name, value in self.__dict__.items() if name != ATTRIBUTE}
-        return copyreg._reconstructor, (self._hf_paged_base, object, None), state
+        return reduce_plain(self)
 
 
 @functools.cache

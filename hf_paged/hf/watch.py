@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.modules import module as torch_module
 
+from .weights import local
+
 FINGERPRINT_SAMPLES = 16  # values looked at in each tensor, at least
 
 # Hooks that transformers and PEFT leave on modules and that never change an activation: recorders of hidden states
@@ -33,6 +35,8 @@ class Snapshot:
             if tensor is not None
             for memory in memory_of(tensor)
         ]
+        # Writes into a sharded parameter count there, not in its local part.
+        self._sharded = [(tensor, tensor._version) for _, _, tensor, *_ in self._tensors if local(tensor) is not tensor]
         self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
         self._attributes = [module.__dict__ for module in modules]
         self._around = self._around_forwards()
@@ -53,6 +57,7 @@ class Snapshot:
                 return False
         return (
             self._around == self._around_forwards()
+            and all(tensor._version == version for tensor, version in self._sharded)
             and all(now == then for now, then in self._children)
             and all(_adapter_state(module) == then for module, then in self._adapters)
         )
@@ -168,6 +173,9 @@ def version_of(tensor: torch.Tensor) -> int:
 def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors whose memory `tensor` stands for: itself; or those within it, for a tensor of a type that wraps others
     and has no memory of its own, such as the quantized weights of torchao and quanto."""
+    own = local(tensor)
+    if own is not tensor:
+        return [own]
     if not hasattr(type(tensor), "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

@@ -7,6 +7,17 @@ from torch import nn
 
 from ..quant.linear import QuantLinear
 
+def local(tensor):
+    """This rank's part of a tensor that is spread over several; any other tensor, or None, itself.
+
+    It is the very tensor that the distributed one consists of (what `to_local` gives is a view): what is written into it,
+    or set as its `data`, is so there.
+    """
+    if tensor is None or type(tensor) is nn.Parameter:
+        return tensor
+    return getattr(tensor, "_local_tensor", tensor)
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,4 +40,6 @@ def has_known_weight(layer: nn.Module) -> bool:
     if isinstance(layer, QuantLinear):
         return layer.is_packed
     weight = layer._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+    part = local(weight)
+    plain = type(weight) is nn.Parameter if part is weight else type(part) is torch.Tensor
+    return plain and weight.is_floating_point() and weight.element_size() > 1

@@ -54,11 +54,15 @@ class StepContext:
         needs_hidden: whether somebody wants hidden states of this step.
         hidden: [T, H] those after the model's last norm, once the forward has run, if they are needed.
         backend: whose kernels run; see `ops`.
+        announce: called as `announce(context, rows, inputs_embeds)` when the model's forward begins: the other ranks of a
+            sharded model are to begin, too. None: there are none.
+        local_logits: whether the model's logits are to be those of this rank's part of the vocabulary.
     """
 
     __slots__ = (
         *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
         *("recording", "logit_rows", "packed", "hooks", "adapters", "needs_hidden", "hidden", "calls", "backend", "_layers"),
+        *("announce", "local_logits"),
     )
 
     def __init__(
@@ -87,6 +91,8 @@ class StepContext:
         self.rows = inputs.rows
         self.num_rows = len(inputs.rows)
         self.recording: int | None = None
+        self.announce: Callable | None = None
+        self.local_logits = False
         self.metadata = inputs.metadata
         self.states = StepStates(inputs.states, plan.num_tokens, cache.states) if plan.states else None
 

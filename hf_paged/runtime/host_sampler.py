@@ -18,7 +18,7 @@ from .sample_row import SampleResult, SampleRow
 from .warpers import WIDTHS, WarpParams, narrow, row_argmax, warp_dense
 
 
-def _is_plain(row: SampleRow) -> bool:
+def is_plain(row: SampleRow) -> bool:
     """Whether the row is an argmax of the raw logits and no more."""
     return row.params.temperature == 0.0 and not row.processors and not row.capture and not has_rules(row)
 
@@ -27,7 +27,7 @@ def sample_on_host(
     logits_RV: torch.Tensor, rows: Sequence[SampleRow], result: SampleResult
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens int64 [R], maxima [R]) of every row; what else is known already goes into `result`."""
-    plain = [i for i, row in enumerate(rows) if _is_plain(row)]
+    plain = [i for i, row in enumerate(rows) if is_plain(row)]
     if len(plain) == len(rows):
         return row_argmax(logits_RV)
     device = logits_RV.device

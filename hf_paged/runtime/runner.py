@@ -14,6 +14,7 @@ from ..base.config import EngineConfig
 from ..base.types import AdapterInfo
 from ..core.plan import StepPlan
 from .adapters import Adapters, part_of
+from ..parallel.team import Team
 from .batch import SequenceHooks, StepContext
 from .graphs import DecodeGraphs
 from .inputs import Inputs
@@ -47,6 +48,7 @@ class PagedModel(Protocol):
     generates: bool  # whether its head gives logits of next tokens
     labels: list[str]  # by name, what a head for classifying tells apart; empty without one
     activation: str  # of that head's logits, unless a request says otherwise; see ClassifyParams
+    team: Team | None  # the ranks of a sharded model
 
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
         """What the head makes of the packed rows `rows` [R] of `context`'s batch. Runs `context.hooks`.
@@ -58,6 +60,15 @@ class PagedModel(Protocol):
 
     def classified(self, token_ids: list[int]) -> list[int]:
         """The tokens of a text up to the one whose hidden state the head for classifying gets."""
+        ...
+
+    @property
+    def finds_winners(self) -> bool:
+        """Whether `winners` does less than `forward`."""
+        ...
+
+    def winners(self, context: StepContext, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the logits that `forward` would return, each row's first largest: (tokens int64 [R], logits [R])."""
         ...
 
     def unobserved(self) -> AbstractContextManager:
@@ -144,6 +155,8 @@ class ModelRunner:
         graphs: recorded forwards of decode steps; None: every forward is the model's own. They need StagedInputs.
         prefixes: finds what decodes share; None where the attention kernels make no use of it.
     """
+
+    finds_winners = False  # whether `winners` does less than `forward`
 
     def __init__(
         self, model: PagedModel, cache: KVCache, inputs: Inputs, *, backend: str, graphs: DecodeGraphs | None = None

@@ -16,13 +16,13 @@ from hf_paged_kernels import ops
 
 from .device_sampler import DeviceSampler
 from .draw import derive_seed
-from .host_sampler import sample_on_host
+from .host_sampler import is_plain, sample_on_host
 from .logprobs import group_by_logprobs, logprob_table
 from .pending import PendingLogprobs, PendingSamples
 from .sample_row import SampleResult, SampleRow
 from .transfer import HostCopy, to_device
 
-__all__ = ["PendingSamples", "SampleResult", "SampleRow", "Sampler", "derive_seed"]
+__all__ = ["PendingSamples", "SampleResult", "SampleRow", "Sampler", "derive_seed", "want_winners"]
 
 
 class Sampler:
@@ -79,6 +79,13 @@ class Sampler:
         host = HostCopy(torch.cat(parts))  # one copy for everything
         return PendingSamples(tokens, host, rows, groups, logits_RV.shape[1], result)
 
+    def chosen(self, tokens: torch.Tensor, peaks: torch.Tensor, rows: Sequence[SampleRow], vocab_size: int) -> PendingSamples:
+        """What `launch` gives for rows that `want_winners`, whose largest logits `peaks` [R] are those of `tokens` [R]."""
+        nothing: list = [None] * len(rows)
+        result = SampleResult([-1] * len(rows), nothing[:], nothing[:], nothing[:], nothing[:])
+        host = HostCopy(torch.cat([tokens.double(), peaks.double()]))
+        return PendingSamples(tokens, host, rows, [], vocab_size, result)
+
     @torch.no_grad()
     def prompt_logprobs(
         self, logits_PV: torch.Tensor, next_token_ids: Sequence[int], num_top: int
@@ -92,3 +99,8 @@ class Sampler:
         """The sequence has ended: free what the device keeps of it."""
         if self._device_sampler is not None:
             self._device_sampler.forget(row)
+
+
+def want_winners(rows: Sequence[SampleRow]) -> bool:
+    """Whether all that these rows want of their logits is which is the largest."""
+    return all(is_plain(row) and row.params.logprobs is None for row in rows)

@@ -12,7 +12,7 @@ DOCUMENTED = {
     *("AdapterInfo", "AsyncEngine", "Engine", "EngineConfig", "SamplingParams", "StructuredOutputsParams"),
     *("ClassificationOutput", "ClassifyParams", "EmbedParams", "EmbeddingOutput", "ScoreOutput", "ScoreParams"),
     *("CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"),
-    *("current_batch", "engine_of", "explain", "patch", "unpatch"),
+    *("current_batch", "engine_of", "explain", "follow", "patch", "unpatch"),
     *("register_quantizers", "unregister_quantizers"),
 }
 HEAVY = ("torch", "transformers", "numpy", "typer", "rich", "gguf", "matplotlib", "tqdm")

@@ -10,6 +10,7 @@ Outside a step, or when someone hooked a part that the fused form would bypass, 
   projection called on an input computes all; its siblings, called on the same tensor, take their share.
 - norm.py, mlp.py, rotary.py: one kernel instead of five to twelve operations.
 - experts.py: the experts of small batches, through transformers' own interface.
+- sharded.py: the local parts of tensor-parallel layers, on which all of this works.
 - attention.py, layer.py: whole attention modules and decoder layers, in which those kernels take in each other's work:
   on Triton seven kernels are left of a layer that decodes.
 """
@@ -21,6 +22,7 @@ from torch import nn
 
 from hf_paged_kernels import fused, ops
 
+from ...parallel.team import Team
 from ..weights import float_parameter
 from .base import Fusions
 from .experts import fuse_experts
@@ -29,22 +31,27 @@ from .linear import fuse_linear
 from .merged import merge_projections
 from .mlp import fuse_mlp
 from .norm import fuse_norm
+from .proof import voting
 from .rotary import fuse_rotary
+from .sharded import shard_modules
 
-__all__ = ["Fusions", "fuse", "fuse_layers"]
+__all__ = ["Fusions", "fuse", "fuse_layers", "voting"]
 
 
-def fuse(model: nn.Module, backend: str = "auto") -> Fusions:
+def fuse(model: nn.Module, backend: str = "auto", team: Team | None = None) -> Fusions:
     """Fuse what is proven equal in `model`; what cannot be fused is left alone and noted.
 
     Args:
         backend: whose kernels to use: a name of `ops.BACKENDS` that can run on the model's device.
+        team: the ranks of a sharded model, all of which do this at the same time.
     """
     parameter = float_parameter(model)
     like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     fusions = Fusions(ops.resolve_backend(backend, like.device), like)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), voting(team and team.unanimous):
+            if team is not None:
+                fusions.unwrap.append(shard_modules(model, team, fusions.backend))
             _fuse_all(model, fusions, fused.why_unavailable(like, backend=backend))
     except BaseException:
         fusions.undo()

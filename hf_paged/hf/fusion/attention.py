@@ -21,7 +21,7 @@ from ...runtime.batch import active_context
 from ..attention import drops_softcap, implementation
 from ..swap import Swapped, can_swap
 from .adapted import adapted_linear
-from .base import Bypass, Fusions, Parts, idle_children, is_plain, weight_of
+from .base import Bypass, Fusions, Parts, idle_children, is_plain, weight_of, width_of
 from .calls import Attended, Call
 from .linear import project
 from .merged import QKV, Merged, merged_of
@@ -201,7 +201,8 @@ def _why_not(module: nn.Module, attended: Attended) -> str | None:
     head_dim = attended.query.shape[2]
     if any(name in module._modules and module._modules[name].weight.shape != (head_dim,) for name in NORMS):
         return "its norms are not norms of heads"
-    widths = [getattr(_inner(module._modules[name]), "out_features", None) for name in _projections(module)]
+    layers = [_inner(module._modules[name]) for name in _projections(module)]
+    widths = [width_of(layer) if hasattr(layer, "out_features") else None for layer in layers]
     if None in widths or sum(widths) != sum(part[0].numel() for part in attended[:3]):
         return "its projections are more than queries, keys and values"
     return None

@@ -14,9 +14,10 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...quant.linear import QuantLinear
 
-from ..swap import restore, swap
+from ..swap import Swapped, restore, swap
 from ..watch import is_hooked, only_recorders
-from ..weights import has_known_weight
+from ..weights import has_known_weight, local
+from .sharded import ColumnLinear
 
 
 class Parts:
@@ -53,6 +54,16 @@ def idle_children(module: nn.Module) -> set[str]:
 LINEAR = (nn.Linear, QuantLinear)
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether `layer` is a linear layer, or a rank's columns of one, and no more."""
+    return type(layer) in LINEAR or isinstance(layer, ColumnLinear) and not isinstance(layer, Swapped)
+
+
+def width_of(layer: nn.Module) -> int:
+    """How many outputs a linear layer has on this rank."""
+    return len(local(layer.weight)) if isinstance(layer, ColumnLinear) else layer.out_features
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` is no more than y = x W^T + b, which nobody watches."""
     from .adapted import AdaptedLayer
@@ -65,7 +76,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:
     """The weight of a linear layer, as the kernels take it."""
-    return layer.quantized if isinstance(layer, QuantLinear) else layer.weight
+    return layer.quantized if isinstance(layer, QuantLinear) else local(layer.weight)
 
 
 @dataclass

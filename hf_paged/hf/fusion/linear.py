@@ -10,10 +10,11 @@ from hf_paged_kernels import fused
 from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from ..weights import has_known_weight
+from ..weights import has_known_weight, local
 from .adapted import adapted_linear, changed
 from .base import LINEAR, Fusions, is_plain, weight_of
 from .proof import agree, in_fp32, random_rows
+from .sharded import is_sharded
 
 
 class FusedLinear(Swapped):
@@ -47,11 +48,11 @@ def project(layer: nn.Module, x: Tensor, residual: Tensor | None, backend: str) 
 
 def rows_for(layer: nn.Module, fusions: Fusions) -> Tensor:
     """Random rows that a linear layer takes."""
-    return random_rows(layer.in_features, fusions.like if isinstance(layer, QuantLinear) else layer.weight)
+    return random_rows(layer.in_features, fusions.like if isinstance(layer, QuantLinear) else local(layer.weight))
 
 
 def fuse_linear(module: nn.Module, fusions: Fusions) -> None:
-    if not (isinstance(module, (*LINEAR, Conv1D)) and can_swap(module) and has_known_weight(module)):
+    if not (isinstance(module, (*LINEAR, Conv1D)) and can_swap(module) and has_known_weight(module)) or is_sharded(module):
         return
     if not fused.supports_linear(weight_of(module), backend=fusions.backend):
         return

@@ -11,9 +11,9 @@ from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..watch import version_of
-from ..weights import has_known_weight
+from ..weights import has_known_weight, local
 from .adapted import adapted_linear, changed
-from .base import LINEAR, Fusions
+from .base import Fusions, is_linear, width_of
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
@@ -34,7 +34,7 @@ class Merged:
     def __init__(self, layers: list[nn.Linear] | list[QuantLinear], backend: str):
         self.layers = layers
         self.backend = backend
-        self.sizes = [layer.out_features for layer in layers]
+        self.sizes = [width_of(layer) for layer in layers]
         self.rejoin()
 
     def rejoin(self) -> None:
@@ -47,7 +47,7 @@ class Merged:
         self.bias = None if self.layers[0].bias is None else self._join("bias")
 
     def _join(self, name: str) -> torch.Tensor:
-        parameters = [getattr(layer, name) for layer in self.layers]
+        parameters = [local(getattr(layer, name)) for layer in self.layers]
         merged = torch.cat([parameter.data for parameter in parameters])
         for parameter, part in zip(parameters, merged.split(self.sizes)):
             parameter.data = part
@@ -64,10 +64,10 @@ class Merged:
         """Whether every layer's parameters still are the views they were made."""
         if not self.joined:
             return False
-        if self.bias is not None and not _follows(self.bias, [layer.bias for layer in self.layers]):
+        if self.bias is not None and not _follows(self.bias, [local(layer.bias) for layer in self.layers]):
             return False
         if not _quantized(self.layers):
-            return _follows(self.weight, [layer.weight for layer in self.layers])
+            return _follows(self.weight, [local(layer.weight) for layer in self.layers])
         parts = zip(self.layers, self.weight.split(self.sizes))
         return all(_is_part(layer.quantized, part) for layer, part in parts)
 
@@ -80,9 +80,15 @@ class Merged:
                 tensors = layer.quantized.tensors()
                 layer.quantized = layer.quantized.with_tensors({name: t.clone() for name, t in tensors.items()})
             elif has_known_weight(layer):
-                layer.weight.data = layer.weight.data.clone()
+                _own(layer.weight)
             if layer.bias is not None:
-                layer.bias.data = layer.bias.data.clone()
+                _own(layer.bias)
+
+
+def _own(parameter: nn.Parameter) -> None:
+    """Give a parameter, or this rank's part of it, memory of its own."""
+    tensor = local(parameter)
+    tensor.data = tensor.data.clone()
 
 
 def _quantized(layers: list[nn.Module]) -> bool:
@@ -155,22 +161,24 @@ def _tied_parameters(model: nn.Module) -> set[int]:
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            other = owners.setdefault(parameter.data_ptr(), id(module))
+            pointer = local(parameter).data_ptr()
+            other = owners.setdefault(pointer, id(module))
             if other != id(module):
-                tied.add(parameter.data_ptr())
+                tied.add(pointer)
     return tied
 
 
 def _mergeable(layers: list[nn.Module | None], tied: set[int]) -> bool:
-    if not all(type(layer) in LINEAR and can_swap(layer) for layer in layers) or not _alike(layers):
+    if not all(is_linear(layer) and can_swap(layer) for layer in layers) or not _alike(layers):
         return False
     for layer in layers:
-        if any(parameter.data_ptr() in tied for parameter in layer.parameters(recurse=False)):
+        if any(local(parameter).data_ptr() in tied for parameter in layer.parameters(recurse=False)):
             return False
         if type(layer) is QuantLinear:
             continue
         # a view begins where torch would allocate, or the layer's own forward might give other last bits
-        if layer.weight.numel() * layer.weight.element_size() % ALIGNMENT:
+        weight = local(layer.weight)
+        if weight.numel() * weight.element_size() % ALIGNMENT:
             return False
     return True
 

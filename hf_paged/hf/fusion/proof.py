@@ -28,14 +28,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
+from .sharded import shard_copies
 from .rounding import on_kernels, rounds_inputs, unrounded
 
 MARGIN = 1.5
+_vote: ContextVar[Callable[[bool], bool] | None] = ContextVar("hf_paged_vote", default=None)
 MAGNITUDES = (1e-4, 1e-2, 1.0, 1.0, 10.0, 100.0)
+
+
+@contextmanager
+def voting(vote: Callable[[bool], bool] | None):
+    """While inside, what is proven on parts of a sharded model is proven if `vote` makes it so: all ranks must agree."""
+    token = _vote.set(vote)
+    try:
+        yield
+    finally:
+        _vote.reset(token)
+
+
+def proven(here: bool) -> bool:
+    """Whether something is proven, being so or not on this rank."""
+    vote = _vote.get()
+    return here if vote is None else vote(here)
 
 
 def random_rows(size: int, like: Tensor) -> Tensor:
@@ -49,6 +69,10 @@ def stands_for(
     run: Callable[[], Tensor], module: nn.Module, x: Tensor, *, tolerance: float = 2e-6, backend: str = "cpu"
 ) -> bool:
     """Whether what `run` gives may stand for module(x) [..., N]; see the module's docstring. Arguments as of `agree`."""
+    return proven(_stands_for(run, module, x, tolerance, backend))
+
+
+def _stands_for(run: Callable[[], Tensor], module: nn.Module, x: Tensor, tolerance: float, backend: str) -> bool:
     options = dict(tolerance=tolerance, backend=backend)
     exact, rounds = in_fp32(module, x), rounds_inputs(module)
     with unrounded(module):
@@ -108,7 +132,9 @@ def error(rows: Tensor, truth: Tensor) -> float:
 def plain_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` with its classes' own forwards. It shares configurations, which hooks may be keyed by."""
     shared = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    return copy.deepcopy(module, shared)
+    copied = copy.deepcopy(module, shared)
+    shard_copies(module, copied)
+    return copied
 
 
 def in_fp32(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -1,0 +1,1 @@
+"""Several processes that run one sharded model together: what they tell each other, and what they add up."""

@@ -1,0 +1,413 @@
+"""Run by torchrun: a sharded model against the same model in one process, check by check, all ranks together."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+import hf_paged
+from hf_paged import Engine, EngineConfig, SamplingParams
+
+MODELS = {
+    "llama": dict(vocab_size=200),
+    "qwen3": dict(vocab_size=200),
+    "gemma3_text": dict(vocab_size=200),
+    "qwen3_moe": dict(vocab_size=200),
+    "qwen2": dict(vocab_size=200),
+    "mistral": dict(vocab_size=200),
+    "llama tied, one layer": dict(vocab_size=200, tie_word_embeddings=True, num_hidden_layers=1),
+}
+NEW = 12
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def prompts(rows: int = 3, length: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 190, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(rows: int = 3, length: int = 20) -> dict:
+    """Rows of several lengths, padded on the left."""
+    ids = prompts(rows, length)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 4 * row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+class Pair:
+    """A model in one process (on every rank), and its shards."""
+
+    def __init__(self, folder: Path, label: str):
+        path = folder / label
+        if rank() == 0:
+            tiny_model(label.split()[0], **MODELS[label]).save_pretrained(path)
+        dist.barrier()
+        self.whole = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.shards = AutoModelForCausalLM.from_pretrained(
+            path, distributed_config=DistributedConfig(tp_size=dist.get_world_size())
+        ).eval()
+        for model in (self.whole, self.shards):
+            model.generation_config.pad_token_id = 0
+            model.generation_config.eos_token_id = None
+
+    def led(self, work, config: EngineConfig | None = None):
+        """`work(engine)` on rank 0, while the others follow; None there."""
+        hf_paged.patch(self.shards, config)
+        try:
+            if rank():
+                return hf_paged.follow(self.shards)
+            engine = hf_paged.engine_of(self.shards)
+            result = work(engine)
+            engine.check_integrity()
+            return result
+        finally:
+            hf_paged.unpatch(self.shards)
+
+    def alone(self, work, config: EngineConfig | None = None):
+        """`work(engine)` in one process, on rank 0; None elsewhere. Raises on all ranks if it did there."""
+        result, problem = None, [None]
+        try:
+            if rank() == 0:
+                with Engine(self.whole, config=config) as engine:
+                    result = work(engine)
+        except Exception:
+            problem = [traceback.format_exc()]
+        dist.broadcast_object_list(problem, 0)
+        assert problem[0] is None, problem[0]
+        return result
+
+    def same(self, work, config: EngineConfig | None = None) -> None:
+        """`work(engine)` gives the same on shards as in one process."""
+        expected, actual = self.alone(work, config), self.led(work, config)
+        assert actual == expected, f"{actual} != {expected}"
+
+
+pairs: dict[str, Pair] = {}
+
+
+def tokens(engine, ids: torch.Tensor, **params) -> list:
+    """Token ids of every completion of every prompt."""
+    outputs = engine.generate(ids.tolist(), SamplingParams(detokenize=False, **{"max_tokens": NEW, "temperature": 0.0, **params}))
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+def refused(kind: type[Exception], name: str, call, *args, **options) -> None:
+    try:
+        call(*args, **options)
+    except kind as error:
+        assert name in str(error), f"{name!r} is not in {error}"
+    else:
+        raise AssertionError(f"{name} was not refused")
+
+
+def _of_every_model(label: str) -> None:
+    pair = pairs[label]
+    options = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    expected = pair.whole.generate(**ragged(), **options)
+    hf_paged.patch(pair.shards)
+    try:
+        layer = pair.shards._hf_paged.adapter.layers[0]
+        assert (layer.num_heads, layer.num_kv_heads) == (2, 1)
+        assert pair.shards._hf_paged.fusions.counts["qkv"], "nothing was merged"
+        plain = pair.shards.generate(**ragged(), max_new_tokens=NEW, do_sample=False)  # by winners
+        full = pair.shards.generate(**ragged(), **options)  # by whole logits
+    finally:
+        hf_paged.unpatch(pair.shards)
+    assert torch.equal(plain, expected.sequences)
+    assert torch.equal(full.sequences, expected.sequences)
+    difference = max(float((a - b).abs().max()) for a, b in zip(full.logits, expected.logits, strict=True))
+    assert difference < 1e-4, difference
+
+
+for _label in MODELS:
+    CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: _of_every_model(label)))
+
+
+@check
+def beams():
+    pair = pairs["llama"]
+    options = dict(max_new_tokens=NEW, num_beams=3, num_return_sequences=2, do_sample=False)
+    hf_paged.patch(pair.shards)
+    try:
+        actual = pair.shards.generate(**ragged(), **options)
+    finally:
+        hf_paged.unpatch(pair.shards)
+    assert torch.equal(actual, pair.whole.generate(**ragged(), **options))
+
+
+@check
+def sampled_alike_on_all_ranks():
+    pair = pairs["llama"]
+    torch.manual_seed(rank())  # rank 0's counts
+    hf_paged.patch(pair.shards)
+    try:
+        actual = pair.shards.generate(prompts(), max_new_tokens=NEW, do_sample=True)
+    finally:
+        hf_paged.unpatch(pair.shards)
+    torch.manual_seed(0)
+    hf_paged.patch(pair.whole)
+    expected = pair.whole.generate(prompts(), max_new_tokens=NEW, do_sample=True)
+    hf_paged.unpatch(pair.whole)
+    assert torch.equal(actual, expected)
+
+
+@check
+def completions_and_samples():
+    pairs["llama"].same(lambda engine: tokens(engine, prompts(), n=3, temperature=0.9, seed=5))
+
+
+@check
+def greedy_completions():
+    pairs["llama"].same(lambda engine: tokens(engine, prompts(), n=2))
+
+
+@check
+def rules_and_logprobs():
+    def work(engine):
+        params = SamplingParams(max_tokens=6, temperature=0.0, repetition_penalty=1.3, logprobs=2, prompt_logprobs=1, detokenize=False)
+        outputs = engine.generate(prompts().tolist(), params)
+        return [
+            ([*output.outputs[0].token_ids], [[*step] for step in output.outputs[0].logprobs], len(output.prompt_logprobs))
+            for output in outputs
+        ]
+
+    pairs["llama"].same(work)
+
+
+@check
+def prefix_hits():
+    shared = prompts(1, 40)[0].tolist()
+
+    def work(engine):
+        first = tokens(engine, torch.tensor([shared + [7, 8]]))
+        second = tokens(engine, torch.tensor([shared + [9, 10], shared + [11, 12]]))
+        assert engine.stats()["prefix_hit_tokens"] >= 64
+        return first, second
+
+    pairs["llama"].same(work)
+
+
+@check
+def preemption():
+    def work(engine):
+        found = tokens(engine, prompts(6, 30), max_tokens=40)
+        assert engine.stats()["preemptions"] > 0
+        return found
+
+    pair = pairs["llama"]
+    ranks = dist.get_world_size()
+    a_block = 16 * 2 * 2 * 12 * 4 * 3  # tokens, keys and values, heads, size, bytes, layers: of the whole model
+    expected = pair.alone(work, EngineConfig(kv_cache_memory=14 * a_block))
+    actual = pair.led(work, EngineConfig(kv_cache_memory=14 * a_block // ranks))
+    assert actual == expected
+
+
+@check
+def chunks_and_overlap():
+    pairs["gemma3_text"].same(
+        lambda engine: tokens(engine, prompts(4, 50)), EngineConfig(max_batch_tokens=32, overlap=True)
+    )
+
+
+@check
+def guesses():
+    def work(engine):
+        found = tokens(engine, prompts(2, 6).repeat(1, 5), max_tokens=80)
+        assert engine.stats()["draft_tokens"] > 0
+        return found
+
+    pairs["llama"].same(work, EngineConfig(speculation="ngram"))
+
+
+@check
+def abort_and_another():
+    def work(engine):
+        lost = engine.add(prompts(1)[0].tolist(), SamplingParams(max_tokens=100, detokenize=False))
+        for _ in range(5):
+            engine.step()
+        assert engine.abort(lost)
+        return tokens(engine, prompts(2, seed=1))
+
+    pairs["llama"].same(work)
+
+
+@check
+def hidden_states_for_embeddings():
+    pair = pairs["llama"]
+    work = lambda engine: [output.embedding for output in engine.embed(prompts().tolist())]  # noqa: E731
+    expected, actual = pair.alone(work), pair.led(work)
+    if actual is not None:
+        assert max(float(abs(a - b).max()) for a, b in zip(actual, expected, strict=True)) < 1e-4
+
+
+@check
+def resize_and_sleep():
+    def work(engine):
+        first = tokens(engine, prompts())
+        engine.resize_kv_cache("1MiB")
+        second = tokens(engine, prompts(seed=2))
+        engine.sleep()
+        assert engine.sleeping
+        return first, second, tokens(engine, prompts())
+
+    pairs["llama"].same(work)
+
+
+@check
+def embeddings_for_a_prompt():
+    pair = pairs["llama"]
+    embeds = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(3)) * 0.3
+    expected = pair.whole.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
+    hf_paged.patch(pair.shards)
+    try:
+        actual = pair.shards.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
+    finally:
+        hf_paged.unpatch(pair.shards)
+    assert torch.equal(actual, expected)
+
+
+@check
+def weights_that_change():
+    """A write into the shards reaches the next token, and leaves merged memory as it was."""
+    pair = pairs["llama"]
+    hf_paged.patch(pair.shards)
+    try:
+        before = pair.shards.generate(prompts(), max_new_tokens=NEW, do_sample=False)
+        with torch.no_grad():
+            for model in (pair.whole, pair.shards):
+                model.model.layers[0].self_attn.k_proj.weight.mul_(1.7)
+                model.model.layers[1].mlp.down_proj.weight.mul_(1.2)
+        after = pair.shards.generate(prompts(), max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(after, pair.whole.generate(prompts(), max_new_tokens=NEW, do_sample=False))
+        assert not torch.equal(after, before)
+    finally:
+        hf_paged.unpatch(pair.shards)
+
+
+@check
+def unpatched_as_it_was():
+    pair = pairs["qwen3"]
+    states = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+              for name, tensor in pair.shards.state_dict().items()}  # fmt: skip
+    with torch.no_grad():
+        before = pair.shards(input_ids=prompts()).logits
+    hf_paged.patch(pair.shards)
+    with torch.no_grad():
+        patched = pair.shards(input_ids=prompts()).logits
+    hf_paged.unpatch(pair.shards)
+    with torch.no_grad():
+        after = pair.shards(input_ids=prompts()).logits
+    assert torch.equal(before, patched) and torch.equal(before, after)
+    for name, tensor in pair.shards.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        assert torch.equal(whole, states[name]), name
+
+
+@check
+def bytes_of_a_step():
+    """Two sums a layer and one for the embedding, of the step's tokens, and a number and a token of every row's winner."""
+    pair = pairs["llama"]
+    size, layers = 48, 3
+    embedding_is_split = hasattr(pair.shards.get_input_embeddings().weight, "placements")  # by newer transformers
+
+    def work(engine):
+        team = engine.model.team
+        found = []
+        engine.add(prompts(1)[0].tolist(), SamplingParams(max_tokens=4, temperature=0.0, detokenize=False))
+        while engine.has_unfinished():
+            team.traffic.clear()
+            engine.step()
+            found.append(dict(team.traffic))
+        return found
+
+    steps = pair.led(work)
+    for step, num_tokens in zip(steps or [], [20, 1, 1, 1], strict=bool(steps)):
+        assert step["all_reduce"] == 2 * layers * num_tokens * size * 4, step
+        assert step["calls all_reduce"] == 2 * layers
+        assert step.get("embedding", 0) == embedding_is_split * num_tokens * size * 4
+        assert step["winners"] == 16 and "logits" not in step
+        assert step["calls orders"] == 1
+
+
+@check
+def refusals():
+    pair = pairs["llama"]
+    refused(hf_paged.UnsupportedOption, "quantization", hf_paged.patch, pair.shards, quantization="int4")
+    refused(hf_paged.UnsupportedOption, "cuda_graphs", hf_paged.patch, pair.shards, cuda_graphs=True)
+    refused(hf_paged.InvalidArgument, "not patched", hf_paged.follow, pair.shards)
+    hf_paged.patch(pair.shards)
+    try:
+        options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        refused(
+            hf_paged.UnsupportedOption, "output_attentions", pair.shards.generate, prompts(), output_attentions=True, **options
+        )
+        refused(hf_paged.InvalidArgument, "other inputs", pair.shards.generate, prompts(seed=rank()), **options)
+        assert pair.shards.generate(prompts(), **options).past_key_values is None
+        if rank():
+            refused(hf_paged.InvalidArgument, "rank 0", hf_paged.engine_of, pair.shards)
+            refused(hf_paged.InvalidArgument, "rank 0", Engine, pair.shards)
+        else:
+            refused(hf_paged.InvalidArgument, "leads", hf_paged.follow, pair.shards)
+            engine = hf_paged.engine_of(pair.shards)
+            hooks = {"model.layers.0": print}
+            refused(hf_paged.UnsupportedOption, "forward_hooks", engine.add, [1, 2], forward_hooks=hooks)
+            refused(hf_paged.InvalidArgument, "vocabulary", engine.add, [1, 10**6])
+        assert torch.equal(
+            pair.shards.generate(prompts(), max_new_tokens=NEW, do_sample=False),
+            pair.whole.generate(prompts(), max_new_tokens=NEW, do_sample=False),
+        )
+    finally:
+        hf_paged.unpatch(pair.shards)
+
+
+def main(out: str) -> None:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    report: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        holder = [folder]
+        dist.broadcast_object_list(holder, 0)
+        for label in MODELS:
+            pairs[label] = Pair(Path(holder[0]), label)
+        for entry in CHECKS:
+            name, function = entry if isinstance(entry, tuple) else (entry.__name__, entry)
+            problem = ""
+            try:
+                function()
+            except Exception:
+                problem = f"rank {rank()}: {traceback.format_exc()}"
+            problems: list = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            report[name] = [found for found in problems if found]
+        dist.barrier()
+    if rank() == 0:
+        Path(out).write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,41 @@
+"""The command line under torchrun."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from launch import torchrun
+from tiny_models import tiny_model
+from tiny_tokenizer import tiny_tokenizer
+
+import hf_paged
+from hf_paged import Engine, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("qwen3", vocab_size=300).save_pretrained(folder)
+    tiny_tokenizer(300).save_pretrained(folder)
+    return folder
+
+
+def test_generate(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = ["the rain", "a hat and a tent"]
+    options = [part for prompt in prompts for part in ("--prompt", prompt)]
+    done = torchrun("-m", "hf_paged", "generate", str(folder), *options, "--max-tokens", "12", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with Engine(model, AutoTokenizer.from_pretrained(folder)) as engine:
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0.0))
+    assert [line["text"] for line in lines] == [output.outputs[0].text for output in outputs]
+    assert not hf_paged.hf.patch.is_patched(model)
+
+
+def test_what_runs_in_one_process_says_so(folder):
+    done = torchrun("-m", "hf_paged", "bench", str(folder))
+    assert done.returncode and "bench runs in one process" in done.stderr

@@ -1,0 +1,27 @@
+"""Two ranks hold a model: tokens, logits and traffic, compared by every rank with the model in one process."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from launch import reports
+
+
+def names() -> list[str]:
+    """The checks in checks.py, which imports what this process need not."""
+    tree = ast.parse(Path(__file__).with_name("checks.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    models = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "MODELS")
+    return [f"tokens and logits of {key.value}" for key in models.keys] + [function.name for function in functions]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, list[str]]:
+    return reports("checks.py", folder=tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_sharded(report, name):
+    assert report[name] == [], "\n".join(report[name])
