@@ -9,7 +9,9 @@ import peft
 import pytest
 import torch
 from quantized_checkpoints import gptq_layer, save_quantized
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -41,6 +43,18 @@ def test_adapters(names, tmp_path, capsys):
     run("adapters.md", names)
     assert re.search(r"LORA 4 \d+ \['first', 'second'\]", capsys.readouterr().out)
     assert names["rows"].shape == (2, 11) and len(names["outputs"]) == 3
+
+
+def test_tasks(names, tmp_path, capsys):
+    config = tiny_config("llama", vocab_size=320)
+    config.num_labels = 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
+    names |= dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320))
+    names["classifier"] = tmp_path / "classifier"
+    run("tasks.md", names)
+    assert capsys.readouterr().out.count("LABEL_") == 2
+    assert -1 <= names["similarity"] <= 1 and names["best"] in names["scores"]
+    assert isinstance(names["results"]["story"], str) and names["results"]["vector"].embedding.shape == (48,)
 
 
 def test_quantization(names, capsys):
