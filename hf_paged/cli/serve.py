@@ -39,6 +39,9 @@ def serve(
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
     policy: Annotated[str, _option(_ENGINE, "fcfs, or priority: requests with a lower number first.")] = "fcfs",
+    chat_template: Annotated[
+        Path | None, _option(_ENGINE, "A file with a chat template instead of the model's, such as one that knows tools.")
+    ] = None,
     tool_parser: Annotated[
         str, _option(_ENGINE, "How the model writes calls of functions: a format's name, auto (by the chat template), or none.")
     ] = "auto",
@@ -120,11 +123,18 @@ def serve(
     engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
-    raise typer.Exit(_run(api_key or [], api_key_file, otlp_endpoint, settings, process, loading))
+    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    raise typer.Exit(_run(api_key or [], api_key_file, otlp_endpoint, template, settings, process, loading))
 
 
 def _run(
-    keys: list[str], key_file: Path | None, otlp_endpoint: str | None, settings: dict, process: dict, loading: dict
+    keys: list[str],
+    key_file: Path | None,
+    otlp_endpoint: str | None,
+    chat_template: str | None,
+    settings: dict,
+    process: dict,
+    loading: dict,
 ) -> int:
     """Load, patch, serve until a signal comes; the exit status. What is wrong with the options shows before the weights are read."""
     _spin_briefly()
@@ -137,7 +147,9 @@ def _run(
     settings = Settings(api_keys=read_keys(keys, key_file), **settings)
     process = Process(**process)
     tracing = None if otlp_endpoint is None else _tracing(otlp_endpoint)
-    with listening(process) as listeners, open_engine(**loading) as (_, _, engine):
+    with listening(process) as listeners, open_engine(**loading) as (_, tokenizer, engine):
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
         return serve(create_app(engine, settings, tracer_provider=tracing), process, listeners)
 
 

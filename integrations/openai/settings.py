@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ...base.errors import InvalidArgument
 from .auth import check_keys
+from .parsing import check_names
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it: no path, not even /
 
@@ -73,6 +74,7 @@ class Settings:
 
     def __post_init__(self):
         check_keys(self.api_keys)
+        check_names(self.tool_parser, self.reasoning_parser)
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
         if not self.body_timeout > 0:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .errors import Refused
 from .protocol import AllowedToolsChoice, FunctionTool, NamedTool
-from .settings import Limits
+
+if TYPE_CHECKING:  # settings know the formats of calls, which know tools
+    from .settings import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

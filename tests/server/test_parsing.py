@@ -40,7 +40,7 @@ def tokenizer_of(template: str = TEMPLATE, special=SPECIAL):
 
 
 def pieces_of(parts, calls: str, reasoning: str = "none", *, prompt: str = "", one_call: bool = False, special=SPECIAL):
-    dialect = Dialect.of(tokenizer_of(special=special), calls, reasoning)
+    dialect = Dialect.of(tokenizer_of(special=special), calls, "auto" if calls == "harmony" else reasoning)
     reader = AnswerReader(dialect, TOOLS, prompt=prompt, state=dialect.state(prompt, None), one_call=one_call)
     pieces = [piece for part in parts for piece in reader.feed(part)]
     return merged(pieces + reader.end())
@@ -332,7 +332,6 @@ FRAGMENTS = [
     st.booleans(),
 )
 def test_however_a_text_is_cut_up_the_pieces_are_the_same(text, data, calls, reasoning, one_call):
-    reasoning = "none" if calls == "harmony" else reasoning
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
     parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
     whole = pieces_of([text], calls, reasoning, one_call=one_call)
@@ -427,7 +426,7 @@ def test_work_grows_with_the_text_alone(calls, text, count, size):
     def work(count: int) -> int:
         whole = text % ("\\1, [" * (count // 5)) if "%s" in text else text * count
         parts = [whole[i : i + size] for i in range(0, len(whole), size)]
-        dialect = Dialect.of(tokenizer_of(), calls, "none")
+        dialect = Dialect.of(tokenizer_of(), calls)
         reader = AnswerReader(dialect, TOOLS, prompt="", state="ended")
         number = 0
 

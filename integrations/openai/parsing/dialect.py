@@ -51,18 +51,15 @@ class Dialect:
 
         Raises InvalidArgument for another name, or two formats that exclude each other.
         """
+        check_names(calls, reasoning)
         special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         text = _template_text(tokenizer)
-        name = _detect_calls(text, tokenizer) if calls == AUTO else calls
-        call_format = _made("tool_parser", name, CALL_FORMATS, tokenizer)
+        call_format = _call_format(_detect_calls(text, tokenizer) if calls == AUTO else calls, tokenizer)
         if call_format is not None and call_format.reasons:
-            if reasoning not in (AUTO, NONE, call_format.name):
-                raise InvalidArgument(
-                    f"reasoning_parser: {call_format.name} reads the reasoning itself, so not {reasoning!r}"
-                )
+            if reasoning != AUTO:
+                raise InvalidArgument(f"reasoning_parser must be auto: {call_format.name} reads the reasoning, too")
             return cls(call_format, None, special)
-        name = _detect_reasoning(text) if reasoning == AUTO else reasoning
-        return cls(call_format, _made("reasoning_parser", name, REASONING_FORMATS, tokenizer), special)
+        return cls(call_format, _reasoning_format(_detect_reasoning(text) if reasoning == AUTO else reasoning), special)
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -151,17 +148,26 @@ class AnswerReader:
         return self._scanner.turns
 
 
-def _made(setting: str, name: str, known: Sequence[str], tokenizer) -> CallFormat | ReasoningFormat | None:
-    if name == NONE:
-        return None
-    if name not in known:
-        raise InvalidArgument(f"{setting} must be one of auto, none, {', '.join(known)}; got {name!r}")
-    if name == ResponseTemplate.name:
-        if not getattr(tokenizer, "response_template", None):
-            raise InvalidArgument(f"{setting}: {name} needs a tokenizer with a response_template; this one has none")
-        return ResponseTemplate(tokenizer)
-    kinds = _CALLS if setting == "tool_parser" else _REASONING
-    return next(kind for kind in kinds if kind.name == name)()
+def check_names(calls: str, reasoning: str) -> None:
+    """Raises InvalidArgument for a name that no format has; it lists those there are."""
+    for setting, name, known in (
+        ("tool_parser", calls, CALL_FORMATS),
+        ("reasoning_parser", reasoning, REASONING_FORMATS),
+    ):
+        if name not in (AUTO, NONE, *known):
+            raise InvalidArgument(f"{setting} must be one of auto, none, {', '.join(known)}; got {name!r}")
+
+
+def _call_format(name: str, tokenizer) -> CallFormat | None:
+    if name != ResponseTemplate.name:
+        return next((kind() for kind in _CALLS if kind.name == name), None)
+    if not getattr(tokenizer, "response_template", None):
+        raise InvalidArgument(f"tool_parser: {name} needs a tokenizer with a response_template; this one has none")
+    return ResponseTemplate(tokenizer)
+
+
+def _reasoning_format(name: str) -> ReasoningFormat | None:
+    return next((kind() for kind in _REASONING if kind.name == name), None)
 
 
 def _template_text(tokenizer) -> str:
