@@ -71,6 +71,21 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "description": "It does.", "parameters": schema}}
     for name, schema in SCHEMAS.items()
 ]
+# a description of answers for transformers' own parser
+DESCRIBED = {
+    "start_anchor": "<assistant>",
+    "fields": {
+        "content": {"content": "text"},
+        "thinking": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
 MESSAGES = [{"role": "user", "content": "Weather?"}]
 
 

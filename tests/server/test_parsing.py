@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
-from tool_parts import SPECIAL, TEMPLATE
+from tool_parts import DESCRIBED, SPECIAL, TEMPLATE
 
 from hf_paged import InvalidArgument
 from hf_paged.integrations.openai.parsing import CALL_FORMATS, REASONING_FORMATS, AnswerReader, Dialect
@@ -480,22 +480,6 @@ def test_unknown_formats_are_refused_with_the_known_ones():
     ):
         with pytest.raises(InvalidArgument, match="tool_parser|reasoning_parser"):
             Dialect.of(tokenizer_of(), **options)
-
-
-DESCRIBED = {
-    "start_anchor": "<assistant>",
-    "fields": {
-        "content": {"content": "text"},
-        "thinking": {"open": "<think>", "close": "</think>", "content": "text"},
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close": "</tool_call>",
-            "content": "json",
-            "repeats": True,
-            "transform": {"type": "function", "function": "{content}"},
-        },
-    },
-}
 
 
 @pytest.mark.parametrize("size", [1, 7, 10**6])

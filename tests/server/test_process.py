@@ -130,6 +130,16 @@ def test_a_second_signal_cuts_off_what_runs_and_tells_it(checkpoint):
     assert asked["error"] == "closed" and asked["status"] == 200 and asked["completion_tokens"] > 0
 
 
+def test_a_chat_template_may_come_from_a_file_and_tells_the_formats(checkpoint, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ tools }}<tool_call>{'arguments': {}}<think></think>{{ messages[0].content }}", encoding="utf-8")
+    with Running(checkpoint, "--chat-template", str(file), "--reasoning-parser", "none") as server:
+        [model] = httpx.get(f"{server.url()}/v1/models").json()["data"]
+        assert (model["tool_parser"], model["reasoning_parser"]) == ("hermes", None)
+        [start] = [line for line in server.lines if line["message"] == "serving"]
+        assert start["tool_parser"] == "hermes"
+
+
 def test_what_is_wrong_shows_before_the_model_is_loaded(tmp_path, capsys):
     def said(*options: str) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -143,6 +153,9 @@ def test_what_is_wrong_shows_before_the_model_is_loaded(tmp_path, capsys):
     assert "ssl_keyfile needs ssl_certfile" in said("--ssl-keyfile", "key.pem")
     assert "otlp_endpoint must be" in said("--otlp-endpoint", "localhost")
     assert "cors_origins" in said("--cors-origin", "example.org")
+    assert "tool_parser must be one of auto, none, hermes" in said("--tool-parser", "json")
+    assert "reasoning_parser must be one of auto, none, think" in said("--reasoning-parser", "deep")
+    assert "missing.jinja" in said("--chat-template", str(tmp_path / "missing.jinja"))
     assert "no-model" in said("--port", "0")
 
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 from server_parts import MODEL
-from tool_parts import MESSAGES, SCHEMAS, TEMPLATE, TOOLS, client_of, make_engine, streamed
+from tool_parts import DESCRIBED, MESSAGES, SCHEMAS, TEMPLATE, TOOLS, client_of, make_engine, streamed
 
 from hf_paged.integrations.openai import Limits
 
@@ -374,6 +374,21 @@ def test_what_the_model_cannot_is_refused(engine):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**BASE, tools=TOOLS, response_format={"type": "json_object"})
         assert caught.value.body["param"] == "response_format"
+    engine.engine.tokenizer.response_template = DESCRIBED
+    try:
+        with client_of(engine, tool_parser="transformers") as client:
+            engine.script = f"<think>Hm.</think>{CALL}"
+            message = client.chat.completions.create(**BASE, tools=TOOLS).choices[0].message
+            assert message.reasoning == "Hm." and [call[1] for call in flat(message)] == ["get_weather"]
+            for options, param in (
+                (dict(tool_choice="required"), "tools"),
+                (dict(response_format=FORM), "response_format"),
+            ):
+                with pytest.raises(openai.BadRequestError) as caught:
+                    client.chat.completions.create(**BASE, tools=TOOLS, **options)
+                assert caught.value.body["param"] == param
+    finally:
+        engine.engine.tokenizer.response_template = None
     engine.engine.tokenizer.chat_template = "{{ messages[0].content }}"
     try:
         with client_of(engine, tool_parser="hermes") as client:

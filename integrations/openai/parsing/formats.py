@@ -69,8 +69,8 @@ class CallFormat(ABC):
         """An expression for what comes before calls that must come: the reasoning, if this format reads it."""
         return ""
 
-    def saying(self, lark: Lark, content: str) -> str:
-        """An expression for an answer whose content is that of another."""
+    def saying(self, lark: Lark, content: str) -> str | None:
+        """An expression for an answer without calls whose content is `content`; None as for `calls`."""
         return content
 
     def new_id(self) -> str:

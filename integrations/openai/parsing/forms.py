@@ -41,33 +41,43 @@ def answer_form(
         lead = reasoning.expression(lark, state)
     else:
         lead = "" if calls is None else calls.lead(lark)
+    content = None if form is None else _content(dialect, lark, form)
     if not tools:
-        body = lark.form(form) if calls is None else calls.saying(lark, lark.form(form))
+        body = content
     elif required:
         body = _calls(dialect, lark, tools, one_call)
-    elif form is None:
-        body = calls.free(lark, tools, "" if reasoning is None else reasoning.held(state))
+    elif content is None:
+        free = calls.free(lark, tools, "" if reasoning is None else reasoning.held(state))
+        body = _there(free, dialect)
     elif calls.marker is None:
         message = "response_format: with tools, this model's calls cannot be told from an answer of such a form"
         raise Refused(message, param="response_format", code="unsupported")
     else:
-        body = f"({_calls(dialect, lark, tools, one_call)} | {calls.saying(lark, lark.form(form))})"
-    if body is None:
-        raise _no_grammar(dialect)
+        body = f"({_calls(dialect, lark, tools, one_call)} | {content})"
     return StructuredOutputsParams(grammar=lark.grammar(f"{lead} {body}"))
 
 
+def _content(dialect: Dialect, lark: Lark, form: StructuredOutputsParams) -> str:
+    """An answer without calls, whose content has the form."""
+    if dialect.calls is None:
+        return lark.form(form)
+    content = dialect.calls.saying(lark, lark.form(form))
+    if content is None:
+        name = dialect.calls.name
+        message = f"response_format: the format {name!r} of this model's answers can be read, but not enforced"
+        raise Refused(message, param="response_format", code="unsupported")
+    return content
+
+
 def _calls(dialect: Dialect, lark: Lark, tools: Sequence[Tool], one_call: bool) -> str:
-    calls = dialect.calls
-    begin = "" if calls.marker is None else lark.literal(calls.marker)
-    body = calls.calls(lark, tools, begin, not one_call)
-    if body is None:
-        raise _no_grammar(dialect)
-    return body
+    """One call, or one and more."""
+    begin = "" if dialect.calls.marker is None else lark.literal(dialect.calls.marker)
+    return _there(dialect.calls.calls(lark, tools, begin, not one_call), dialect)
 
 
-def _no_grammar(dialect: Dialect) -> Refused:
-    message = (
-        f"tools: the format {dialect.calls.name!r} of calls can be read, but neither strict nor tool_choice enforced"
-    )
-    return Refused(message, param="tools", code="unsupported")
+def _there(expression: str | None, dialect: Dialect) -> str:
+    if expression is None:
+        name = dialect.calls.name
+        message = f"tools: the format {name!r} of calls can be read, but neither strict nor tool_choice enforced"
+        raise Refused(message, param="tools", code="unsupported")
+    return expression

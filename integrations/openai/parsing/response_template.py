@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ..tools import Tool
 from .formats import CallFormat
 from .json_text import dumps
+from .lark import Lark
 from .scanner import Reading, Scanner
 
 _REASONING = ("thinking", "reasoning", "reasoning_content")
@@ -30,6 +31,11 @@ class ResponseTemplate(CallFormat):
         described = re.sub(r"\\\\(.)", r"\1", json.dumps(tokenizer.response_template, ensure_ascii=False))
         tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.markers = tuple(token for token in tokens if token in described)
+
+    def saying(self, lark: Lark, content: str) -> str | None:
+        """How an answer begins after its reasoning is not described."""
+        reasons = any(name in self._tokenizer.response_template["fields"] for name in _REASONING)
+        return None if reasons else content
 
     def read(self, scanner: Scanner, tools: Mapping[str, Tool], prompt: str) -> Reading[None]:
         listed = [tool.for_template() for tool in tools.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Generator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 from ..pieces import CallArguments, CallBegins, Content, Piece, Reasoning, merged
@@ -202,11 +203,17 @@ class Scanner:
         return merged(pieces)
 
 
-def _safe(text: str, markers: Sequence[str]) -> int:
+def _safe(text: str, markers: tuple[str, ...]) -> int:
     """Where the first suffix of `text` begins that may be the beginning of a marker."""
-    longest = max(map(len, markers), default=1) - 1
+    beginnings, longest = _beginnings(markers)
     for start in range(max(0, len(text) - longest), len(text)):
-        tail = text[start:]
-        if any(len(tail) < len(marker) and marker.startswith(tail) for marker in markers):
+        if text[start:] in beginnings:
             return start
     return len(text)
+
+
+@lru_cache(maxsize=64)
+def _beginnings(markers: tuple[str, ...]) -> tuple[frozenset[str], int]:
+    """What markers may begin with, and the length of the longest."""
+    found = frozenset(marker[:end] for marker in markers for end in range(1, len(marker)))
+    return found, max(map(len, found), default=0)
