@@ -80,6 +80,9 @@ def serve(
     ] = False,
     page: Annotated[bool, _option(_ACCESS, "A page to chat with, at /.", "--page/--no-page")] = True,
     max_queue: Annotated[int, _option(_BOUNDS, "Most requests waiting; more are answered 429.", min=1)] = 1024,
+    stored_responses: Annotated[
+        int, _option(_BOUNDS, "Most answers of /v1/responses that are kept, in memory; 0: none.", min=0)
+    ] = 1024,
     request_timeout: Annotated[
         float | None, _option(_BOUNDS, "Seconds after which a request ends with an error. Requests may ask for less.")
     ] = None,
@@ -108,6 +111,7 @@ def serve(
         "model_name": served_model_name,
         "tool_parser": tool_parser,
         "reasoning_parser": reasoning_parser,
+        "stored_responses": stored_responses,
         "request_timeout": request_timeout,
         "request_chat_templates": request_chat_templates,
         "cors_origins": tuple(cors_origin or ()),

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import chat, classify, completions, described, embeddings, errors, metrics, models, page, scoring
+from . import chat, classify, completions, described, embeddings, errors, metrics, models, page, responses, scoring
 from .auth import RequireKey
 from .drain import Draining
 from .lag import watched_loop
@@ -45,6 +45,7 @@ def create_app(
         log.info("serving", extra={"fields": {"model": service.model_name, **service.dialect.names}})
         async with watched_loop(service.metrics.loop_lag.observe):
             yield
+        await service.close()
         if mine:
             await running.close()
         log.info("stopped", extra={"fields": {"model": service.model_name}})
@@ -53,7 +54,7 @@ def create_app(
     app.state.service = service
     errors.install(app)
     _add_layers(app, service, settings, tracer_provider)
-    for part in (chat, completions, embeddings, scoring, classify, models):
+    for part in (chat, completions, responses, embeddings, scoring, classify, models):
         app.include_router(part.router(service))
     app.include_router(metrics.router(service.metrics))
     described.install(app, keys=bool(settings.api_keys))

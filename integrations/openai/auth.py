@@ -73,12 +73,15 @@ class RequireKey:
         return scope["type"] == "http" and path_of(scope) in self._open
 
     def _allowed(self, scope: Scope) -> bool:
-        sent = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(sent) != 1:
-            return False
-        scheme, _, key = sent[0].partition(b" ")
-        digest = _digest(key.strip())
-        return scheme.lower() == b"bearer" and sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
+        digest = key_of(scope)
+        return digest is not None and sum(hmac.compare_digest(digest, own) for own in self._digests) > 0
+
+
+def key_of(scope: Scope) -> bytes | None:
+    """Digest of the key that came with a request; None if there is none, or more than one."""
+    sent = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, key = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
+    return _digest(key.strip()) if scheme.lower() == b"bearer" else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -24,6 +24,11 @@ _MEANINGS = {
     504: "The request took longer than the server allows.",
 }
 GENERATES = (400, 404, 422, 429, 503, 504)  # what asks the engine may be answered with
+_EVENT = {  # each of a stream's
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _VALIDATION = ("HTTPValidationError", "ValidationError")  # FastAPI's own form of errors, which errors.py replaces
 
 
@@ -46,7 +51,7 @@ def answers(*statuses: int, whole: type[BaseModel] | None = None, events: str | 
         told[200] = {"model": whole, "description": "The answer, whole."}
     if events is not None:
         told[200]["description"] = "The answer, whole; or, with `stream`, in pieces."
-        told[200]["content"] = {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+        told[200]["content"] = {"text/event-stream": {"schema": {**_EVENT, "description": events}}}
     return told
 
 

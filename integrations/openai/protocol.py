@@ -9,30 +9,30 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 Number = StrictFloat | StrictInt
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No field is converted, none is ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = False
 
 
-class JSONSchema(_Strict):
+class JSONSchema(Strict):
     name: StrictStr
     description: StrictStr | None = None
     schema_: dict[str, Any] | StrictBool | None = Field(None, alias="schema")
     strict: StrictBool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """As `hf_paged.StructuredOutputsParams`."""
 
     json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
@@ -44,7 +44,7 @@ class StructuredOutputs(_Strict):
     whitespace_pattern: StrictStr | None = None
 
 
-class Generation(_Strict):
+class Generation(Strict):
     """What all requests for text share."""
 
     model: StrictStr | None = None
@@ -91,57 +91,57 @@ class CompletionRequest(Generation):
     add_special_tokens: StrictBool = True
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: StrictStr
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     name: StrictStr
     arguments: StrictStr
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     id: StrictStr | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
     index: StrictInt | None = None
 
 
-class Function(_Strict):
+class Function(Strict):
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None
 
 
-class FunctionTool(_Strict):
+class FunctionTool(Strict):
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     name: StrictStr
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """One function, by its name."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(_Strict):
+class AllowedTools(Strict):
     mode: Literal["auto", "required"]
     tools: list[NamedTool] = Field(min_length=1)
 
 
-class AllowedToolsChoice(_Strict):
+class AllowedToolsChoice(Strict):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a conversation. Content parts other than text are refused by name.
 
     `reasoning` and `reasoning_content` are two names of one thing: what the assistant thought.
@@ -176,7 +176,7 @@ class ChatCompletionRequest(Generation):
     include_reasoning: StrictBool = True
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[Message] | None = None
@@ -187,7 +187,7 @@ class TokenizeRequest(_Strict):
     return_token_strs: StrictBool = False
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     model: StrictStr | None = None
     tokens: list[StrictInt]
     skip_special_tokens: StrictBool = False

@@ -34,6 +34,9 @@ class Service:
 
     Args:
         engine: it must have a tokenizer.
+
+    Attributes:
+        tasks: what runs with no client waiting.
     """
 
     def __init__(self, engine: AsyncEngine, settings: Settings):
@@ -50,6 +53,7 @@ class Service:
         self.metrics = Metrics(engine, self.model_name)
         self.drain = Drain(engine)
         self.started = int(time.time())
+        self.tasks: set[asyncio.Task] = set()
 
     @cached_property
     def cutter(self) -> Cutter:
@@ -59,6 +63,13 @@ class Service:
     def taking(self) -> bool:
         """Whether requests are taken."""
         return self.engine.running and not self.drain.draining
+
+    async def close(self) -> None:
+        """End what runs with no client waiting."""
+        tasks = list(self.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
@@ -184,8 +195,8 @@ def seconds_left(timeout: float | None) -> float | None:
     return left
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+def new_id(kind: str, separator: str = "-") -> str:
+    return f"{kind}{separator}{uuid.uuid4().hex}"
 
 
 async def first_of(deltas: AsyncIterator):

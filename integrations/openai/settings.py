@@ -55,6 +55,8 @@ class Settings:
             its chat template.
         reasoning_parser: how it writes what it thinks first: the same of `parsing.REASONING_FORMATS`.
         request_chat_templates: whether a request may bring a chat template of its own, which is a program.
+        stored_responses: most answers of /v1/responses that are kept, in memory; 0: none.
+        stored_response_bytes: of all of them, as JSON.
         page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
         log_client_address: whether the log tells who asked.
     """
@@ -69,6 +71,8 @@ class Settings:
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
     request_chat_templates: bool = False
+    stored_responses: int = 1024
+    stored_response_bytes: int = 256 * 2**20
     page: bool = True
     log_client_address: bool = False
 
@@ -79,6 +83,9 @@ class Settings:
             raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
         if not self.body_timeout > 0:
             raise InvalidArgument(f"body_timeout must be a positive number of seconds, got {self.body_timeout!r}")
+        for name in ("stored_responses", "stored_response_bytes"):
+            if getattr(self, name) < 0:
+                raise InvalidArgument(f"{name} must not be negative, got {getattr(self, name)}")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise InvalidArgument(f"cors_origins: {origin!r} is no origin; one looks like https://example.org, and * is all")

@@ -34,7 +34,12 @@ def event_stream(chunks: AsyncIterator[BaseModel | dict]) -> StreamingResponse:
         else:
             yield DONE
 
-    return _EventStream(events(), media_type="text/event-stream", headers=HEADERS)
+    return sent(events())
+
+
+def sent(events: AsyncIterator[bytes]) -> StreamingResponse:
+    """Events that are ready to be sent, and tell of errors themselves."""
+    return _EventStream(events, media_type="text/event-stream", headers=HEADERS)
 
 
 class _EventStream(StreamingResponse):
