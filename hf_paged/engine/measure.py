@@ -71,7 +71,9 @@ def _peak(runner: ModelRunner, meter: MemoryMeter, lengths: list[int], num_sampl
     runner.reserve(plan.num_blocks, plan.num_slots)
 
     def step() -> None:
-        Sampler().sample(runner.forward(runner.prepare(plan, rows=rows)), sample_rows)
+        logits = runner.forward(runner.prepare(plan, rows=rows))
+        if runner.model.generates:
+            Sampler().sample(logits, sample_rows)
 
     with runner.model.unobserved():
         return meter.peak(step)

@@ -206,6 +206,8 @@ class TransformersModel:
             return "forward hooks on the model are to be called in every step"
         if replaced := self._seen.replaced_forwards():
             return f"the forward of a {replaced[0]} was replaced, and is to be called in every step"
+        if not self.generates:
+            return "it generates no tokens"
         return "its layers keep a state" if self.states else None
 
     def _look(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification
 
 import hf_paged
 from hf_paged import EngineConfig, InvalidArgument
@@ -66,6 +67,16 @@ def test_the_cache_gets_what_the_largest_step_leaves(model):
     assert budget == 8 * GIB - 2 * GIB - 3 * GIB - GIB // 2 - 4 * GRAPH_BYTES  # of 1, 2, 4, 8
     assert runner.cache.bytes_allocated == runner.cache.states.bytes_allocated == 0
     assert not calls, "hooks of the user's saw a step that is nobody's"
+
+
+def test_a_model_that_generates_nothing_samples_nothing():
+    config = tiny_config("llama", vocab_size=320)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    hf_paged.patch(model)
+    meter = Meter(runner_of(model).model, [3 * GIB])
+    assert measure.kv_budget(runner_of(model), meter, 0.8, graphs=False, **LIMITS._asdict()) == 3 * GIB
+    assert hf_paged.hf.patch.patch_of(model).adapter.why_unrecordable == "it generates no tokens"
 
 
 def test_without_graphs_there_is_more(model):
