@@ -122,8 +122,7 @@ class Scheduler:
             QueueFull: `max_queue` sequences wait already.
         """
         self._check(request)
-        if self.max_queue is not None and self.num_waiting >= self.max_queue:
-            raise QueueFull(f"{self.num_waiting} sequences are waiting already (max_queue is {self.max_queue})")
+        self.check_room()
         seq_id = self._take_id(request.n)
         leader = self._new_sequence(request, 0, seq_id)
         leader.pending_forks = request.n - 1
@@ -131,6 +130,11 @@ class Scheduler:
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, seq_id, request))
         self._queues.wait(leader)
+
+    def check_room(self, count: int = 1) -> None:
+        """Raise QueueFull unless `count` more requests may wait."""
+        if self.max_queue is not None and self.num_waiting + count > self.max_queue:
+            raise QueueFull(f"{self.num_waiting} sequences are waiting already (max_queue is {self.max_queue})")
 
     def _take_id(self, count: int = 1) -> int:
         """The first of `count` consecutive ids that nobody has."""

@@ -22,6 +22,24 @@ from .request_state import RequestState
 FUNCTIONS = ("logits_processors", "stopping_criteria", "forward_hooks")
 QUICK = 1024  # characters or tokens of a prompt
 
+Arrivals = list[tuple[RequestState, Reader]]  # taken all or none
+
+
+class Together:
+    """`size` requests, of one event loop, that the queue takes all or none; each waits until the others have come.
+
+    Whoever stops reading one of them before must stop reading the others, too.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self.arrivals: Arrivals = []
+
+    def add(self, state: RequestState, reader: Reader) -> bool:
+        """Whether it was the last."""
+        self.arrivals.append((state, reader))
+        return len(self.arrivals) == self._size
+
 
 class AsyncEngine:
     """Serves many coroutines from one engine.
@@ -40,7 +58,7 @@ class AsyncEngine:
     def __init__(self, engine: BatchEngine):
         self.engine = engine
         self._work = threading.Event()
-        self._arrivals: deque[tuple[RequestState, Reader]] = deque()  # prepared, for the thread to admit
+        self._arrivals: deque[Arrivals] = deque()  # prepared, for the thread to admit
         self._gate = FairLock()  # held while a step runs, so that none comes between falling asleep and waking up
         self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, name="hf_paged-engine", daemon=True)
@@ -91,13 +109,14 @@ class AsyncEngine:
     def _admit_arrivals(self) -> None:
         """All that have come since the last step, at once: each by itself would wait for a step of its own."""
         while self._arrivals:
-            state, reader = self._arrivals.popleft()
-            if reader.gone:
+            arrivals = self._arrivals.popleft()
+            if any(reader.gone for _, reader in arrivals):
                 continue
             try:
-                self.engine.admit(state)
+                self.engine.admit(*(state for state, _ in arrivals))
             except Exception as error:
-                reader.fail(error)
+                for _, reader in arrivals:
+                    reader.fail(error)
         self._readers.wake()
 
     def stream(
@@ -105,7 +124,8 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestDelta]:
         """Yield what each step added to the request. A slow reader gets what several steps added at once; nothing is lost.
 
-        `options` are those of `Engine.add`, such as `priority`, `deadline` (seconds) and `cache_salt`.
+        `options` are those of `Engine.add`, such as `priority`, `deadline` (seconds) and `cache_salt`; and `together`, for
+        requests that the queue takes all or none.
 
         Raises:
             InvalidArgument, RequestTooLarge, QueueFull: at the first iteration, as `Engine.add`.
@@ -125,11 +145,15 @@ class AsyncEngine:
     async def _read(self, kind: type[Reader], prompt: Prompt, params, request_id: str | None, options: dict):
         loop = asyncio.get_running_loop()
         reader = kind(loop, self._readers)
+        together: Together | None = options.pop("together", None)
         functions = {name: options.pop(name) for name in FUNCTIONS if name in options}
         options |= {"hooks": self.engine.hooks(**functions), "on_output": reader.put}
         prepare = partial(self.engine.prepare, prompt, params, request_id=request_id, **options)
         state = prepare() if _is_quick(prompt, params) else await loop.run_in_executor(None, prepare)
-        self._arrivals.append((state, reader))
+        if together is None:
+            self._arrivals.append([(state, reader)])
+        elif together.add(state, reader):
+            self._arrivals.append(together.arrivals)
         self._work.set()
         if self._ended:
             self._refuse_arrivals()
@@ -151,7 +175,8 @@ class AsyncEngine:
         """There is no thread any more to admit them."""
         with contextlib.suppress(IndexError):  # another thread may be at it, too
             while True:
-                self._arrivals.popleft()[1].fail(EngineClosed("the engine's thread has ended"))
+                for _, reader in self._arrivals.popleft():
+                    reader.fail(EngineClosed("the engine's thread has ended"))
         self._readers.wake()
 
     async def complete(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> RequestOutput:

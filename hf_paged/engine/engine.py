@@ -162,21 +162,36 @@ class BatchEngine(Jobs):
         """The first half of `submit`, which waits for nobody: tokens, checks, grammars."""
         return self._intake.request(prompt, params, **options)
 
-    def admit(self, state: RequestState) -> None:
-        """The second half of `submit`. Raises QueueFull or EngineClosed, or InvalidArgument for an id that is in use."""
-        request = state.request
+    def admit(self, *states: RequestState) -> None:
+        """The second half of `submit`, for requests that are all taken or none.
+
+        Raises QueueFull or EngineClosed, or InvalidArgument for an id that is in use.
+        """
         with self._lock:
             self._check_open()
-            if request.request_id in self._requests:
-                raise InvalidArgument(f"request_id {request.request_id!r} must be one that is not in use")
-            if not self.model.adapters.is_loaded(request.adapter):
-                raise InvalidArgument("adapter was unloaded before the request was added")
-            self._look_if_idle()
-            self._count += 1
-            if state.seed is None:
-                state.seed = derive_seed(self.config.seed, self._count)
-            self._scheduler.add(request)
-            self._requests.add(state)
+            self._scheduler.check_room(len(states))
+            taken = []
+            try:
+                for state in states:
+                    self._admit(state)
+                    taken.append(state)
+            except Exception:
+                for state in taken:
+                    self._requests.end(state, "abort")
+                raise
+
+    def _admit(self, state: RequestState) -> None:
+        request = state.request
+        if request.request_id in self._requests:
+            raise InvalidArgument(f"request_id {request.request_id!r} must be one that is not in use")
+        if not self.model.adapters.is_loaded(request.adapter):
+            raise InvalidArgument("adapter was unloaded before the request was added")
+        self._look_if_idle()
+        self._count += 1
+        if state.seed is None:
+            state.seed = derive_seed(self.config.seed, self._count)
+        self._scheduler.add(request)
+        self._requests.add(state)
 
     def submit_when_possible(
         self, prompt: Prompt, params: SamplingParams | TaskParams | None = None, **options

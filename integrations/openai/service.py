@@ -14,11 +14,11 @@ from functools import cached_property
 from starlette.requests import Request
 from starlette.types import Receive
 
-from ...base.errors import InvalidArgument
+from ...base.errors import InvalidArgument, QueueFull
 from ...base.sampling_params import SamplingParams
 from ...base.tasks import ClassifyParams, EmbedParams
 from ...base.types import RequestDelta
-from ...engine.async_engine import AsyncEngine
+from ...engine.async_engine import AsyncEngine, Together
 from .cutting import Cutter
 from .drain import Drain
 from .errors import Refused
@@ -27,6 +27,8 @@ from .observation import current
 from .parsing import Dialect
 from .sampling import defaults_of
 from .settings import Settings
+
+AGAIN = 0.05  # seconds after which a full queue is looked at again
 
 
 class Service:
@@ -85,11 +87,13 @@ class Service:
                     yield 0, delta
             return
         queue: asyncio.Queue = asyncio.Queue()
-        turn = asyncio.Semaphore(2 * self.engine.engine.config.max_num_seqs)  # a long list leaves room to others
+        engine = self.engine.engine.config
+        at_once = min(len(jobs), 2 * engine.max_num_seqs, engine.max_queue or len(jobs))  # a long list leaves room to others
+        turn, together = asyncio.Semaphore(at_once), Together(at_once)
 
         async def read(place: int) -> None:
             try:
-                async with turn, contextlib.aclosing(self._deltas(jobs[place])) as deltas:
+                async with turn, contextlib.aclosing(self._deltas(jobs[place], together, place >= at_once)) as deltas:
                     async for delta in deltas:
                         queue.put_nowait((place, delta))
                 queue.put_nowait((place, None))
@@ -120,17 +124,32 @@ class Service:
             wholes[place] = wholes[place].then(delta) if place in wholes else delta
         return [wholes[place] for place in range(len(jobs))]
 
-    def _deltas(self, job: Job) -> AsyncIterator[RequestDelta]:
-        deltas = self.engine.stream(
+    def _deltas(self, job: Job, together: Together | None = None, later: bool = False) -> AsyncIterator[RequestDelta]:
+        deltas = self._patient(job) if later else self._stream(job, together)
+        sampling = job.params if isinstance(job.params, SamplingParams) else None
+        return self.metrics.watched(deltas, sampling)
+
+    def _stream(self, job: Job, together: Together | None = None) -> AsyncIterator[RequestDelta]:
+        return self.engine.stream(
             job.prompt,
             job.params,
             request_id=job.request_id,
             priority=job.priority,
             cache_salt=job.cache_salt,
             deadline=seconds_left(self.settings.request_timeout),
+            together=together,
         )
-        sampling = job.params if isinstance(job.params, SamplingParams) else None
-        return self.metrics.watched(deltas, sampling)
+
+    async def _patient(self, job: Job) -> AsyncIterator[RequestDelta]:
+        """`_stream` for a prompt whose request is under way already: a queue that is full now is waited for."""
+        while True:
+            try:
+                async with contextlib.aclosing(self._stream(job)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                return
+            except QueueFull:
+                await asyncio.sleep(AGAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
