@@ -18,6 +18,7 @@ from .middleware import LimitBody
 from .observe import Observe, log
 from .service import Service
 from .settings import Settings
+from .turns import TakeTurns
 
 
 def create_app(
@@ -89,3 +90,4 @@ def _add_layers(app: FastAPI, service: Service, settings: Settings, tracer_provi
         log_client=settings.log_client_address,
         tracing=tracing,
     )
+    app.add_middleware(TakeTurns)

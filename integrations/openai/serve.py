@@ -25,6 +25,8 @@ from .connection import protocol
 from .tls import tls_context
 
 HEADER_BYTES = 64 * 1024  # of a request line and its headers; more closes the connection
+YOUNG = 10_000  # new objects from one collection to the next: a crowd of requests brings the default's 700 all the time
+ACCEPTS = 32  # connections that asyncio accepts in one turn of the event loop; it takes the backlog for their number
 LAST_SECONDS = 5  # for what was cut off to be told so
 DONE, CUT = 0, 1  # exit statuses
 
@@ -96,6 +98,7 @@ def serve(app: FastAPI, process: Process, listeners: list[socket.socket] | None)
     _allow_many_files()
     gc.collect()
     gc.freeze()  # the model and its libraries are here to stay: every full collection would look through them, for long
+    gc.set_threshold(YOUNG)
     server = Server(app, process)
     server.run(listeners)
     return CUT if server.was_cut else DONE
@@ -159,7 +162,7 @@ class Server(uvicorn.Server):
             port=process.port,
             uds=None if process.uds is None else str(process.uds),
             root_path=process.root_path,
-            backlog=process.backlog,
+            backlog=ACCEPTS if process.uds is None else process.backlog,
             http=protocol(process.header_timeout, process.max_connections),
             ws="none",
             h11_max_incomplete_event_size=HEADER_BYTES,
@@ -172,6 +175,7 @@ class Server(uvicorn.Server):
         config.load()
         config.ssl = process.tls()
         super().__init__(config)
+        self._backlog = process.backlog
         self._drain, self._grace = app.state.service.drain, process.grace
         self._signals = 0
         self._ends: float | None = None  # when the grace is over, on the loop's clock
@@ -179,6 +183,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(self._backlog)
         names = [server_socket.getsockname() for server in self.servers for server_socket in server.sockets]
         scheme = "https" if self.config.ssl else "http"
         addresses = [name if isinstance(name, str) else f"{scheme}://{_host(name[0])}:{name[1]}" for name in names]

@@ -7,6 +7,7 @@ import csv
 import http.client
 import json
 import time
+from collections import Counter
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from hf_paged.benchmarks.server import __main__ as bench
 from hf_paged.benchmarks.server.process import Reading
 from hf_paged.integrations.openai import Settings, create_app
 from hf_paged.integrations.openai.lag import INTERVAL, watched_loop
+from hf_paged.integrations.openai.turns import MOST, TakeTurns
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,32 @@ def test_who_leaves_while_he_waits_for_his_turn_waits_no_more(narrow, stream):
         until(running=1, waiting=0)
         next(events)  # the first goes on
     until(running=0, waiting=0)
+
+
+def test_requests_that_come_at_once_begin_a_few_at_a_time_and_in_order():
+    begun: list[tuple[int, int]] = []  # (turn of the loop, request)
+    turn = 0
+
+    async def app(scope, receive, send):
+        begun.append((turn, scope["number"]))
+
+    async def main():
+        nonlocal turn
+        layer = TakeTurns(app)
+        for round_number in range(2):  # afterwards it is as it was
+            crowd = [
+                asyncio.ensure_future(layer({"type": "http", "number": 100 * round_number + number}, None, None))
+                for number in range(50)
+            ]
+            crowd[30].cancel()
+            while not all(one.done() for one in crowd):
+                turn += 1
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
+    wanted = [number for number in range(50) if number != 30]
+    assert [number for _, number in begun] == [*wanted, *(100 + number for number in wanted)]
+    assert max(Counter(turn for turn, _ in begun).values()) == MOST
 
 
 def test_every_moment_of_a_delay_counts_as_lag():
