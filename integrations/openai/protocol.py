@@ -15,6 +15,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+Metadata = Annotated[
+    dict[Annotated[StrictStr, Field(max_length=64)], Annotated[StrictStr, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class Unread(Strict):
+    """What says nothing to a model, and of which a server like this keeps nothing."""
+
+    user: StrictStr | None = None
+    metadata: Metadata | None = None
+    safety_identifier: StrictStr | None = None
+    prompt_cache_key: StrictStr | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
 class StreamOptions(Strict):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = False
@@ -44,7 +59,7 @@ class StructuredOutputs(Strict):
     whitespace_pattern: StrictStr | None = None
 
 
-class Generation(Strict):
+class Generation(Unread):
     """What all requests for text share."""
 
     model: StrictStr | None = None
@@ -59,7 +74,6 @@ class Generation(Strict):
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None
     logit_bias: dict[str, Number] | None = None
-    user: StrictStr | None = None
     # beyond OpenAI's
     top_k: StrictInt | None = None
     min_p: Number | None = None
@@ -159,6 +173,8 @@ class Message(Strict):
 
 class ChatCompletionRequest(Generation):
     messages: list[Message] = Field(min_length=1)
+    store: Literal[False] | None = None
+    modalities: list[Literal["text"]] | None = None
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None

@@ -197,3 +197,14 @@ def test_tokens(client):
     )
     assert answer["prompt"] == make_tokenizer().decode(templated())
     assert json.dumps(answer)
+
+
+def test_what_says_nothing_to_a_model_is_taken(client):
+    options = dict(user="me", metadata={"a": "b"}, safety_identifier="x", prompt_cache_key="y", service_tier="auto", store=False)
+    asked = dict(model=MODEL, messages=MESSAGES, max_tokens=4, temperature=0)
+    answers = [client.chat.completions.create(**asked, **more) for more in ({}, options)]
+    assert answers[0].choices == answers[1].choices
+    for wrong in ({"store": True}, {"service_tier": "flex"}, {"metadata": {"a": "b" * 513}}, {"modalities": ["audio"]}):
+        with pytest.raises(openai.BadRequestError) as info:
+            client.chat.completions.create(**asked, **wrong)
+        assert info.value.param.startswith(next(iter(wrong)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from ..protocol import JSONSchema, Number, Strict
+from ..protocol import JSONSchema, Number, Strict, Unread
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Id = Annotated[StrictStr, Field(min_length=1, max_length=128)]
@@ -119,13 +119,8 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-Metadata = Annotated[
-    dict[Annotated[StrictStr, Field(max_length=64)], Annotated[StrictStr, Field(max_length=512)]], Field(max_length=16)
-]
-
-
-class ResponsesRequest(Strict):
-    """`user`, `metadata`, `safety_identifier` and `prompt_cache_key` change no answer; what is kept tells them again."""
+class ResponsesRequest(Unread):
+    """What says nothing to the model is told again with the answer."""
 
     input: StrictStr | list[Item]
     model: StrictStr | None = None
@@ -146,11 +141,6 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     truncation: Literal["disabled"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    metadata: Metadata | None = None
-    user: StrictStr | None = None
-    safety_identifier: StrictStr | None = None
-    prompt_cache_key: StrictStr | None = None
     # beyond OpenAI's
     top_k: StrictInt | None = None
     min_p: Number | None = None
