@@ -207,7 +207,7 @@ class AsyncEngine:
     async def classify(self, prompts, activation: str | None = None, **options) -> list[ClassificationOutput]:
         """See `Engine.classify`; options and errors are those of `embed`."""
         params = ClassifyParams(activation=activation)
-        return await self._results([(prompt, params) for prompt in as_list(prompts)], options)
+        return await self._results([(prompt, params) for prompt in as_list(prompts, pairs=True)], options)
 
     async def _results(self, work: Work, options: dict) -> list:
         turn = asyncio.Semaphore(self.engine.config.max_num_seqs)

@@ -111,7 +111,7 @@ class Jobs:
         Raises what `generate` raises, and UnsupportedOption if the model has no such head.
         """
         params = ClassifyParams(activation=activation)
-        return self._results([(prompt, params) for prompt in as_list(prompts)], progress, options)
+        return self._results([(prompt, params) for prompt in as_list(prompts, pairs=True)], progress, options)
 
     def _results(self, work: Work, progress: bool, options: dict) -> list:
         adapter = options.pop("adapter", None)
@@ -148,14 +148,16 @@ def result_of(output: RequestOutput) -> TaskOutput:
 
 
 def is_one(prompts) -> bool:
-    """Whether this is one prompt: text, a pair of texts, messages or token ids; else it is several."""
-    return isinstance(prompts, str | tuple) or (
+    """Whether this is one prompt: text, messages or token ids; else it is several."""
+    return isinstance(prompts, str) or (
         isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))
     )
 
 
-def as_list(prompts) -> list:
-    return [prompts] if is_one(prompts) else list(prompts)
+def as_list(prompts, *, pairs: bool = False) -> list:
+    """One prompt or several as a list. With `pairs`, a tuple of texts is one."""
+    is_pair = pairs and isinstance(prompts, tuple) and bool(prompts) and isinstance(prompts[0], str)
+    return [prompts] if is_pair or is_one(prompts) else list(prompts)
 
 
 def grouped(results: list, counts: list[int] | None) -> list:

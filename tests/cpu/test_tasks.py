@@ -547,6 +547,11 @@ def test_coroutines_embed_score_and_classify(model):
     assert len(said.outputs[0].token_ids) == GREEDY.max_tokens
 
 
+def test_prompts_may_come_as_a_tuple(engine):
+    assert len(engine.generate(tuple(PROMPTS[:2]), GREEDY)) == len(engine.embed(("the cat", "sat"))) == 2
+    assert [len(scores) for scores in engine.score(("the cat", "a dog"), [[" sat"], [" ran", " sat"]])] == [1, 2]
+
+
 def test_parameters_are_values():
     assert ClassifyParams() == ClassifyParams(activation=None) and EmbedParams().pooling is None
     assert ScoreParams(continuation=torch.tensor([3, 4])).continuation == (3, 4)
