@@ -39,6 +39,9 @@ def serve(
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
     policy: Annotated[str, _option(_ENGINE, "fcfs, or priority: requests with a lower number first.")] = "fcfs",
+    adapter: Annotated[
+        list[str] | None, _option(_ENGINE, "A PEFT adapter, as NAME=FOLDER: a model's name for clients; repeatable.")
+    ] = None,
     chat_template: Annotated[
         Path | None, _option(_ENGINE, "A file with a chat template instead of the model's, such as one that knows tools.")
     ] = None,
@@ -78,6 +81,9 @@ def serve(
     request_chat_templates: Annotated[
         bool, _option(_ACCESS, "Let requests bring chat templates, which are programs.", "--request-chat-templates")
     ] = False,
+    enable_adapters: Annotated[
+        bool, _option(_ACCESS, "Let requests load adapters, from folders of this machine.", "--enable-adapters")
+    ] = False,
     page: Annotated[bool, _option(_ACCESS, "A page to chat with, at /.", "--page/--no-page")] = True,
     max_queue: Annotated[int, _option(_BOUNDS, "Most requests waiting; more are answered 429.", min=1)] = 1024,
     stored_responses: Annotated[
@@ -116,6 +122,7 @@ def serve(
         "request_chat_templates": request_chat_templates,
         "cors_origins": tuple(cors_origin or ()),
         "body_timeout": body_timeout,
+        "enable_adapters": enable_adapters,
         "page": page,
         "log_client_address": log_client_address,
     }
@@ -128,14 +135,26 @@ def serve(
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
-    raise typer.Exit(_run(api_key or [], api_key_file, otlp_endpoint, template, settings, process, loading))
+    own = {"adapters": _folders(adapter or []), "chat_template": template}
+    raise typer.Exit(_run(api_key or [], api_key_file, otlp_endpoint, own, settings, process, loading))
+
+
+def _folders(adapters: list[str]) -> dict[str, str]:
+    """NAME=FOLDER, by name."""
+    folders = dict(adapter.partition("=")[::2] for adapter in adapters)
+    for name, folder in folders.items():
+        if not name or not folder:
+            raise UserError(f"--adapter takes NAME=FOLDER, not {name or '=' + folder!r}")
+    if len(folders) < len(adapters):
+        raise UserError("--adapter: two adapters have the same name")
+    return folders
 
 
 def _run(
     keys: list[str],
     key_file: Path | None,
     otlp_endpoint: str | None,
-    chat_template: str | None,
+    own: dict,
     settings: dict,
     process: dict,
     loading: dict,
@@ -152,8 +171,10 @@ def _run(
     process = Process(**process)
     tracing = None if otlp_endpoint is None else _tracing(otlp_endpoint)
     with listening(process) as listeners, open_engine(**loading) as (_, tokenizer, engine):
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
+        if own["chat_template"] is not None:
+            tokenizer.chat_template = own["chat_template"]
+        for name, folder in own["adapters"].items():
+            engine.load_adapter(name, folder)
         return serve(create_app(engine, settings, tracer_provider=tracing), process, listeners)
 
 

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import chat, classify, completions, described, embeddings, errors, metrics, models, page, responses, scoring
+from . import adapters, chat, classify, completions, described, embeddings, errors, metrics, models, page, responses, scoring
 from .auth import RequireKey
 from .drain import Draining
 from .lag import watched_loop
@@ -58,6 +58,8 @@ def create_app(
     for part in (chat, completions, responses, embeddings, scoring, classify, models):
         app.include_router(part.router(service))
     app.include_router(metrics.router(service.metrics))
+    if settings.enable_adapters:
+        app.include_router(adapters.router(service))
     described.install(app, keys=bool(settings.api_keys))
     if settings.page:
         app.include_router(page.router())

@@ -29,8 +29,7 @@ def router(service: Service) -> APIRouter:
     )
     async def create(body: ChatCompletionRequest, request: Request):
         """Answer a conversation."""
-        service.check_model(body.model)
-        run = await _Run.prepare(service, body)
+        run = await _Run.prepare(service, body, service.adapter(body.model))
         if body.stream:
             return event_stream(await while_connected(request, first_of(run.chunks())))
         return await while_connected(request, run.whole())
@@ -41,13 +40,13 @@ def router(service: Service) -> APIRouter:
 class _Run:
     """A conversation in the form of chat completions."""
 
-    def __init__(self, service: Service, body: ChatCompletionRequest, name: str, conversation: Conversation):
+    def __init__(self, service: Service, body: ChatCompletionRequest, name: str, adapter, conversation: Conversation):
         self._body, self._conversation = body, conversation
-        self._head = {"id": name, "created": int(time.time()), "model": service.model_name}
+        self._head = {"id": name, "created": int(time.time()), "model": adapter or service.model_name}
         self._begun: set[int] = set()  # answers whose role was told
 
     @classmethod
-    async def prepare(cls, service: Service, body: ChatCompletionRequest) -> _Run:
+    async def prepare(cls, service: Service, body: ChatCompletionRequest, adapter: str | None) -> _Run:
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         if body.echo and not body.continue_final_message:
@@ -60,6 +59,7 @@ class _Run:
             body.messages,
             body,
             request_id=name,
+            adapter=adapter,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             add_generation_prompt=body.add_generation_prompt,
@@ -72,7 +72,7 @@ class _Run:
             parallel_tool_calls=body.parallel_tool_calls,
             reasoning_effort=body.reasoning_effort,
         )
-        return cls(service, body, name, conversation)
+        return cls(service, body, name, adapter, conversation)
 
     async def chunks(self) -> AsyncIterator[dict]:
         """In the form of openai's ChatCompletionChunk."""

@@ -48,7 +48,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/classify", **told)
     async def classify(body: ClassificationRequest, request: Request) -> dict:
         """The label of each input."""
-        service.check_model(body.model)
         return await while_connected(request, _classify(service, body))
 
     return routes
@@ -62,5 +61,5 @@ async def _classify(service: Service, body: ClassificationRequest) -> dict:
         {"index": index, "label": output.label, "probs": output.scores.tolist(), "num_classes": len(output.scores)}
         for index, output in enumerate(outputs)
     ]
-    head = {"id": run.id, "object": "list", "created": int(time.time()), "model": service.model_name}
+    head = {"id": run.id, "object": "list", "created": int(time.time()), "model": run.model}
     return {**head, "data": data, "usage": run.usage.as_dict()}

@@ -28,8 +28,7 @@ def router(service: Service) -> APIRouter:
     )
     async def create(body: CompletionRequest, request: Request):
         """Complete one prompt or several."""
-        service.check_model(body.model)
-        run = _Run(service, body)
+        run = _Run(service, body, service.adapter(body.model))
         if body.stream:
             return event_stream(await while_connected(request, first_of(run.chunks())))
         return await while_connected(request, run.whole())
@@ -40,14 +39,14 @@ def router(service: Service) -> APIRouter:
 class _Run:
     """One request for completions on its way."""
 
-    def __init__(self, service: Service, body: CompletionRequest):
-        self._service, self._body = service, body
+    def __init__(self, service: Service, body: CompletionRequest, adapter: str | None):
+        self._service, self._body, self._adapter = service, body, adapter
         self._id = new_id("cmpl") if body.request_id is None else body.request_id
         self._head = {
             "id": self._id,
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.model_name,
+            "model": adapter or service.model_name,
         }
         self._usage = Usage()
         self._only_prompt = body.echo and body.max_tokens == 0  # what scores a text asks for
@@ -85,6 +84,7 @@ class _Run:
                 request_id=self._id if len(prompts) == 1 else f"{self._id}-{place}",
                 priority=body.priority,
                 cache_salt=body.cache_salt,
+                adapter=self._adapter,
             )
             for place, prompt in enumerate(prompts)
         ]

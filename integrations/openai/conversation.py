@@ -119,6 +119,7 @@ class Conversation:
         *,
         request_id: str,
         max_tokens: int | None,
+        adapter: str | None = None,
         logprobs: int | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice | None = None,
@@ -132,6 +133,7 @@ class Conversation:
             generation: how to sample, stop and shape the answers; its `max_tokens`, `stream` and `request_id` are not
                 read here. The form it asks for is that of the content: reasoning comes before it.
             request_id: the engine's name of the request, for `engine.abort`.
+            adapter: see `Service.adapter`.
             max_tokens: most tokens of each answer, whatever piece they go into; None: as many as fit.
             logprobs: how many most likely tokens to report beside each; None: report nothing.
             tools: functions the model may call.
@@ -160,6 +162,7 @@ class Conversation:
             request_id=request_id,
             priority=generation.priority,
             cache_salt=generation.cache_salt,
+            adapter=adapter,
         )
         conversation = cls(
             service, job, prompt, service.dialect.with_calls(bool(usable)), usable, not parallel_tool_calls

@@ -42,7 +42,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/embeddings", response_model=None, responses=answers(*GENERATES, whole=Embeddings))
     async def create(body: EmbeddingRequest, request: Request):
         """One vector for each input."""
-        service.check_model(body.model)
         return await while_connected(request, _embed(service, body))
 
     return routes
@@ -58,7 +57,7 @@ async def _embed(service: Service, body: EmbeddingRequest):
         Embeddings.model_construct(
             id=run.id,
             object="list",
-            model=service.model_name,
+            model=run.model,
             data=data,
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
         )

@@ -40,24 +40,25 @@ _UP = {200: {"description": "It takes requests."}, 503: {"description": "It take
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    def model() -> Model:
+    def model(adapter: str | None = None) -> Model:
         return Model(
-            id=service.model_name,
+            id=adapter or service.model_name,
             object="model",
             created=service.started,
             owned_by="hf_paged",
             max_model_len=service.max_model_len,
+            parent=adapter and service.model_name,
             **service.dialect.names,
         )
 
     @routes.get("/v1/models", response_model=None, responses=answers(whole=Models))
     async def models() -> dict:
-        return {"object": "list", "data": [model().model_dump()]}
+        """The model, and every adapter that requests may name instead of it."""
+        return {"object": "list", "data": [model(name).model_dump() for name in (None, *service.engine.engine.adapters)]}
 
     @routes.get("/v1/models/{name:path}", response_model=None, responses=answers(404, whole=Model))
     async def one(name: str) -> dict:
-        service.check_model(name)
-        return model().model_dump()
+        return model(service.adapter(name)).model_dump()
 
     @routes.get("/health", response_class=Response, responses=_UP)
     async def health() -> Response:
@@ -76,14 +77,14 @@ def router(service: Service) -> APIRouter:
     @routes.post("/tokenize", response_model=None, responses=answers(400, 404, whole=Tokens))
     async def tokenize(body: TokenizeRequest) -> dict:
         """The tokens of a text, or of a conversation as the model sees it."""
-        service.check_model(body.model)
+        service.adapter(body.model)
         tokens = await asyncio.to_thread(_tokenize, service, body)
         strings = {"token_strs": service.tokenizer.convert_ids_to_tokens(tokens)} if body.return_token_strs else {}
         return {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, **strings}
 
     @routes.post("/detokenize", response_model=None, responses=answers(400, 404, whole=Text))
     async def detokenize(body: DetokenizeRequest) -> dict:
-        service.check_model(body.model)
+        service.adapter(body.model)
         return {"prompt": await asyncio.to_thread(_detokenize, service, body)}
 
     return routes

@@ -86,7 +86,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/score", **scores)
     async def score(body: ScoreRequest, request: Request) -> dict:
         """How well each text_2 fits its text_1, or all the one there is."""
-        service.check_model(body.model)
         return await while_connected(request, _score(service, body))
 
     @routes.post("/v1/rerank", **ranks)
@@ -94,7 +93,6 @@ def router(service: Service) -> APIRouter:
     @routes.post("/rerank", **ranks)
     async def rerank(body: RerankRequest, request: Request) -> dict:
         """Documents by how well they fit a query, the best first."""
-        service.check_model(body.model)
         return await while_connected(request, _rerank(service, body))
 
     return routes
@@ -115,7 +113,7 @@ async def _score(service: Service, body: ScoreRequest) -> dict:
         "id": run.id,
         "object": "list",
         "created": int(time.time()),
-        "model": service.model_name,
+        "model": run.model,
         "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
         "usage": run.usage.as_dict(),
     }
@@ -133,7 +131,7 @@ async def _rerank(service: Service, body: RerankRequest) -> dict:
         document = {"document": {"text": texts[place]}} if body.return_documents else {}
         results.append({"index": place, **document, "relevance_score": scores[place]})
     usage = run.usage.as_dict()
-    return {"id": run.id, "model": service.model_name, "usage": usage, "results": results}
+    return {"id": run.id, "model": run.model, "usage": usage, "results": results}
 
 
 async def _scores(

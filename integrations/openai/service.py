@@ -73,6 +73,16 @@ class Service:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a request's `model` names, for requests that may have one; None for the model as it is.
+
+        Raises Refused for a name that is neither.
+        """
+        if name != self.model_name and name in self.engine.engine.adapters:
+            return name
+        self.check_model(name)
+        return None
+
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
             raise Refused(
@@ -136,6 +146,7 @@ class Service:
             request_id=job.request_id,
             priority=job.priority,
             cache_salt=job.cache_salt,
+            adapter=job.adapter,
             deadline=seconds_left(self.settings.request_timeout),
             together=together,
         )
@@ -161,6 +172,7 @@ class Job:
     request_id: str
     priority: int = 0
     cache_salt: str | None = None
+    adapter: str | None = None
 
 
 @dataclass

@@ -26,6 +26,8 @@ class Limits:
         logprobs: most likely tokens to report beside each.
         tools: functions of one request.
         tool_characters: of the schemas and descriptions of all of them.
+        adapters: loaded at a time, where requests may load them.
+        adapter_rank: of such an adapter.
     """
 
     body_bytes: int = 16 * 2**20
@@ -37,6 +39,8 @@ class Limits:
     logprobs: int = 20
     tools: int = 128
     tool_characters: int = 256 * 1024
+    adapters: int = 64
+    adapter_rank: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Settings:
         request_chat_templates: whether a request may bring a chat template of its own, which is a program.
         stored_responses: most answers of /v1/responses that are kept, in memory; 0: none.
         stored_response_bytes: of all of them, as JSON.
+        enable_adapters: whether requests may load and unload adapters, for which the server reads folders they name.
         page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
         log_client_address: whether the log tells who asked.
     """
@@ -73,6 +78,7 @@ class Settings:
     request_chat_templates: bool = False
     stored_responses: int = 1024
     stored_response_bytes: int = 256 * 2**20
+    enable_adapters: bool = False
     page: bool = True
     log_client_address: bool = False
 

@@ -52,6 +52,7 @@ class TaskRun:
 
     Attributes:
         id: of the answer.
+        model: what answers: the model, or the adapter that the request names.
         usage: tokens, as far as they were computed.
     """
 
@@ -60,6 +61,8 @@ class TaskRun:
         if body.truncate_prompt_tokens == 0 or (body.truncate_prompt_tokens or 0) > most:
             raise cannot_cut(f"it must be -1, or from 1 to {most}")
         self._service, self._body = service, body
+        self._adapter = service.adapter(body.model)
+        self.model = self._adapter or service.model_name
         self.id = new_id(kind) if body.request_id is None else body.request_id
         self.usage = Usage()
 
@@ -82,6 +85,7 @@ class TaskRun:
                 request_id=self.id if len(prompts) == 1 else f"{self.id}-{place}",
                 priority=self._body.priority,
                 cache_salt=self._body.cache_salt,
+                adapter=self._adapter,
             )
             for place, tokens in enumerate(prompts)
         ]

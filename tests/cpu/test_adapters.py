@@ -16,6 +16,7 @@ import torch
 from peft_adapters import LAYERS, TUNERS, WARNINGS, shake
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from transformers import AutoModelForSequenceClassification
 
 import hf_paged
 from hf_paged import (
@@ -159,6 +160,44 @@ def test_preempted_speculating_and_several_completions(folders):
             assert [one.token_ids for one in alone.outputs] == [one.token_ids for one in output.outputs]
         assert len({tuple(one.token_ids) for one in together[0].outputs}) > 1
         engine.check_integrity()
+
+
+def test_embeddings_scores_and_classes(folders, tmp_path):
+    models, paths = folders
+    prompts = random_prompts(4, seed=8)
+    ia3 = wrapped(config="IA3Config", **TUNERS["ia3"][1])
+    ia3.save_pretrained(tmp_path / "ia3")
+    with Engine(tiny_model("llama"), config=SMALL) as engine:
+        for name, path in (("plain", paths["plain"]), ("ia3", tmp_path / "ia3")):
+            engine.load_adapter(name, path)
+        engine.add(prompts[0] * 2, SamplingParams(max_tokens=30, ignore_eos=True), adapter="ia3")  # a forward beside
+        for name, model in (("plain", models["plain"]), ("ia3", ia3), (None, models[None])):
+            outputs = engine.embed(prompts, normalize=False, adapter=name)
+            for prompt, output in zip(prompts, outputs):
+                with torch.no_grad():
+                    states = model(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+                assert (torch.tensor(output.embedding) - states.mean(0)).abs().max() < 1e-4
+            (score,) = engine.score(prompts[0], [[5, 6, 7]], adapter=name)
+            rows = logprobs_alone(model, prompts[0] + [5, 6, 7])[len(prompts[0]) - 1 : -1]
+            assert abs(score.logprob - rows.gather(1, torch.tensor([[5], [6], [7]])).sum()) < 1e-3
+
+    def classifier():
+        torch.manual_seed(0)
+        config = tiny_model("llama").config
+        config.num_labels, config.pad_token_id = 3, 0
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    trained = peft.get_peft_model(classifier(), peft.LoraConfig(task_type="SEQ_CLS", r=4, **LAYERS)).eval()
+    shake(trained)
+    trained.save_pretrained(tmp_path / "classifier")
+    plain = classifier()
+    with Engine(classifier(), config=SMALL) as engine:
+        assert engine.load_adapter("trained", tmp_path / "classifier").apart is None
+        for name, model in (("trained", trained), (None, plain)):
+            for prompt, output in zip(prompts, engine.classify(prompts, "none", adapter=name)):
+                with torch.no_grad():
+                    expected = model(input_ids=torch.tensor([prompt])).logits[0]
+                assert (torch.tensor(output.scores) - expected).abs().max() < 1e-4
 
 
 # Adapters that run apart

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,9 @@ class Loaded:
         """What it does now, as far as that can change."""
         return [state_of(module, self.watched_as) for module in self.watched]
 
-    @property
+    @cached_property
     def info(self) -> AdapterInfo:
+        """Asked for once it is in the bank for good."""
         saved = (tensor for target in self.targets if target.saved is not None for tensor in target.saved.parameters())
         num_bytes = sum(terms.num_bytes for terms in self.terms) + sum(tensor.nbytes for tensor in saved)
         num_bytes += 0 if self.overlay is None or self.watched else self.overlay.num_bytes
@@ -100,7 +102,7 @@ class AdapterBank:
 
     @property
     def infos(self) -> dict[str, AdapterInfo]:
-        return {name: loaded.info for name, loaded in self._loaded.items()}
+        return {loaded.name: loaded.info for loaded in list(self._loaded.values())}
 
     @property
     def num_bytes(self) -> int:

@@ -47,7 +47,6 @@ def _create(routes: APIRouter, service: Service, store: Store) -> None:
     )
     async def create(body: ResponsesRequest, request: Request):
         """Answer, and keep the answer for what follows."""
-        service.check_model(body.model)
         run = await Run.prepare(service, store, body, _owner(service, request))
         if body.background:
             run.in_background()

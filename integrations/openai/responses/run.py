@@ -52,11 +52,12 @@ class Run:
     @classmethod
     async def prepare(cls, service: Service, store: Store, body: ResponsesRequest, owner: bytes | None) -> Run:
         """Raises Refused and InvalidArgument for what is wrong with the request, but for what the engine finds."""
+        adapter = service.adapter(body.model)
         _check(body, store)
         items = []
         if body.previous_response_id is not None:
             items = _turns(store.get(body.previous_response_id, owner, param="previous_response_id"))
-        response = _begun(service, store, body)
+        response = _begun(service, store, body) | {"model": adapter or service.model_name}
         record = Record(owner, response, [], [] if body.background and body.stream else None)
         try:
             record.items = items + await asyncio.to_thread(given, body.input)
@@ -65,6 +66,7 @@ class Run:
                 await asyncio.to_thread(messages_of, record.items, body.instructions),
                 _generation(body),
                 request_id=record.id,
+                adapter=adapter,
                 max_tokens=body.max_output_tokens,
                 logprobs=(body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None,
                 tools=_tools(body),
@@ -186,7 +188,6 @@ def _begun(service: Service, store: Store, body: ResponsesRequest) -> dict:
         "status": "in_progress",
         "error": None,
         "incomplete_details": None,
-        "model": service.model_name,
         "output": [],
         "usage": None,
         "temperature": service.defaults["temperature"] if body.temperature is None else body.temperature,
