@@ -453,7 +453,7 @@ TEMPLATES = {
     "llama3_json": '{{ "Respond in the format {\\"name\\": function name, \\"parameters\\": dictionary of arguments}" }}',
     "mistral": "{{ '[TOOL_CALLS]' }}",
     "pythonic": "[func_name1(params_name1=params_value1)]",
-    "lfm2": "<|tool_call_start|>",
+    "lfm2": "List of tools: <|tool_list_start|>[",
     "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + type + '<｜tool▁sep｜>' + name + '\\n```json'{{ c.split('</think>') }}",
     "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>",
     "harmony": "<|channel|>commentary<|message|>",

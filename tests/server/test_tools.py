@@ -152,6 +152,20 @@ def test_calls_a_model_chooses_to_make(client, engine):
     assert len(streamed(client, **options, parallel_tool_calls=False)[2]) == 1
 
 
+@pytest.mark.parametrize(
+    ("opening", "beginning"), [("<think>\n", "Hm: <tool_call>?\n</think>"), ("", "<think>Hm.</think>")]
+)
+def test_a_model_thinks_before_it_calls_what_it_must(client, engine, opening, beginning):
+    engine.beginning = beginning
+    options = BASE | dict(tools=TOOLS, seed=1, extra_body={"chat_template_kwargs": {"opening": opening}})
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    for demand in (dict(tool_choice="required"), dict(tools=strict)):
+        engine.beginning = beginning if "tool_choice" in demand else f"{beginning}\n\n<tool_call>"
+        choice = client.chat.completions.create(**options | demand).choices[0]
+        assert choice.message.reasoning.startswith("Hm") and "<tool_call>" not in (choice.message.content or "")
+        check(flat(choice.message)[:1])
+
+
 def test_several_answers_each_have_their_own_calls(client, engine):
     engine.script = CALL
     answer = client.chat.completions.create(**BASE, tools=TOOLS, n=3)

@@ -186,6 +186,7 @@ def _detect_calls(text: str, tokenizer) -> str:
         (Mistral.name, ("[TOOL_CALLS]",)),
         (Qwen3Coder.name, ("<function=", "<parameter=")),
         (LFM2.name, ("<|tool_call_start|>",)),
+        (LFM2.name, ("<|tool_list_start|>",)),
         (Hermes.name, ("<tool_call>", "arguments")),
         (Pythonic.name, ("func_name1(params_name1=",)),
         (Llama3JSON.name, ('{"name": function name, "parameters"',)),

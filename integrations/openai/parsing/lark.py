@@ -82,11 +82,12 @@ class Lark:
         return "\n".join([f"start: {start}", *self._rules])
 
 
+_AWKWARD = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}  # what ends an expression, or may not stand in it
+
+
 def slashed(regex: str) -> str:
     """A regular expression as it stands between slashes."""
-    return re.sub(
-        r"\\.|/|\n", lambda match: {"/": r"\/", "\n": r"\n"}.get(match.group(), match.group()), regex, flags=re.S
-    )
+    return re.sub(r"\\.|/|\n", lambda match: _AWKWARD.get(match.group(), match.group()), regex, flags=re.DOTALL)
 
 
 def quoted(text: str) -> str:
