@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +15,7 @@ import httpx
 import openai
 import pytest
 import trustme
-from server_parts import MODEL, make_model, make_tokenizer
+from server_parts import MODEL, Running, make_model, make_tokenizer
 from tiny_models import tiny_model
 
 from hf_paged import Engine, InvalidArgument
@@ -37,40 +34,6 @@ def checkpoint(tmp_path_factory):
     tiny_model("llama", vocab_size=320, max_position_embeddings=32768).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-class Running:
-    """A server's process, whose log is read line by line."""
-
-    def __init__(self, checkpoint, *options: str, **environment: str):
-        command = [sys.executable, "-m", "hf_paged", "serve", str(checkpoint), "--port", "0", "--log-format", "json"]
-        env = os.environ | {"HF_PAGED_SERVED_MODEL_NAME": MODEL, "HF_PAGED_THREADS": "1"} | environment
-        self.process = subprocess.Popen([*command, *options], env=env, stderr=subprocess.PIPE, text=True)
-        self.lines: list[dict] = []
-
-    def wait_for(self, message: str) -> dict:
-        for line in self.process.stderr:
-            self.lines.append(json.loads(line))
-            if self.lines[-1]["message"] == message:
-                return self.lines[-1]
-        raise AssertionError(f"it ended without {message!r}: {self.lines}")
-
-    def url(self) -> str:
-        [at] = self.wait_for("listening")["at"]
-        return at
-
-    def ended(self) -> int:
-        with self.process.stderr:
-            self.lines += [json.loads(line) for line in self.process.stderr]
-        return self.process.wait(timeout=60)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        self.process.stderr.close()
 
 
 def events(response) -> list[str]:
