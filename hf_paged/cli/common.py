@@ -38,7 +38,7 @@ Quantization = Annotated[
 Threads = Annotated[int | None, _option("CPU threads. Default: torch's own.", min=1)]
 
 DTYPES = ("float32", "bfloat16", "float16")
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 class UserError(ValueError):
@@ -64,7 +64,7 @@ def check_alone(command: str) -> None:
 @contextmanager
 def guard(debug: bool = False) -> Iterator[None]:
     """Turn what a user can cause into one line on stderr and exit status 2; anything else keeps its traceback."""
-    from hf_paged.base.errors import HfPagedError
+    from hf_paged.base.errors import HfPagedError, ParallelError
 
     try:
         yield
@@ -76,6 +76,11 @@ def guard(debug: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         raise SystemExit(1) from None
+    except ParallelError as error:
+        if debug:
+            raise
+        print(f"hf-paged (rank {rank()}): {one_line(error)}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
     except (HfPagedError, OSError, ValueError, ImportError) as error:
         if debug:
             raise
@@ -172,6 +177,16 @@ def open_engine(
         yield model, tokenizer, hf_paged.engine_of(model)
     finally:
         hf_paged.unpatch(model)
+
+
+def follow_rank_0(**loading) -> None:
+    """On other ranks than 0: take part in what rank 0 does with the model, and exit when that ends. `open_engine`'s options.
+
+    For commands whose rank 0 has more to do before it loads the model: reading prompts, listening.
+    """
+    if rank():
+        with open_engine(**loading):
+            raise AssertionError("only rank 0 has an engine")
 
 
 def chat_prompt(tokenizer, messages: list[dict]) -> list[int]:

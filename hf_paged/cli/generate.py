@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from .common import UserError, chat_prompt, one_line, open_engine, rank
+from .common import UserError, chat_prompt, follow_rank_0, one_line, open_engine
 
 
 def run_generate(
@@ -16,9 +16,7 @@ def run_generate(
     """Read, generate, print. Returns 1 if any request failed, else 0."""
     from hf_paged.base.sampling_params import SamplingParams
 
-    if rank():
-        with open_engine(**loading):  # the prompts are rank 0's to read
-            raise AssertionError("only rank 0 has an engine")
+    follow_rank_0(**loading)
     entries = [{"prompt": prompt} for prompt in prompts]
     if file is not None:
         entries += read_entries(file)

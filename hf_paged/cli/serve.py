@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Device, DraftModel, Dtype, Quantization, Speculation, Threads, UserError, open_engine
+from .common import Device, DraftModel, Dtype, Quantization, Speculation, Threads, UserError, follow_rank_0, open_engine
 
 SPINS = "1000"  # some microseconds
 ENVIRONMENT = "HF_PAGED"  # what its variables begin with
@@ -161,6 +162,7 @@ def _run(
 ) -> int:
     """Load, patch, serve until a signal comes; the exit status. What is wrong with the options shows before the weights are read."""
     _spin_briefly()
+    follow_rank_0(**loading)
     try:
         from hf_paged.integrations.openai import Settings, create_app
         from hf_paged.integrations.openai.auth import read_keys
@@ -175,7 +177,13 @@ def _run(
             tokenizer.chat_template = own["chat_template"]
         for name, folder in own["adapters"].items():
             engine.load_adapter(name, folder)
-        return serve(create_app(engine, settings, tracer_provider=tracing), process, listeners)
+        team = engine.model.team
+        if team is not None:  # one rank alone cannot go on: let requests hear of it, and end
+            team.on_failure(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        status = serve(create_app(engine, settings, tracer_provider=tracing), process, listeners)
+        if team is not None:
+            team.check()
+        return status
 
 
 def _spin_briefly() -> None:

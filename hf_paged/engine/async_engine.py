@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
-from ..base.errors import EngineClosed
+from ..base.errors import EngineClosed, ParallelError
 from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput
 from ..base.types import AdapterInfo, RequestDelta, RequestOutput
@@ -89,6 +89,8 @@ class AsyncEngine:
                     if not self.engine.sleeping:
                         self.engine.step()
             except EngineClosed:
+                return
+            except ParallelError:  # the engine has told all its requests; there can be no others
                 return
             except Exception as error:  # not one request's fault: tell every waiter, and go on with what comes
                 self.engine.fail_all(error)

@@ -90,7 +90,7 @@ class Heart:
                 state, message = self._exchange()
             except Exception as error:
                 if not self._leaving:
-                    self._fail(self._own or f"a rank has died or does not answer: {_first_line(error)}")
+                    self._fail(self._own or why_lost(error) or f"the ranks cannot reach each other: {error}")
                 return
             if state == FAILED:
                 self._fail(message)
@@ -123,15 +123,14 @@ class Heart:
         deadline = time.monotonic() + NEWS
         while self._engaged and not self._parting and time.monotonic() < deadline:
             time.sleep(0.01)
-        message = "a rank has ended in the middle of something that all do"
-        if self._engaged and not self._parting:
-            self._fail(message)
-        else:
+        if self._parting:
             self.error = "a rank has ended"
+        else:
+            self._fail("a rank has ended" + (" in the middle of something that all do" if self._engaged else ""))
 
     def _fail(self, message: str) -> None:
         self.error = message
-        self._failed.set()
+        self._failed.set()  # before the callbacks, which may wake who waits for it
         for callback in self._callbacks:
             callback()
         deadline = time.monotonic() + GRACE
@@ -143,5 +142,12 @@ class Heart:
         os._exit(1)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def why_lost(error: BaseException) -> str | None:
+    """What an error of torch.distributed says of another rank; None if it is another kind of error."""
+    if isinstance(error, RuntimeError):
+        text = str(error)
+        if any(sign in text for sign in ("Connection closed", "Connection reset", "Broken pipe")):
+            return "a rank has died: its connection is closed"
+        if "Timed out" in text or "timed out" in text:
+            return f"a rank does not answer: {text.rpartition('] ')[2]}"
+    return None

@@ -13,6 +13,7 @@ import hashlib
 import os
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ..base.errors import ParallelError
-from .heart import Heart
+from .heart import Heart, why_lost
 
 CAPACITY = 2048  # entries of an order's first broadcast; what is longer takes a second one
 FOREVER = timedelta(days=365)  # an idle server sends nothing; that rank 0 is there at all is for the heart to tell
@@ -201,7 +202,7 @@ class Team:
         self.fail(error)
         if not isinstance(error, Exception) or isinstance(error, ParallelError):
             return error
-        return self._heart.wait_for_error(f"rank {self.rank} failed ({what}): {_describe(error)}")
+        return self._heart.wait_for_error(self._reason(error, f" ({what})"))
 
     def check(self) -> None:
         """Raise ParallelError if the team has failed or was closed."""
@@ -216,7 +217,16 @@ class Team:
 
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on."""
-        self._heart.fail(str(error) if isinstance(error, ParallelError) else f"rank {self.rank} failed: {_describe(error)}")
+        self._heart.fail(self._reason(error))
+
+    def _reason(self, error: BaseException, where: str = "") -> str:
+        if isinstance(error, ParallelError):
+            return str(error)
+        return why_lost(error) or f"rank {self.rank} failed{where}: {type(error).__name__}: {error}"
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        """Call it, in another thread, when the team fails or a rank is gone."""
+        self._heart.on_failure(callback)
 
     def _abort(self) -> None:
         """Wake who waits on the device. (gloo's sums give up by themselves.)"""
@@ -229,10 +239,6 @@ class Team:
             return
         self._closed = True
         self._heart.stop()
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def digest(data: bytes) -> int:
