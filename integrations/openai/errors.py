@@ -17,6 +17,7 @@ from ...base.errors import (
     HfPagedError,
     InvalidArgument,
     KernelUnavailable,
+    ParallelError,
     QueueFull,
     RequestFailed,
     RequestTooLarge,
@@ -47,7 +48,7 @@ def describe(error: BaseException) -> Refused:
     """Any error as an answer. What is not the caller's fault is not told in detail."""
     if isinstance(error, Refused):
         return error
-    if isinstance(error, RequestFailed) and isinstance(error.__cause__, InvalidArgument | EngineClosed):
+    if isinstance(error, RequestFailed) and isinstance(error.__cause__, InvalidArgument | EngineClosed | ParallelError):
         error = error.__cause__
     message = str(error)
     if isinstance(error, RequestTooLarge):
@@ -59,7 +60,7 @@ def describe(error: BaseException) -> Refused:
         return Refused("too many requests wait already; try again later", status=429, code="queue_full")
     if isinstance(error, DeadlineExceeded):
         return Refused(message, status=504, code="timeout")
-    if isinstance(error, EngineClosed):
+    if isinstance(error, EngineClosed | ParallelError):
         return Refused("the server is going down", status=503, code="closed")
     if isinstance(error, RequestFailed) and isinstance(error.__cause__, FloatingPointError | ValueError):
         return Refused(message, status=422, code="cannot_sample")

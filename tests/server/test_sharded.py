@@ -26,6 +26,7 @@ def rank_of(pid: int) -> str | None:
     return next((variable[5:].decode() for variable in variables if variable.startswith(b"RANK=")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
 def test_a_rank_that_dies(tmp_path):
     tiny_model("llama", vocab_size=300, max_position_embeddings=8192).save_pretrained(tmp_path)
@@ -36,11 +37,13 @@ def test_a_rank_that_dies(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "hf_paged", "serve", str(tmp_path), "--port", str(port)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        launcher = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
-            assert launcher.poll() is None, launcher.stdout.read()
+            assert launcher.poll() is None, log.read_text()
             try:
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
@@ -54,12 +57,13 @@ def test_a_rank_that_dies(tmp_path):
             model=model, prompt="a hat", max_tokens=8000, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         [follower] = [pid for pid in children(launcher.pid) if rank_of(pid) == "1"]
-        with pytest.raises(openai.APIError, match="a rank has died"):
+        with pytest.raises(openai.APIError, match="going down"):
             for place, _ in enumerate(stream):
                 if place == 3:
                     os.kill(follower, signal.SIGKILL)
         launcher.wait(60)
         assert launcher.returncode != 0
+        assert "hf-paged (rank 0): a rank has died" in log.read_text()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
     finally:
