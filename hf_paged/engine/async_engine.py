@@ -212,7 +212,8 @@ class AsyncEngine:
         return await self._results([(prompt, params) for prompt in as_list(prompts, pairs=True)], options)
 
     async def _results(self, work: Work, options: dict) -> list:
-        turn = asyncio.Semaphore(self.engine.config.max_num_seqs)
+        config = self.engine.config
+        turn = asyncio.Semaphore(min(config.max_num_seqs, config.max_queue or config.max_num_seqs))
 
         async def result(prompt, params):
             async with turn:

@@ -547,6 +547,17 @@ def test_coroutines_embed_score_and_classify(model):
     assert len(said.outputs[0].token_ids) == GREEDY.max_tokens
 
 
+def test_coroutines_need_no_longer_queue_than_there_is(model):
+    async def run():
+        async with AsyncEngine(engine_of(model, max_queue=2)) as engine:
+            return await engine.embed(PROMPTS * 6, "last", normalize=False)
+
+    outputs = asyncio.run(run())
+    expected = pooled(*stock_hidden(model), "last")
+    numpy.testing.assert_allclose(outputs[-1].embedding, expected[-1], atol=1e-5)
+    assert len(outputs) == 6 * len(PROMPTS)
+
+
 def test_prompts_may_come_as_a_tuple(engine):
     assert len(engine.generate(tuple(PROMPTS[:2]), GREEDY)) == len(engine.embed(("the cat", "sat"))) == 2
     assert [len(scores) for scores in engine.score(("the cat", "a dog"), [[" sat"], [" ran", " sat"]])] == [1, 2]
