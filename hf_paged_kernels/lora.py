@@ -24,7 +24,9 @@ FIELDS = 5  # of a table's entry: the addresses of A and B, the rank, the addres
 _FIRST_SLOTS = 8
 
 
-TERMS_DTYPE = torch.float32  # of `Terms`, whatever the model's: as PEFT keeps them
+def terms_dtype(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> torch.dtype:
+    """The type that `Terms` of a model in `dtype` are kept in: the model's own for Triton's kernels, else fp32, as PEFT's."""
+    return dtype if ops.resolve_backend(backend, device) == "triton" else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Site:
 
     Args:
         sizes: output features of each of the layers, whose outputs lie side by side.
+        dtype: of all terms.
         looks_up: whether the layer is an embedding: A's rows are looked up, by the number in x.
 
     Attributes:
@@ -67,8 +70,11 @@ class Site:
         max_rank: the highest there has been: what kernels have room for.
     """
 
-    def __init__(self, sizes: Iterable[int], device: torch.device, *, looks_up: bool = False):
+    def __init__(
+        self, sizes: Iterable[int], device: torch.device, dtype: torch.dtype = torch.float32, *, looks_up: bool = False
+    ):
         self.sizes = tuple(sizes)
+        self.dtype = dtype
         self.looks_up = looks_up
         self.max_rank = 0
         self.terms: dict[int, tuple[Terms | None, ...]] = {}
@@ -77,6 +83,7 @@ class Site:
     def put(self, slot: int, terms: tuple[Terms | None, ...]) -> None:
         """What the adapter of `slot` adds to each layer. The tensors are kept, contiguous and on the table's device."""
         assert len(terms) == len(self.sizes)
+        assert all(tensor.dtype == self.dtype for part in terms if part is not None for tensor in part.tensors())
         while slot >= len(self.table):
             self.table = torch.cat([self.table, torch.zeros_like(self.table)])
         self.terms[slot] = terms
@@ -170,14 +177,16 @@ def add_terms_(y: Tensor, x: Tensor, tiles: RowTiles, site: Site, *, backend: st
         return y
     rows = y.view(-1, width)
     x = x.reshape(-1) if site.looks_up else x.reshape(-1, x.shape[-1])
-    _kernels(backend, y).add_terms_(rows, x, tiles, site)
+    _kernels(backend, rows, x, site).add_terms_(rows, x, tiles, site)
     return y
 
 
-def _kernels(backend: str, y: Tensor):
+def _kernels(backend: str, y: Tensor, x: Tensor, site: Site):
     name = ops.resolve_backend(backend, y.device)
     if name == "cpu" and y.dtype == torch.float32:
         from .cpu import lora
+    elif name == "triton" and x.dtype == y.dtype == site.dtype:
+        from .triton import lora
     else:
         from .ref import lora
     return lora

@@ -59,7 +59,7 @@ class TransformersModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)
         self.generation = 0
-        self.adapters = AdapterBank(model, self.device, fusions.backend)
+        self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
         self._seen: Snapshot | None = None
         self._look()
 

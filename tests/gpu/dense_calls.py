@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from quantized_weights import unread_weight
 
-from hf_paged_kernels import fused
+from hf_paged_kernels import fused, lora
 from hf_paged_kernels.norm import Norm
 
 BF16 = torch.bfloat16
@@ -79,3 +80,14 @@ def quantized_experts(tokens: int, top_k: int, num_experts: int, kind: str, H: i
     x, router = torch.empty(tokens, H, dtype=BF16), torch.empty(tokens, top_k, dtype=BF16)
     pairs = torch.zeros(tokens, top_k, dtype=torch.int64)
     fused.moe_experts(x, gate_up, down, pairs, router, activation="silu", backend="triton")
+
+
+def adapters(rows: int, K: int, sizes: tuple[int, ...], rank: int, dtype: torch.dtype = BF16) -> None:
+    """A layer's low-rank terms, for rows of two adapters."""
+    site = lora.Site(sizes, torch.device("cpu"), dtype)
+    for slot in range(2):
+        terms = lora.Terms(torch.empty(rank, K, dtype=dtype), torch.empty(rank, max(sizes), dtype=dtype))
+        site.put(slot, (terms,) * len(sizes))
+    tiles = lora.tile_rows(np.arange(rows) % 2, torch.device("cpu"))
+    x, y = torch.empty(rows, K, dtype=dtype), torch.empty(rows, sum(sizes), dtype=dtype)
+    lora.add_terms_(y, x, tiles, site, backend="triton")

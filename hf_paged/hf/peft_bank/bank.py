@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_paged_kernels import ops
-from hf_paged_kernels.lora import Terms
+from hf_paged_kernels.lora import Terms, terms_dtype
 
 from ...base.config import EngineConfig
 from ...base.errors import InvalidArgument, UnsupportedOption
@@ -87,10 +87,11 @@ class AdapterBank:
         backend: whose kernels run the fused parts of the model.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, backend: str):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, backend: str):
         self._model, self._device = model, device
         self._backend = backend if backend == "triton" else ops.resolve_backend("auto", device)
-        self._sites = Sites(model, device)
+        self._dtype = terms_dtype(dtype, device, self._backend)
+        self._sites = Sites(model, self._dtype, device)
         self._loaded: dict[str, Loaded] = {}
         self._by_number: dict[int, Loaded] = {}
         self._swapped: list[nn.Module] = []
@@ -284,7 +285,7 @@ class AdapterBank:
         if loaded.slot < 0:
             return
         try:
-            fresh = [target.terms(self._device) for target in loaded.targets if target.saved is None]
+            fresh = [target.terms(self._dtype, self._device) for target in loaded.targets if target.saved is None]
         except KeyError:  # its owner has deleted it: what it was stays, until it is unloaded
             loaded.watched = []
             return

@@ -53,10 +53,14 @@ class LayerSite:
 
 
 class Sites:
-    """The sites of one model, by the layer (or Merged) they are for."""
+    """The sites of one model, by the layer (or Merged) they are for.
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self._model, self._device = model, device
+    Args:
+        dtype: of the terms.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device):
+        self._model, self._dtype, self._device = model, dtype, device
         self._sites: dict[int, LayerSite] = {}
         self._owners: dict[int, object] = {}  # whose id the key is, lest another object gets it
         self.called: set[int] | None = None  # ids of the layers that asked, while somebody notes them
@@ -85,7 +89,7 @@ class Sites:
                 if merged is not None:
                     self._site(merged, merged.sizes).saved.setdefault(slot, []).append((index, target.saved))
                 continue
-            terms = target.terms(self._device)
+            terms = target.terms(self._dtype, self._device)
             taken.append(terms)
             site.terms.put(slot, (terms,))
             if merged is not None:
@@ -111,7 +115,7 @@ class Sites:
         site = self._sites.get(id(layer))
         if site is None:
             site = LayerSite(
-                Site(sizes, self._device, looks_up=looks_up),
+                Site(sizes, self._device, self._dtype, looks_up=looks_up),
                 sees_logit_rows=layer is self._head(),
             )
             self._sites[id(layer)], self._owners[id(layer)] = site, layer

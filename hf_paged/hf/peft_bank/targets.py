@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_paged_kernels.lora import TERMS_DTYPE, Terms
+from hf_paged_kernels.lora import Terms
 
 from ...base.errors import InvalidArgument
 from ...quant.linear import QuantLinear
@@ -66,8 +66,8 @@ class Target:
         return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
     @torch.no_grad()
-    def terms(self, device: torch.device) -> Terms:
-        """New tensors on `device`."""
+    def terms(self, dtype: torch.dtype, device: torch.device) -> Terms:
+        """New tensors of `dtype` on `device`."""
         A = B = scale = shift = None
         if self.module is not None:
             A, B, shift = self._embedding_product() if self.looks_up else self._product()
@@ -82,7 +82,7 @@ class Target:
                 change = bias - (own if scale is None else scale * own)
                 shift = change if shift is None else shift + change
         parts = (A, B, scale, shift)
-        return Terms(*(None if part is None else part.to(device, TERMS_DTYPE, copy=True).contiguous() for part in parts))
+        return Terms(*(None if part is None else part.to(device, dtype, copy=True).contiguous() for part in parts))
 
     def _product(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(A [r, K], s B transposed [r, N], s times the bias of B) in fp32."""

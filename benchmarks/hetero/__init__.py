@@ -1,0 +1,1 @@
+"""Requests of different kinds in one batch."""
