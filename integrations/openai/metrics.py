@@ -106,7 +106,7 @@ class Metrics:
             self._errors.labels(self._model_name, observation.error).inc()
 
     async def watched(
-        self, deltas: AsyncIterator[RequestDelta], params: SamplingParams | None = None
+        self, deltas: AsyncIterator[RequestDelta], params: SamplingParams | None = None, adapter: str | None = None
     ) -> AsyncIterator[RequestDelta]:
         """`deltas` of one prompt, counted on their way."""
         tokens, error, delta, before = 0, LEFT, None, None  # of whom nobody reads to the end
@@ -129,16 +129,22 @@ class Metrics:
             error = describe(problem).code or "error"
             raise
         finally:
-            self._ended(delta, params, tokens, reasons, error)
+            self._ended(delta, tokens, error, reasons)
+            if delta is not None and (observation := current()) is not None:
+                observation.runs.append(
+                    Run(
+                        request_id=delta.request_id,
+                        adapter=adapter,
+                        params=params,
+                        prompt_tokens=len(delta.prompt_token_ids),
+                        completion_tokens=tokens,
+                        times=delta.metrics,
+                        finish_reasons=reasons,
+                        error=error,
+                    )
+                )
 
-    def _ended(
-        self,
-        delta: RequestDelta | None,
-        params: SamplingParams | None,
-        tokens: int,
-        reasons: list[str],
-        error: str | None,
-    ) -> None:
+    def _ended(self, delta: RequestDelta | None, tokens: int, error: str | None, reasons: list[str]) -> None:
         """A prompt has ended; `delta` is the last that was read of it."""
         if error is None:
             for reason in reasons:
@@ -146,17 +152,11 @@ class Metrics:
             self._finished(delta, tokens)
         else:
             self._failures.labels(self._model_name, error).inc()
-        observation = current()
-        if observation is not None and observation.error is None:
-            observation.error = error
-        if delta is None:
-            return
-        self._prompt_total.inc(len(delta.prompt_token_ids))
-        self._generated_total.inc(tokens)
-        if observation is not None:
-            prompt_tokens = len(delta.prompt_token_ids)
-            run = Run(delta.request_id, params, prompt_tokens, tokens, delta.metrics, reasons, error)
-            observation.runs.append(run)
+            if (observation := current()) is not None and observation.error is None:
+                observation.error = error
+        if delta is not None:
+            self._prompt_total.inc(len(delta.prompt_token_ids))
+            self._generated_total.inc(tokens)
 
     def _finished(self, delta: RequestDelta, tokens: int) -> None:
         times = delta.metrics

@@ -35,11 +35,13 @@ class Run:
 
     Attributes:
         request_id: the engine's.
+        adapter: the one it ran with; None: the model as it is.
         params: how it was sampled; None where nothing was.
         error: code of what ended it before its end; None: it came to its end.
     """
 
     request_id: str
+    adapter: str | None
     params: SamplingParams | None
     prompt_tokens: int
     completion_tokens: int

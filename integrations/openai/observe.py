@@ -98,7 +98,7 @@ class Observe:
         if observation.runs:
             first = observation.first_token
             fields |= {
-                "model": self._model_name,
+                "model": observation.runs[0].adapter or self._model_name,
                 "ttft_s": None if first is None else round(first, 6),
                 "prompt_tokens": sum(run.prompt_tokens for run in observation.runs),
                 "cached_tokens": sum(run.times.num_cached_tokens for run in observation.runs),

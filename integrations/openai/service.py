@@ -137,7 +137,7 @@ class Service:
     def _deltas(self, job: Job, together: Together | None = None, later: bool = False) -> AsyncIterator[RequestDelta]:
         deltas = self._patient(job) if later else self._stream(job, together)
         sampling = job.params if isinstance(job.params, SamplingParams) else None
-        return self.metrics.watched(deltas, sampling)
+        return self.metrics.watched(deltas, sampling, job.adapter)
 
     def _stream(self, job: Job, together: Together | None = None) -> AsyncIterator[RequestDelta]:
         return self.engine.stream(

@@ -98,12 +98,12 @@ class Tracing:
         operation = OPERATIONS.get(observation.route)
         if operation is None:
             return
-        times = run.times
+        times, model = run.times, run.adapter or self._model_name
         attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "hf_paged",
-            "gen_ai.request.model": self._model_name,
-            "gen_ai.response.model": self._model_name,
+            "gen_ai.request.model": model,
+            "gen_ai.response.model": model,
             "gen_ai.response.id": run.request_id,
             "gen_ai.usage.input_tokens": run.prompt_tokens,
             "gen_ai.usage.output_tokens": run.completion_tokens,
@@ -119,7 +119,7 @@ class Tracing:
         ended = times.finished if times.finished is not None else observation.ended
         inside = trace.set_span_in_context(parent)
         span = self._tracer.start_span(
-            f"{operation} {self._model_name}",
+            f"{operation} {model}",
             context=inside,
             kind=SpanKind.INTERNAL,
             start_time=clock(times.arrival),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 
 import httpx
 import openai
@@ -139,3 +141,13 @@ def test_loading_is_off_unless_it_is_asked_for(adapters):
     with serving(create_app(engine, Settings(model_name=MODEL))) as address:
         assert post(address, "load_lora_adapter", lora_name="two", lora_path="/").status_code == 404
         assert post(address, "completions", model="one", prompt="Hi", max_tokens=2).status_code == 200
+
+
+def test_the_log_tells_which_adapter_answered(client, caplog):
+    caplog.set_level(logging.INFO, "hf_paged.access")
+    for name in ("one", MODEL):
+        complete(client, name, 2)
+    until = time.monotonic() + 10
+    while len(caplog.records) < 2 and time.monotonic() < until:  # a line is written a moment after the answer
+        time.sleep(0.01)
+    assert [record.fields["model"] for record in caplog.records] == ["one", MODEL]
