@@ -13,6 +13,7 @@ from .structured import StructuredOutputsParams
 MAX_N = 10_000
 MAX_STOP_STRINGS = 64
 MAX_BAD_WORDS = 1024
+MAX_CHARACTERS = 16_384  # of all stop strings, and of all bad words
 MAX_LOGIT_BIAS = 4096
 MAX_LOGPROBS = 4096
 # Logits divided by less than this could overflow fp32; below it only 0 (greedy) is meaningful.
@@ -194,6 +195,8 @@ def _strings(name: str, value, limit: int) -> tuple[str, ...]:
             raise InvalidArgument(f"{name} must hold non-empty strings, got {item!r}")
     if len(items) > limit:
         raise InvalidArgument(f"{name} may hold at most {limit} strings, got {len(items)}")
+    if (total := sum(map(len, items))) > MAX_CHARACTERS:
+        raise InvalidArgument(f"{name} may have at most {MAX_CHARACTERS} characters in all, got {total}")
     return items
 
 

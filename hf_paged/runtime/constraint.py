@@ -103,7 +103,11 @@ class Constraints:
         except ImportError:
             raise InvalidArgument("structured_outputs needs the package llguidance: pip install hf_paged[structured]") from None
         limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL)
-        matcher = LLMatcher(self._prepare(eos_token_ids), _grammar(params, LLMatcher), log_level=0, limits=limits)
+        prepared = self._prepare(eos_token_ids)
+        try:
+            matcher = LLMatcher(prepared, _grammar(params, LLMatcher), log_level=0, limits=limits)
+        except ValueError as error:  # too deeply nested to be read at all
+            raise InvalidArgument(f"structured_outputs: {params.form}: {_first_line(str(error))}") from None
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first is the slowest, and finds what is too large: here it delays no step
         if matcher.is_error():

@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from ...base.errors import EngineClosed, HfPagedError
+from .body import strict_router
 from .described import ErrorBody
 from .errors import Refused
 from .service import Service
@@ -31,7 +32,7 @@ class UnloadAdapterRequest(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(default_response_class=PlainTextResponse)
+    routes = strict_router(default_response_class=PlainTextResponse)
     limits = service.settings.limits
 
     def told(*statuses: int) -> dict:

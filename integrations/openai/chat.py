@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request
 from openai.types.chat import ChatCompletion
 
+from .body import strict_router
 from .conversation import Answer, Conversation, Step
 from .described import GENERATES, answers
 from .errors import Refused
@@ -20,7 +21,7 @@ from .tools import choice_of, tools_of
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = strict_router()
 
     @routes.post(
         "/v1/chat/completions",

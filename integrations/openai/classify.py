@@ -9,7 +9,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, StrictBool, StrictInt, StrictStr
 
 from ...base.tasks import ClassificationOutput, ClassifyParams
+from .body import strict_router
 from .described import GENERATES, answers
+from .protocol import Many
 from .service import Service, while_connected
 from .tasks import TaskRequest, TaskRun, Tokens, inputs
 
@@ -20,7 +22,7 @@ class ClassificationRequest(TaskRequest):
         use_activation: False gives the head's logits; None or True, probabilities as the model's config says.
     """
 
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    input: StrictStr | Many[StrictStr] | Many[StrictInt] | Many[Many[StrictInt]]
     use_activation: StrictBool | None = None
 
 
@@ -41,7 +43,7 @@ class Classes(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = strict_router()
     told = {"response_model": None, "responses": answers(*GENERATES, whole=Classes)}
 
     @routes.post("/v1/classify", **told)

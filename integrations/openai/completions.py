@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import APIRouter, Request
 from openai.types import Completion
 
 from ...base.types import CompletionDelta, RequestDelta
+from .body import strict_router
 from .described import GENERATES, answers
 from .errors import Refused
 from .logprobs import CompletionLogprobs, prompt_logprobs
@@ -19,7 +22,7 @@ from .streaming import event_stream
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = strict_router()
 
     @routes.post(
         "/v1/completions",
@@ -28,7 +31,8 @@ def router(service: Service) -> APIRouter:
     )
     async def create(body: CompletionRequest, request: Request):
         """Complete one prompt or several."""
-        run = _Run(service, body, service.adapter(body.model))
+        make = partial(_Run, service, body, service.adapter(body.model))
+        run = make() if body.add_special_tokens else await asyncio.to_thread(make)  # which cuts texts into tokens
         if body.stream:
             return event_stream(await while_connected(request, first_of(run.chunks())))
         return await while_connected(request, run.whole())
@@ -74,6 +78,9 @@ class _Run:
             raise Refused(f"prompt: {len(prompts)} are more than the {limits.prompts} allowed", param="prompt", code="too_many")
         if len(prompts) * body.n > limits.completions and len(prompts) > 1:
             raise Refused(f"prompt times n: more than {limits.completions} completions", param="n", code="too_many")
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._service.check_length("prompt", prompt)
         tokenizer = self._service.tokenizer
         if not body.add_special_tokens:
             prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else p for p in prompts]

@@ -13,13 +13,15 @@ from openai.types.create_embedding_response import Usage
 from pydantic import StrictBool, StrictInt, StrictStr
 
 from ...base.tasks import EmbeddingOutput, EmbedParams
+from .body import strict_router
 from .described import GENERATES, answers
+from .protocol import Many
 from .service import Service, while_connected
 from .tasks import TaskRequest, TaskRun, answered, inputs
 
 
 class EmbeddingRequest(TaskRequest):
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    input: StrictStr | Many[StrictStr] | Many[StrictInt] | Many[Many[StrictInt]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: StrictInt | None = None
     # beyond OpenAI's
@@ -37,7 +39,7 @@ class Embeddings(CreateEmbeddingResponse):
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = strict_router()
 
     @routes.post("/v1/embeddings", response_model=None, responses=answers(*GENERATES, whole=Embeddings))
     async def create(body: EmbeddingRequest, request: Request):

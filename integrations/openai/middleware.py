@@ -18,7 +18,11 @@ class LimitBody:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        length = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        if length and b"transfer-encoding" in headers:  # a proxy in front may have taken the other for the body's end
+            two = Refused("Content-Length and Transfer-Encoding exclude each other", code="two_lengths")
+            return await _refuse(two, scope, receive, send)
         if length.isdigit() and int(length) > self._limit:
             return await _refuse(self._too_long(), scope, receive, send)
         loop = asyncio.get_running_loop()

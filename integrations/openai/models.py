@@ -10,6 +10,7 @@ from fastapi import APIRouter, Response
 from openai.types import Model
 from pydantic import BaseModel
 
+from .body import strict_router
 from .described import answers
 from .errors import Refused
 from .protocol import DetokenizeRequest, TokenizeRequest
@@ -38,7 +39,7 @@ _UP = {200: {"description": "It takes requests."}, 503: {"description": "It take
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = strict_router()
 
     def model(adapter: str | None = None) -> Model:
         return Model(
@@ -94,6 +95,7 @@ def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise Refused("exactly one of prompt and messages must be given", param="prompt", code="invalid_value")
     if body.prompt is not None:
+        service.check_length("prompt", body.prompt)
         return service.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids
     tools = usable_tools(tools_of(body.tools), ToolChoice(), service.settings.limits)
     prompt = chat_prompt(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 Number = StrictFloat | StrictInt
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]  # of a million wrong members, one is complained about
 
 
 class Strict(BaseModel):
@@ -53,7 +55,7 @@ class StructuredOutputs(Strict):
     json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
     json_object: StrictBool | None = None
     regex: StrictStr | None = None
-    choice: list[StrictStr] | None = None
+    choice: Many[StrictStr] | None = None
     grammar: StrictStr | None = None
     disable_any_whitespace: StrictBool = False
     whitespace_pattern: StrictStr | None = None
@@ -72,20 +74,20 @@ class Generation(Unread):
     presence_penalty: Number = 0
     frequency_penalty: Number = 0
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Many[StrictStr] | None = None
     logit_bias: dict[str, Number] | None = None
     # beyond OpenAI's
     top_k: StrictInt | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     min_tokens: StrictInt = 0
-    stop_token_ids: list[StrictInt] | None = None
+    stop_token_ids: Many[StrictInt] | None = None
     include_stop_str_in_output: StrictBool = False
     ignore_eos: StrictBool = False
     skip_special_tokens: StrictBool = True
     spaces_between_special_tokens: StrictBool = True
-    allowed_token_ids: list[StrictInt] | None = None
-    bad_words: list[StrictStr] | None = None
+    allowed_token_ids: Many[StrictInt] | None = None
+    bad_words: Many[StrictStr] | None = None
     prompt_logprobs: StrictInt | None = None
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None
@@ -96,7 +98,7 @@ class Generation(Unread):
 
 
 class CompletionRequest(Generation):
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: StrictStr | Many[StrictStr] | Many[StrictInt] | Many[Many[StrictInt]]
     max_tokens: StrictInt | None = None
     logprobs: StrictInt | None = None
     echo: StrictBool = False
@@ -147,7 +149,7 @@ class NamedTool(Strict):
 
 class AllowedTools(Strict):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: Many[NamedTool] = Field(min_length=1)
 
 
 class AllowedToolsChoice(Strict):
@@ -162,23 +164,23 @@ class Message(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Many[TextPart] | None = None
     name: StrictStr | None = None
     refusal: StrictStr | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     reasoning: StrictStr | None = None
 
 
 class ChatCompletionRequest(Generation):
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     store: Literal[False] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: StrictBool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -187,7 +189,7 @@ class ChatCompletionRequest(Generation):
     continue_final_message: StrictBool = False
     chat_template: StrictStr | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Many[dict[str, Any]] | None = None
     echo: StrictBool = False
     include_reasoning: StrictBool = True
 
@@ -195,8 +197,8 @@ class ChatCompletionRequest(Generation):
 class TokenizeRequest(Strict):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[Message] | None = None
-    tools: list[FunctionTool] | None = None
+    messages: Many[Message] | None = None
+    tools: Many[FunctionTool] | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -205,5 +207,5 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: StrictStr | None = None
-    tokens: list[StrictInt]
+    tokens: Many[StrictInt]
     skip_special_tokens: StrictBool = False

@@ -59,6 +59,7 @@ def check_limits(request: Generation, limits: Limits, logprobs: int | None) -> N
         ("stop", len(stops), limits.stop),
         ("stop_token_ids", len(request.stop_token_ids or ()), limits.stop),
         ("logit_bias", len(request.logit_bias or ()), limits.logit_bias),
+        ("allowed_token_ids", len(request.allowed_token_ids or ()), limits.allowed_token_ids),
         ("logprobs", logprobs or 0, limits.logprobs),
         ("prompt_logprobs", request.prompt_logprobs or 0, limits.logprobs),
     ):

@@ -14,8 +14,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from ...base.tasks import ClassifyParams, EmbedParams
+from .body import strict_router
 from .described import GENERATES, answers
 from .errors import Refused
+from .protocol import Many
 from .service import Service, while_connected
 from .tasks import TaskRequest, TaskRun, Tokens
 
@@ -32,8 +34,8 @@ class PairRequest(TaskRequest):
 
 
 class ScoreRequest(PairRequest):
-    text_1: StrictStr | list[StrictStr]
-    text_2: StrictStr | list[StrictStr]
+    text_1: StrictStr | Many[StrictStr]
+    text_2: StrictStr | Many[StrictStr]
 
 
 class Document(BaseModel):
@@ -44,7 +46,7 @@ class Document(BaseModel):
 
 class RerankRequest(PairRequest):
     query: StrictStr
-    documents: list[StrictStr | Document]
+    documents: Many[StrictStr | Document]
     top_n: Annotated[StrictInt, Field(ge=0)] | None = None
     return_documents: StrictBool = True
 
@@ -78,7 +80,7 @@ class Ranks(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter()
+    routes = strict_router()
     scores = {"response_model": None, "responses": answers(*GENERATES, whole=Scores)}
     ranks = {"response_model": None, "responses": answers(*GENERATES, whole=Ranks)}
 

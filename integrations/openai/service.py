@@ -26,6 +26,7 @@ from .metrics import Metrics
 from .observation import current
 from .parsing import Dialect
 from .sampling import defaults_of
+from .sandbox import Sandbox
 from .settings import Settings
 
 AGAIN = 0.05  # seconds after which a full queue is looked at again
@@ -56,6 +57,7 @@ class Service:
         self.drain = Drain(engine)
         self.started = int(time.time())
         self.tasks: set[asyncio.Task] = set()
+        self.sandbox = Sandbox() if settings.request_chat_templates else None
 
     @cached_property
     def cutter(self) -> Cutter:
@@ -88,6 +90,13 @@ class Service:
             raise Refused(
                 f"model {name!r} is not here; there is {self.model_name!r}", param="model", status=404, code="model_not_found"
             )
+
+    def check_length(self, name: str, text: str) -> None:
+        """Raise Refused for a text too long for any sequence, before time goes into cutting it into tokens."""
+        most = self.max_model_len * self.settings.limits.characters_per_token
+        if len(text) > most:
+            message = f"{name}: {len(text)} characters are more than the {most} that could fit"
+            raise Refused(message, param=name, code="context_length_exceeded")
 
     async def merged(self, jobs: list[Job]) -> AsyncIterator[tuple[int, RequestDelta]]:
         """What all jobs add, as it comes, with the place of each in the list. The first error ends them all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 
 from ...base.errors import InvalidArgument
@@ -23,11 +24,14 @@ class Limits:
         messages: in one conversation.
         stop: stop strings and stop tokens.
         logit_bias: entries.
+        allowed_token_ids: tokens of that field.
         logprobs: most likely tokens to report beside each.
         tools: functions of one request.
         tool_characters: of the schemas and descriptions of all of them.
         adapters: loaded at a time, where requests may load them.
         adapter_rank: of such an adapter.
+        characters_per_token: of a text, for each token of the longest sequence: what is longer could not fit, and is not
+            even cut into tokens.
     """
 
     body_bytes: int = 16 * 2**20
@@ -36,11 +40,13 @@ class Limits:
     messages: int = 4096
     stop: int = 16
     logit_bias: int = 1024
+    allowed_token_ids: int = 65_536
     logprobs: int = 20
     tools: int = 128
     tool_characters: int = 256 * 1024
     adapters: int = 64
     adapter_rank: int = 256
+    characters_per_token: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,8 @@ class Settings:
     def __post_init__(self):
         check_keys(self.api_keys)
         check_names(self.tool_parser, self.reasoning_parser)
+        if self.request_chat_templates and sys.platform != "linux":
+            raise InvalidArgument("request_chat_templates needs Linux, which bounds the time and memory of a process")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
         if not self.body_timeout > 0:

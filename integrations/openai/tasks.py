@@ -77,7 +77,7 @@ class TaskRun:
             raise Refused(f"{field}: {len(texts)} are more than the {most} allowed", param=field, code="too_many")
         if not texts:
             raise Refused(f"{field} is empty", param=field, code="invalid_value")
-        prompts = await asyncio.to_thread(self._tokens, texts)
+        prompts = await asyncio.to_thread(self._tokens, texts, field)
         jobs = [
             Job(
                 prompt=tokens,
@@ -99,8 +99,12 @@ class TaskRun:
             raise
         return [whole.result for whole in wholes]
 
-    def _tokens(self, texts: list[Text]) -> list[list[int]]:
+    def _tokens(self, texts: list[Text], field: str) -> list[list[int]]:
         most = self._body.truncate_prompt_tokens
+        if most is None:  # else they are cut to what fits
+            for text in texts:
+                if not isinstance(text, list):
+                    self._service.check_length(field, text if isinstance(text, str) else "".join(text))
         if most == -1:
             most = self._service.max_model_len
         return [self._cut(text, most) for text in texts]

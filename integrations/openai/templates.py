@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ from functools import lru_cache
 from jinja2 import TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
 
 from .errors import Refused
 from .protocol import Message
 from .service import Service
 from .tools import Tool
 
-_RESERVED = {"conversation", "tokenize", "return_dict", "return_tensors", "padding", "truncation"}
+# What templates are called with, and the call itself is told.
+_RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"self", "kwargs"}
 _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # transformers' own tag
 
 
@@ -47,6 +50,36 @@ def chat_prompt(
     reasoning_effort: str | None = None,
 ) -> Prompt:
     """Runs the template, which may take a while. Raises Refused, naming the field at fault."""
+    options = dict(chat_template_kwargs or {})
+    _check_asked(service, messages, chat_template, options)
+    plain = _plain_messages(messages)
+    listed = [tool.for_template() for tool in tools] or None
+    if reasoning_effort is not None:
+        if options.get("reasoning_effort", reasoning_effort) != reasoning_effort:
+            message = "reasoning_effort and chat_template_kwargs.reasoning_effort differ"
+            raise Refused(message, param="reasoning_effort", code="invalid_value")
+        options["reasoning_effort"] = reasoning_effort
+    options |= {
+        "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        "continue_final_message": continue_final_message,
+        "documents": documents,
+        "tools": listed,
+    }
+    must_read = [name for name, given in (("tools", listed), ("reasoning_effort", reasoning_effort)) if given]
+    try:
+        if chat_template is not None:
+            text = _sandboxed(service, chat_template, plain, options, must_read)
+        else:
+            _check_known(_variables(service.tokenizer.get_chat_template(None, listed)), must_read)
+            text = service.tokenizer.apply_chat_template(plain, tokenize=False, **options)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise Refused(f"messages: the chat template refuses them: {error}", param="messages", code="template") from error
+    service.check_length("messages", text)
+    ids = service.tokenizer(text, add_special_tokens=False).input_ids
+    return Prompt(text, ids, plain[-1]["content"] if continue_final_message else None)
+
+
+def _check_asked(service: Service, messages: Sequence[Message], chat_template: str | None, options: dict) -> None:
     limit = service.settings.limits.messages
     if len(messages) > limit:
         raise Refused(f"messages: {len(messages)} are more than the {limit} allowed", param="messages", code="too_many")
@@ -54,36 +87,17 @@ def chat_prompt(
         raise Refused("chat_template: this server takes none from requests", param="chat_template", code="not_allowed")
     if chat_template is None and not getattr(service.tokenizer, "chat_template", None):
         raise Refused("messages: this model has no chat template", param="messages", code="no_chat_template")
-    options = dict(chat_template_kwargs or {})
     reserved = options.keys() & _RESERVED
     if reserved:
         name = f"chat_template_kwargs.{min(reserved)}"
         raise Refused(f"{name} is not the template's", param=name, code="not_allowed")
-    if continue_final_message:
-        add_generation_prompt = False
-    plain = _plain_messages(messages)
-    listed = [tool.for_template() for tool in tools] or None
-    try:
-        known = _variables(service.tokenizer.get_chat_template(chat_template, listed))
-        _check_known(known, listed, reasoning_effort, options)
-        if reasoning_effort is not None:
-            options["reasoning_effort"] = reasoning_effort
-        text = service.tokenizer.apply_chat_template(
-            plain,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template=chat_template,
-            documents=documents,
-            tools=listed,
-            **options,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"messages: the chat template refuses them: {error}", param="messages", code="template"
-        ) from error
-    ids = service.tokenizer(text, add_special_tokens=False).input_ids
-    return Prompt(text, ids, plain[-1]["content"] if continue_final_message else None)
+
+
+def _sandboxed(service: Service, chat_template: str, plain: list[dict], options: dict, must_read: list[str]) -> str:
+    """By a template of the request's own, which is not trusted."""
+    arguments = {**service.tokenizer.special_tokens_map, **options}
+    most = service.max_model_len * service.settings.limits.characters_per_token
+    return service.sandbox.render(chat_template, must_read=must_read, most=most, conversations=[plain], **arguments)
 
 
 @lru_cache(maxsize=16)
@@ -93,16 +107,11 @@ def _variables(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
 
 
-def _check_known(known: frozenset[str], tools: list | None, reasoning_effort: str | None, options: dict) -> None:
+def _check_known(known: frozenset[str], must_read: list[str]) -> None:
     """What a template does not read would be ignored without a word."""
-    if tools and "tools" not in known:
-        raise Refused("tools: this model's chat template knows none", param="tools", code="unsupported")
-    if reasoning_effort is not None and "reasoning_effort" not in known:
-        message = "reasoning_effort: this model's chat template does not know it"
-        raise Refused(message, param="reasoning_effort", code="unsupported")
-    if reasoning_effort is not None and options.get("reasoning_effort", reasoning_effort) != reasoning_effort:
-        message = "reasoning_effort and chat_template_kwargs.reasoning_effort differ"
-        raise Refused(message, param="reasoning_effort", code="invalid_value")
+    for name in must_read:
+        if name not in known:
+            raise Refused(f"{name}: this model's chat template does not know it", param=name, code="unsupported")
 
 
 def _plain_messages(messages: Sequence[Message]) -> list[dict]:

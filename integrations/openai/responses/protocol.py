@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from ..protocol import JSONSchema, Number, Strict, Unread
+from ..protocol import JSONSchema, Many, Number, Strict, Unread
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Id = Annotated[StrictStr, Field(min_length=1, max_length=128)]
@@ -31,7 +31,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: StrictStr | list[Annotated[InputText | OutputText, Field(discriminator="type")]]
+    content: StrictStr | Many[Annotated[InputText | OutputText, Field(discriminator="type")]]
     id: Id | None = None
     status: Status | None = None
 
@@ -48,7 +48,7 @@ class FunctionCall(Strict):
 class FunctionCallOutput(Strict):
     type: Literal["function_call_output"]
     call_id: Id
-    output: StrictStr | list[InputText]
+    output: StrictStr | Many[InputText]
     id: Id | None = None
     status: Status | None = None
 
@@ -64,7 +64,7 @@ class ReasoningItem(Strict):
     type: Literal["reasoning"]
     id: Id | None = None
     summary: list[Any] = Field([], max_length=0)
-    content: list[ReasoningText] | None = None
+    content: Many[ReasoningText] | None = None
     encrypted_content: None = None
     status: Status | None = None
 
@@ -90,7 +90,7 @@ class NamedTool(Strict):
 class AllowedTools(Strict):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: Many[NamedTool] = Field(min_length=1)
 
 
 class TextFormat(Strict):
@@ -122,7 +122,7 @@ class StreamOptions(Strict):
 class ResponsesRequest(Unread):
     """What says nothing to the model is told again with the answer."""
 
-    input: StrictStr | list[Item]
+    input: StrictStr | Many[Item]
     model: StrictStr | None = None
     instructions: StrictStr | None = None
     previous_response_id: StrictStr | None = None
@@ -135,7 +135,7 @@ class ResponsesRequest(Unread):
     top_p: Number | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0)] | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: StrictBool = True
     text: TextOptions | None = None
@@ -148,7 +148,7 @@ class ResponsesRequest(Unread):
     presence_penalty: Number = 0
     frequency_penalty: Number = 0
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Many[StrictStr] | None = None
     min_tokens: StrictInt = 0
     ignore_eos: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from ..auth import key_of
+from ..body import strict_router
 from ..described import GENERATES, answers
 from ..errors import Refused
 from ..service import Service, while_connected
@@ -33,7 +34,7 @@ class Deleted(BaseModel):
 def router(service: Service) -> APIRouter:
     settings = service.settings
     store = Store(settings.stored_responses, settings.stored_response_bytes)
-    routes = APIRouter()
+    routes = strict_router()
     _create(routes, service, store)
     _read(routes, service, store)
     return routes
