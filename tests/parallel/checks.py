@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from quantized_checkpoints import gptq_layer, save_quantized
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -380,6 +381,26 @@ def refusals():
         hf_paged.unpatch(pair.shards)
 
 
+@check
+def checkpoints_that_are_refused():
+    folder = Path(FOLDER[0])
+    if rank() == 0:
+        config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
+        tiny = tiny_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+        save_quantized(tiny, folder / "quantized", config, lambda name, N, K: gptq_layer(N, K))
+        tiny_model("llama", vocab_size=200, num_key_value_heads=1).save_pretrained(folder / "one head")
+        tiny_model("phi3", vocab_size=200).save_pretrained(folder / "phi3")
+    dist.barrier()
+    sharded = dict(distributed_config=DistributedConfig(tp_size=2))
+    load = AutoModelForCausalLM.from_pretrained
+    refused(hf_paged.UnsupportedOption, "distributed_config", load, folder / "quantized", **sharded)
+    refused(hf_paged.UnsupportedModel, "its 1 heads", hf_paged.patch, load(folder / "one head", **sharded))
+    refused(hf_paged.UnsupportedModel, "'phi3'", hf_paged.patch, load(folder / "phi3", **sharded))
+
+
+FOLDER: list[str] = [""]
+
+
 def main(out: str) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -389,10 +410,10 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     report: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        holder = [folder]
-        dist.broadcast_object_list(holder, 0)
+        FOLDER[0] = folder
+        dist.broadcast_object_list(FOLDER, 0)  # rank 0's
         for label in MODELS:
-            pairs[label] = Pair(Path(holder[0]), label)
+            pairs[label] = Pair(Path(FOLDER[0]), label)
         for entry in CHECKS:
             name, function = entry if isinstance(entry, tuple) else (entry.__name__, entry)
             problem = ""

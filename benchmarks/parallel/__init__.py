@@ -1,0 +1,1 @@
+"""Sharded models: what goes between ranks, counted and predicted."""
