@@ -1,6 +1,6 @@
 """The server under load, beside its engine alone: 1000 clients that stream at once, newcomers, arrivals at random.
 
-    python benchmarks/run.py server [--clients 1000] [--rounds 2] [--max-tokens 12] [--threads 2]
+    python benchmarks/run.py server [--clients 1000] [--rounds 2] [--minutes 6] [--max-tokens 12] [--threads 2]
 
 An engine alone and `hf-paged serve`, each in a process of its own, take turns at the same requests: the tokens per second
 that clients get over HTTP are a share of what the engine makes of them in the same minute. Every answer is compared with
@@ -25,23 +25,28 @@ from .process import EngineAlone, Server
 from .scenarios import Load, Newcomers, Question
 
 
+REST = 60  # seconds, about: what comes after the rounds
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How much is measured.
 
     Attributes:
         clients: that stream at once; they have one request each.
-        rounds: of engine and server in turn.
+        rounds: of engine and server in turn; fewer where they would take more than `minutes` in all.
         max_tokens: of an answer.
-        streams, visitors: newcomers that come to so many streams.
+        streams, visitors: newcomers that come to so many streams. The last has a prompt of `long` words.
         arrivals: requests that come at random moments, `pace` times as fast as the server made answers before.
     """
 
     clients: int = 1000
     rounds: int = 2
+    minutes: float = 6.0
     max_tokens: int = 12
     streams: int = 32
     visitors: int = 8
+    long: int = 1000
     arrivals: int = 120
     pace: float = 0.6
 
@@ -71,6 +76,7 @@ class Results:
 
 def measure(model: str | None, plan: Plan, threads: int | None) -> Results:
     options = [] if threads is None else ["--threads", str(threads)]
+    start = time.monotonic()
     with ExitStack() as stack:
         say("loading the engine alone, then the server")
         engine = stack.enter_context(closing(EngineAlone(model=model, threads=threads, max_num_seqs=64)))
@@ -79,15 +85,20 @@ def measure(model: str | None, plan: Plan, threads: int | None) -> Results:
         texts = engine.run("questions", count=plan.clients)["texts"]
         questions: list[Question] = []
         for turn in range(plan.rounds):
-            server_first = turn % 2 == 1
-            for system in ("server", "engine") if server_first else ("engine", "server"):
-                if system == "engine":
-                    questions = _alone(engine, results, texts, turn)
-                else:
-                    _crowd(server, results, questions, turn)
+            begun = time.monotonic()
+            if turn % 2:  # so that a machine that grows slower or faster favours neither
+                _crowd(server, results, questions, turn)
+                _alone(engine, results, texts, turn)
+            else:
+                questions = _alone(engine, results, texts, turn)
+                _crowd(server, results, questions, turn)
+            now = time.monotonic()
+            if now - start + (now - begun) + REST > 60 * plan.minutes:
+                break
         say(f"{plan.visitors} newcomers to an idle server, then to {plan.streams} streams")
         chosen = questions[: plan.streams + plan.visitors]
-        results.newcomers = scenarios.newcomers(server, chosen, plan.streams, "newcomers")
+        long_text = " ".join(" ".join(texts).split()[: plan.long])
+        results.newcomers = scenarios.newcomers(server, chosen, long_text, plan.streams, "newcomers")
         rate = plan.pace * plan.clients / median(load.seconds for load in results.crowd)
         say(f"{plan.arrivals} requests at random moments, {rate:.1f} a second")
         some = questions[: plan.arrivals]
@@ -119,7 +130,8 @@ def say(text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder; by default the embedded model")
-    for name in ("clients", "rounds", "max-tokens", "streams", "visitors", "arrivals"):
+    parser.add_argument("--minutes", type=float, default=Plan.minutes)
+    for name in ("clients", "rounds", "max-tokens", "streams", "visitors", "long", "arrivals"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name.replace("-", "_")))
     parser.add_argument("--threads", type=int, help="CPU threads of the engine; default: torch's own")
     parser.add_argument("--out", type=Path, default=schema.results_folder())

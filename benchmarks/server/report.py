@@ -25,8 +25,13 @@ def measures(results) -> Iterator[Measure]:
     come = dict(common, system="http", metric="first_token", unit="s")
     yield Measure(**come, workload="newcomer, idle server", samples=results.newcomers.idle)
     yield Measure(**come, workload=f"newcomer, {plan.streams} streams", samples=results.newcomers.beside)
-    come |= dict(workload=f"{plan.streams} streams", metric="between_tokens")
-    yield Measure(**come, samples=results.newcomers.step)
+    yield Measure(**come, workload=f"long prompt, {plan.streams} streams", samples=[results.newcomers.long])
+    come |= dict(metric="between_tokens")
+    yield Measure(**come, workload=f"{plan.streams} streams", samples=results.newcomers.step)
+    beside = results.newcomers.step_beside_long
+    yield Measure(**come, workload=f"{plan.streams} streams, long prompt", samples=beside)
+    come |= dict(metric="between_tokens_most")
+    yield Measure(**come, workload=f"{plan.streams} streams, long prompt", samples=[max(beside)])
 
 
 def _load(shared: dict, loads: list[Load]) -> Iterator[Measure]:
@@ -52,7 +57,7 @@ def table(results, machine: Machine) -> str:
     requests = sum(len(load.answers) for load in crowd)
     first, last = crowd[0], crowd[-1]
     rows = [
-        (f"answers to {plan.clients} clients at once, {plan.rounds} rounds", f"{requests}: "
+        (f"answers to {plan.clients} clients at once, {len(crowd)} round{'s' * (len(crowd) > 1)}", f"{requests}: "
          f"{sum(len(load.lost) for load in crowd)} lost, {sum(len(load.wrong) for load in crowd)} wrong"),
         ("tokens/s over HTTP", _spread([load.rate for load in crowd], 1, 1)),
         ("tokens/s of the engine alone", _spread(results.engine, 1, 1)),
@@ -66,6 +71,9 @@ def table(results, machine: Machine) -> str:
         ("first token on an idle server", f"{_spread(come.idle, 1e3, 0)} ms"),
         (f"first token while {plan.streams} others stream", f"{_spread(come.beside, 1e3, 0)} ms"),
         ("time between two tokens of those", f"{1e3 * median(come.step):.0f} ms"),
+        (f"the same while a prompt of {plan.long} words is computed, median and longest",
+         f"{1e3 * median(come.step_beside_long):.0f} and {1e3 * max(come.step_beside_long):.0f} ms"),
+        ("first token of that prompt", f"{1e3 * come.long:.0f} ms"),
         (f"{plan.arrivals} random arrivals: lost, wrong", f"{len(results.arrivals.lost)}, {len(results.arrivals.wrong)}"),
         ("their first token, median and p99", _two(results.arrivals.first_token)),
         ("time between their tokens, median and p99", _two(results.arrivals.between_tokens)),

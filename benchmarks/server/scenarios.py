@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ def body(text: str, max_tokens: int, salt: str, **more) -> dict:
 
 def run(server: Server, questions: Sequence[Question], max_tokens: int, salt: str, rate: float | None = None) -> Load:
     """Each question from a client of its own: all at once, or `rate` of them per second at random moments."""
+    _allow_files(2 * len(questions))
     bodies = [body(question.text, max_tokens, salt) for question in questions]
     client = Client(server.port, "/v1/chat/completions")
     resident = [server.resident()]
@@ -114,6 +116,13 @@ def run(server: Server, questions: Sequence[Question], max_tokens: int, salt: st
         if answer.problem is None and (answer.token_ids, answer.text) != (question.tokens, question.answer)
     ]
     return Load(ended - begun, answers, lost, wrong, before, after, cpu, resident)
+
+
+def _allow_files(count: int) -> None:
+    """Every connection is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
 
 
 async def _run(
@@ -149,22 +158,28 @@ class Newcomers:
     Attributes:
         idle: when nothing else ran.
         beside: while others streamed.
+        long: one whose prompt is `long_text`, while others streamed.
         step: seconds between two tokens of the others, which any newcomer has to wait for.
+        step_beside_long: those while the long prompt was computed.
         problems: requests that failed.
     """
 
     idle: list[float]
     beside: list[float]
+    long: float
     step: list[float]
+    step_beside_long: list[float]
     problems: list[str]
 
 
-def newcomers(server: Server, questions: Sequence[Question], streams: int, salt: str) -> Newcomers:
+def newcomers(server: Server, questions: Sequence[Question], long_text: str, streams: int, salt: str) -> Newcomers:
     """The first `streams` questions are asked for endless answers, which are given up in the end; the others come to them."""
-    return asyncio.run(_newcomers(server, questions, streams, salt))
+    return asyncio.run(_newcomers(server, questions, long_text, streams, salt))
 
 
-async def _newcomers(server: Server, questions: Sequence[Question], streams: int, salt: str) -> Newcomers:
+async def _newcomers(
+    server: Server, questions: Sequence[Question], long_text: str, streams: int, salt: str
+) -> Newcomers:
     client = Client(server.port, "/v1/chat/completions")
     problems: list[str] = []
 
@@ -186,8 +201,15 @@ async def _newcomers(server: Server, questions: Sequence[Question], streams: int
         if problems:
             break
     beside = [await first_token(question.text, "beside") for question in visitors]
+    long_begins = time.perf_counter()
+    long = await first_token(long_text, "long")
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    times = [[at for at, _ in exchange.pieces] for exchange in exchanges]
-    return Newcomers(idle, beside, [b - a for one in times for a, b in zip(one[1:], one[2:])], problems)
+    step: list[float] = []
+    step_beside_long: list[float] = []
+    for exchange in exchanges:
+        times = [at for at, _ in exchange.pieces][1:]  # the first one has the headers
+        for one, later in zip(times, times[1:]):
+            (step if later < long_begins else step_beside_long).append(later - one)
+    return Newcomers(idle, beside, long, step, step_beside_long, problems)

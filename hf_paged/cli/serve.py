@@ -36,6 +36,10 @@ def serve(
     model: Model = None,
     served_model_name: Annotated[str | None, _option(_ENGINE, "What clients call the model. Default: its id or folder.")] = None,
     max_num_seqs: Annotated[int, _option(_ENGINE, "Most sequences running at once.", min=1)] = 64,
+    max_batch_tokens: Annotated[
+        int | None,
+        _option(_ENGINE, "Most tokens of a step: fewer keep streams steady beside long prompts. Default: 512; CUDA: 8192.", min=1),
+    ] = None,
     max_model_len: Annotated[int | None, _option(_ENGINE, "Most tokens of a sequence. Default: the model's limit.")] = None,
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
@@ -132,7 +136,7 @@ def serve(
     process |= {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "ssl_ca_certs": ssl_ca_certs}
     process |= {"ssl_keyfile_password": ssl_keyfile_password, "log_format": log_format, "log_level": log_level}
     engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
-    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
+    engine |= {"max_batch_tokens": max_batch_tokens, "kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")

@@ -167,7 +167,10 @@ class Conversation:
         conversation = cls(
             service, job, prompt, service.dialect.with_calls(bool(usable)), usable, not parallel_tool_calls
         )
-        await asyncio.to_thread(conversation._demand, choice.mode == "required")
+        if usable or params.structured_outputs is not None:
+            await asyncio.to_thread(conversation._demand, choice.mode == "required")  # it may make a grammar
+        else:
+            conversation._demand(choice.mode == "required")
         return conversation
 
     def _demand(self, required: bool) -> None:

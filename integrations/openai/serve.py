@@ -25,7 +25,8 @@ from .connection import protocol
 from .tls import tls_context
 
 HEADER_BYTES = 64 * 1024  # of a request line and its headers; more closes the connection
-YOUNG = 10_000  # new objects from one collection to the next: a crowd of requests brings the default's 700 all the time
+YOUNG = 2_000  # new objects from one collection to the next: with the default of 700 a crowd of requests spends a fifth on them
+SWITCH = 0.001  # seconds that a thread may keep others from Python: the loop meets the engine's thread at every send
 ACCEPTS = 32  # connections that asyncio accepts in one turn of the event loop; it takes the backlog for their number
 LAST_SECONDS = 5  # for what was cut off to be told so
 DONE, CUT = 0, 1  # exit statuses
@@ -99,6 +100,7 @@ def serve(app: FastAPI, process: Process, listeners: list[socket.socket] | None)
     gc.collect()
     gc.freeze()  # the model and its libraries are here to stay: every full collection would look through them, for long
     gc.set_threshold(YOUNG)
+    sys.setswitchinterval(SWITCH)
     server = Server(app, process)
     server.run(listeners)
     return CUT if server.was_cut else DONE

@@ -123,6 +123,7 @@ def test_the_benchmark_measures_a_real_server(tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     options = ["--clients", "12", "--max-tokens", "4", "--streams", "3", "--visitors", "1", "--arrivals", "4", "--threads", "1"]
+    options += ["--long", "40"]
     assert bench.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path), *options]) == 0
     with (tmp_path / "server.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -132,4 +133,5 @@ def test_the_benchmark_measures_a_real_server(tmp_path, capsys):
     rates = [values["12 clients", system, "output_tokens"] for system in ("http", "engine")]
     assert all(rate > 0 for rate in rates) and values["12 clients", "http", "share"] > 0
     assert values["newcomer, 3 streams", "http", "first_token"] > 0
+    assert values["3 streams, long prompt", "http", "between_tokens"] > 0
     assert "share of the engine's own" in (tmp_path / "server.md").read_text() and "0 lost, 0 wrong" in capsys.readouterr().out
