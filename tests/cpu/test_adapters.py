@@ -347,6 +347,25 @@ def test_an_adapter_of_another_model_s_is_used_as_it_is():
         engine.unload_adapter("live")
 
 
+def test_an_adapter_of_another_model_s_that_runs_apart_is_used_as_it_is():
+    other, prompt = wrapped(config="IA3Config", **TUNERS["ia3"][1]), random_prompts(1)[0] * 2
+    parameters = [parameter for name, parameter in other.named_parameters() if "ia3" in name]
+
+    def replace() -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data * 1.5
+
+    seen = set()
+    with Engine(tiny_model("llama")) as engine:
+        assert engine.load_adapter("live", other).apart
+        for change in (lambda: None, lambda: shake(other, 8), replace):
+            change()
+            (output,) = engine.generate([prompt], GREEDY, adapter="live")
+            assert output.outputs[0].token_ids == greedy_alone(other, prompt)
+            seen.add(output.outputs[0].logprobs[0][output.outputs[0].token_ids[0]].logprob)
+    assert len(seen) == 3
+
+
 def scale(model) -> None:
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -542,3 +561,31 @@ def test_generate_with_adapter_names(folders):
     assert not any(isinstance(module, Swapped) for module in copied.modules())
     hf_paged.unpatch(model)
     assert not any(isinstance(module, Swapped) for module in model.modules())
+
+
+# Quantized layers
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_on_quantized_layers(kind, tmp_path):
+    sizes = dict(hidden_size=64, intermediate_size=128)
+
+    def quantized() -> torch.nn.Module:
+        model = hf_paged.patch(tiny_model("llama", **sizes), quantization=kind)
+        return hf_paged.unpatch(model)  # it stays quantized
+
+    models = {None: quantized()}
+    for seed, targets in enumerate((["q_proj", "v_proj", "down_proj"], "all-linear"), 1):
+        models[str(seed)] = peft.get_peft_model(
+            quantized(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
+        ).eval()
+        shake(models[str(seed)], seed)
+        models[str(seed)].save_pretrained(tmp_path / str(seed))
+    prompts = random_prompts(6, seed=9)
+    names = [*models] * 2
+    with Engine(quantized(), config=SMALL) as engine:
+        for name in models:
+            if name is not None:
+                assert engine.load_adapter(name, tmp_path / name).apart is None
+        for prompt, name, output in zip(prompts, names, engine.generate(prompts, GREEDY, adapter=names)):
+            assert output.outputs[0].token_ids == greedy_alone(models[name], prompt)

@@ -9,9 +9,10 @@ model is, in a forward of their own beside those that name one.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ class Loaded:
         targets: the layers it changes, as far as kernels can.
         reason: why it runs on PEFT's modules; None if it does not.
         overlay: those modules; None where they are in the model itself, under `inside`.
+        copied: makes the overlay anew, where it shares the weights of a model of the caller's.
         watched: PEFT's modules whose weights for `watched_as` are the caller's, and may change.
     """
 
@@ -60,6 +62,7 @@ class Loaded:
     reason: str | None
     overlay: Overlay | None = None
     inside: str | None = None
+    copied: Callable[[], Overlay] | None = None
     watched: list[nn.Module] = field(default_factory=list)
     watched_as: str = ""
     slot: int = -1
@@ -177,11 +180,16 @@ class AdapterBank:
         if base is self._model:
             loaded.inside = adapter
         else:
-            copied = structure_of(base, plain=False).eval()
-            for module in tuners_of(list(copied.modules())):
-                module._active_adapter, module._disable_adapters = [adapter], False
-            loaded.overlay = Overlay(copied, adapter, self._model, _with_biases(loaded))
+            loaded.copied = partial(self._copied, loaded, base, adapter)
+            loaded.overlay = loaded.copied()
         return loaded
+
+    def _copied(self, loaded: Loaded, base: nn.Module, adapter: str) -> Overlay:
+        """PEFT's modules of an adapter in a model of the caller's, which is left alone: copies that share its weights."""
+        copied = structure_of(base, plain=False).eval()
+        for module in tuners_of(list(copied.modules())):
+            module._active_adapter, module._disable_adapters = [adapter], False
+        return Overlay(copied, adapter, self._model, _with_biases(loaded))
 
     def _describe(self, name: str, wrapped, adapter: str, source: str, before: dict | None) -> Loaded:
         config = wrapped.peft_config[adapter]
@@ -271,8 +279,11 @@ class AdapterBank:
         changed = False
         for loaded in self._loaded.values():
             if loaded.watched and (now := loaded.look()) != loaded.seen:
+                moved = list(map(_places, now)) != list(map(_places, loaded.seen))
                 loaded.seen, changed = now, True
                 self._renew(loaded)
+                if moved and loaded.slot < 0 and loaded.copied is not None:
+                    loaded.overlay = loaded.copied()
         return changed
 
     def weights_changed(self) -> None:
@@ -322,6 +333,11 @@ class AdapterBank:
         over = nullcontext() if loaded is None or loaded.overlay is None else loaded.overlay.over(self._model)
         with set_in(self._tuners, inside), over:
             yield
+
+
+def _places(state: tuple) -> tuple:
+    """What of a `state_of` is not values in place, which copies share."""
+    return state[0], *((parameter, address) for parameter, address, _ in state[1:])
 
 
 def _with_biases(loaded: Loaded) -> set[str]:
