@@ -1,6 +1,6 @@
 """The server under load, beside its engine alone: 1000 clients that stream at once, newcomers, arrivals at random.
 
-    python benchmarks/run.py server [--clients 1000] [--rounds 2] [--minutes 6] [--max-tokens 12] [--threads 2]
+    python benchmarks/run.py server [--clients 1000] [--rounds 2] [--minutes 6] [--max-tokens 16] [--threads 2]
 
 An engine alone and `hf-paged serve`, each in a process of its own, take turns at the same requests: the tokens per second
 that clients get over HTTP are a share of what the engine makes of them in the same minute. Every answer is compared with
@@ -43,7 +43,7 @@ class Plan:
     clients: int = 1000
     rounds: int = 2
     minutes: float = 6.0
-    max_tokens: int = 12
+    max_tokens: int = 16
     streams: int = 32
     visitors: int = 8
     long: int = 1000
