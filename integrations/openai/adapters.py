@@ -7,27 +7,24 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import Field, StrictStr
 
 from ...base.errors import EngineClosed, HfPagedError
 from .body import strict_router
 from .described import ErrorBody
 from .errors import Refused
+from .protocol import Strict
 from .service import Service
 
 _DONE = {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
-class LoadAdapterRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class LoadAdapterRequest(Strict):
     lora_name: StrictStr = Field(min_length=1, max_length=256)
     lora_path: StrictStr = Field(min_length=1, max_length=4096)
 
 
-class UnloadAdapterRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class UnloadAdapterRequest(Strict):
     lora_name: StrictStr = Field(min_length=1, max_length=256)
 
 

@@ -80,16 +80,12 @@ class Service:
 
         Raises Refused for a name that is neither.
         """
-        if name != self.model_name and name in self.engine.engine.adapters:
-            return name
-        self.check_model(name)
-        return None
-
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            raise Refused(
-                f"model {name!r} is not here; there is {self.model_name!r}", param="model", status=404, code="model_not_found"
-            )
+        if name is None or name == self.model_name:
+            return None
+        if name not in self.engine.engine.adapters:
+            message = f"model {name!r} is not here; there is {self.model_name!r}"
+            raise Refused(message, param="model", status=404, code="model_not_found")
+        return name
 
     def check_length(self, name: str, text: str) -> None:
         """Raise Refused for a text too long for any sequence, before time goes into cutting it into tokens."""
