@@ -67,8 +67,8 @@ class BatchEngine(Jobs):
             self._cache, self._scheduler = build(model, config, self.max_model_len)
         else:
             check_config(model, config)
-            model.team.send(Order.OPEN, encode_config(config, self.max_model_len))
-            with model.team.together("open"):
+            with model.team.talking, model.team.together("open"):
+                model.team.send(Order.OPEN, encode_config(config, self.max_model_len))
                 self._cache, self._scheduler = build(model, config, self.max_model_len)
         self._runner = build_runner(model, config, self._cache, self._scheduler, leads=model.team is not None)
         self._memory = CacheMemory(self._runner, self._scheduler)

@@ -92,10 +92,13 @@ class SharedCalls:
         """Do what rank 0 says until it says no more."""
         if self._follower is None:
             raise InvalidArgument("model: rank 0 does not follow, it leads")
+        joined = False  # whether some other rank makes the call that rank 0 makes
         while not self._follower.stopped:
             order, _ = self._follower.until(Order.CALL, Order.RETURN)
             if order is Order.CALL:
-                self._team.gather_numbers([0, 0])
+                joined = any(made for made, _ in self._team.gather_numbers([0, 0])[1:])
+            elif order is Order.RETURN and joined:
+                self._team.broadcast_object()  # which goes to all
         self._team.close()
 
     def stop(self) -> None:
@@ -124,8 +127,9 @@ class SharedCalls:
             self._depth -= 1
 
     def _lead(self, call, args: tuple, options: dict):
-        self._team.send(Order.CALL)
-        joined = self._meet(args, options)
+        with self._team.talking:
+            self._team.send(Order.CALL)
+            joined = self._meet(args, options)
         try:
             result = call()
         except ParallelError:
@@ -137,9 +141,10 @@ class SharedCalls:
         return result
 
     def _return(self, result, error: Exception | None, joined: bool) -> None:
-        self._team.send(Order.RETURN)
-        if joined:
-            self._team.broadcast_object((_moved(result, torch.device("cpu")), _portable(error)))
+        with self._team.talking:
+            self._team.send(Order.RETURN)
+            if joined:
+                self._team.broadcast_object((_moved(result, torch.device("cpu")), _portable(error)))
 
     def _join(self, args: tuple, options: dict):
         if options.get("streamer") is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Team:
         timeout: most seconds that one rank waits for another in the middle of something.
 
     Attributes:
+        talking: held by the thread of rank 0 that gives an order, up to the end of what all ranks say to each other at that.
         traffic: what this rank gave to others since it was last cleared, by purpose: bytes, and under "calls ..." calls.
     """
 
@@ -69,6 +71,7 @@ class Team:
         self._sums = dist.new_group(timeout=timedelta(seconds=timeout), **new) if self._owns_sums else group
         self._heart = Heart(dist.new_group(timeout=timedelta(seconds=timeout), **new), self.rank, self.size)
         self._heart.on_failure(self._abort)
+        self.talking = threading.RLock()
         self._number, self._checksum = 0, 0
         self._closed = False
 
@@ -82,12 +85,12 @@ class Team:
     def send(self, order: Order, numbers: np.ndarray | None = None) -> None:
         """Tell the other ranks, which `receive` it."""
         numbers = np.empty(0, dtype=np.int64) if numbers is None else numbers
-        self._advance(order, numbers)
         buffer = np.zeros(CAPACITY, dtype=np.int64)
-        buffer[:HEAD] = order, len(numbers), self._number, self._checksum
         first = numbers[: CAPACITY - HEAD]
         buffer[HEAD : HEAD + len(first)] = first
-        with self.together("orders"):
+        with self.talking, self.together("orders"):
+            self._advance(order, numbers)
+            buffer[:HEAD] = order, len(numbers), self._number, self._checksum
             self._broadcast(torch.from_numpy(buffer))
             if len(numbers) > len(first):
                 self._broadcast(torch.from_numpy(np.ascontiguousarray(numbers[len(first) :])))

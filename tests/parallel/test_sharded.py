@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from launch import reports
+from launch import HERE, reports, torchrun
 
 
 def names() -> list[str]:
@@ -25,3 +25,11 @@ def report(tmp_path_factory) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", names())
 def test_sharded(report, name):
     assert report[name] == [], "\n".join(report[name])
+
+
+@pytest.mark.slow
+def test_some_call_and_some_follow(tmp_path):
+    """Three ranks, of which the third only follows, while rank 0 has another thread that steps the engine."""
+    done = torchrun(str(HERE / "mixed.py"), str(tmp_path / "out"), ranks=3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out.0").read_text() == (tmp_path / "out.1").read_text()
