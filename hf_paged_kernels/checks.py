@@ -15,7 +15,7 @@ TRITON_MAX_HEAD_DIM = 512  # latents may be longer
 def check_attention(query, key, value, k_cache, v_cache, metadata, window, chunk, softcap, sinks, alibi_slopes):
     check_cache(k_cache, v_cache)
     num_tokens, num_heads, k_head_dim = shape3("query", query)
-    num_kv_heads, v_head_dim = v_cache.shape[1], v_cache.shape[3]
+    num_kv_heads = v_cache.shape[1]
     if query.dtype not in FLOAT_DTYPES:
         raise ValueError(f"query has dtype {query.dtype}, not one of {FLOAT_DTYPES}")
     if query.device != k_cache.device:

@@ -17,7 +17,14 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from .batches import randn
 from .check_engine import (
-    differing, engine_on, engine_tokens, forced_logits, forced_sequences, forward_logits, stock_tokens, tiny,
+    differing,
+    engine_on,
+    engine_tokens,
+    forced_logits,
+    forced_sequences,
+    forward_logits,
+    stock_tokens,
+    tiny,
 )  # fmt: skip
 from .checking import BOUNDS, Case, Setting, compare, guarded
 from .models import LLAMA_8B

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 import hf_paged
 from hf_paged import EngineConfig, SamplingParams
 from hf_paged.quant.linear import QuantLinear

@@ -12,7 +12,6 @@ import torch
 
 from .. import schema
 
-
 MOST_NAMED = 20  # of the parts that were not measured, once more at the end
 
 

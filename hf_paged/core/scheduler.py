@@ -24,8 +24,8 @@ from .plan import StepPlan
 from .planner import Counts, Planner
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
-from .tables import BlockTables, GroupSpec
 from .resize import make_room, why_too_large
+from .tables import BlockTables, GroupSpec
 from .under_way import UnderWay
 
 __all__ = ["GroupSpec", "Scheduler"]

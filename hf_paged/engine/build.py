@@ -11,12 +11,12 @@ from hf_paged_kernels import ops
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable, UnsupportedOption
 from ..core.scheduler import GroupSpec, Scheduler
+from ..parallel.team import ranks_on_this_machine
 from ..runtime.graphs import DecodeGraphs, cuda_capture
 from ..runtime.inputs import Inputs, make_inputs
-from ..parallel.team import ranks_on_this_machine
 from ..runtime.kv_cache import KVCache
-from ..runtime.leading import LeadingRunner
 from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
+from ..runtime.leading import LeadingRunner
 from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
 from ..runtime.runner import ModelRunner, PagedModel, as_in_a_step
 from .draft_model import DraftModel

@@ -14,7 +14,7 @@ import torch
 
 from ..base.errors import UnsupportedOption
 from ..core.request import Sequence
-from ..runtime.sampler import SampleRow, Sampler
+from ..runtime.sampler import Sampler, SampleRow
 
 
 @dataclass(slots=True)

@@ -24,8 +24,8 @@ from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
 from . import row_adapters
 from .names import CACHE_NAME, CACHE_NAMES
-from .paged_call import cache_of, paged_call
 from .paged_cache import PagedCache, begun
+from .paged_call import cache_of, paged_call
 from .peft import obstacles, replaces_preparation
 from .rows import RowGeneration, rows_suffice
 from .spec import text_config

@@ -21,9 +21,9 @@ from .fusion.sharded import SplitHead
 from .heads import head_of, keeping_hidden, stated_pooling
 from .peft import obstacles
 from .peft_bank.bank import AdapterBank, Loaded
+from .peft_bank.check import check_apart, why_not_together
 from .selfcheck import Observed
 from .sequence_hooks import sequence_hooks
-from .peft_bank.check import check_apart, why_not_together
 from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
 from .watch import Snapshot, without_hooks

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..quant.linear import QuantLinear
 
+
 def local(tensor):
     """This rank's part of a tensor that is spread over several; any other tensor, or None, itself.
 

@@ -17,8 +17,8 @@ import torch
 from hf_paged_kernels import sampling
 
 from ..base.errors import InvalidArgument
-from .pending import PendingSamples
 from .penalties import has_rules, outside
+from .pending import PendingSamples
 from .sample_row import SampleRow
 from .transfer import to_device
 

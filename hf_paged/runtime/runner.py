@@ -13,8 +13,8 @@ from hf_paged_kernels import ops
 from ..base.config import EngineConfig
 from ..base.types import AdapterInfo
 from ..core.plan import StepPlan
-from .adapters import Adapters, part_of
 from ..parallel.team import Team
+from .adapters import Adapters, part_of
 from .batch import SequenceHooks, StepContext
 from .graphs import DecodeGraphs
 from .inputs import Inputs

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from torch import Tensor
 
 from .attention_tile import LOG2_E, AttentionCall, attend_tile, finish_rows, generation, load_query, lowest_seen

@@ -10,7 +10,20 @@ from starlette.middleware.cors import CORSMiddleware
 from ...base.errors import InvalidArgument
 from ...engine.async_engine import AsyncEngine
 from ...engine.engine import BatchEngine
-from . import adapters, chat, classify, completions, described, embeddings, errors, metrics, models, page, responses, scoring
+from . import (
+    adapters,
+    chat,
+    classify,
+    completions,
+    described,
+    embeddings,
+    errors,
+    metrics,
+    models,
+    page,
+    responses,
+    scoring,
+)
 from .auth import RequireKey
 from .drain import Draining
 from .lag import watched_loop

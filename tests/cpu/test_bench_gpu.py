@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf_paged.benchmarks import schema
-from hf_paged.benchmarks.gpu import engine, kernels, models, stock, workload
 from hf_paged.benchmarks.gpu import __main__ as everything
+from hf_paged.benchmarks.gpu import engine, kernels, models, stock, workload
 from hf_paged.benchmarks.gpu.profile import summarize
 from hf_paged.benchmarks.gpu.report import Clock, Report, Target
 from hf_paged.benchmarks.gpu.timing import COLD_BYTES, measure, num_sets

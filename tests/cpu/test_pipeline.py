@@ -29,7 +29,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_paged
-from hf_paged import EngineClosed, EngineConfig, InvalidArgument, RequestTooLarge, UnsupportedModel, UnsupportedOption
+from hf_paged import EngineClosed, EngineConfig, InvalidArgument, RequestTooLarge, UnsupportedModel
 from hf_paged.hf.patch import is_patched, patch_of
 from hf_paged.integrations.pipeline import PagedTextGenerationPipeline
 

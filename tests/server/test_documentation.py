@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_parts import EOS, MODEL, Running, make_model, make_tokenizer, serving
+from server_parts import EOS, Running, make_model, make_tokenizer, serving
 from tiny_models import tiny_model
 from tool_parts import TEMPLATE
 
@@ -85,8 +85,9 @@ def test_an_app_of_your_own():
 
 def test_the_image_s_variables_are_options():
     text = (ROOT / "integrations/openai/Dockerfile").read_text(encoding="utf-8")
-    from hf_paged.cli.app import app
     from typer.main import get_command
+
+    from hf_paged.cli.app import app
 
     options = {parameter.name.upper() for parameter in get_command(app).commands["serve"].params}
     named = set(re.findall(r"HF_PAGED_([A-Z_]+)", text + (ROOT / "docs/serving.md").read_text(encoding="utf-8")))

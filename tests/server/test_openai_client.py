@@ -9,7 +9,6 @@ import openai
 import pytest
 import torch
 from pydantic import BaseModel
-
 from server_parts import EOS, MODEL, make_model, make_tokenizer
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me"}]

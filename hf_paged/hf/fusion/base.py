@@ -13,7 +13,6 @@ from torch.nn.modules import module as torch_module
 from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...quant.linear import QuantLinear
-
 from ..swap import Swapped, restore, swap
 from ..watch import is_hooked, only_recorders
 from ..weights import has_known_weight, local

@@ -34,8 +34,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from .sharded import shard_copies
 from .rounding import on_kernels, rounds_inputs, unrounded
+from .sharded import shard_copies
 
 MARGIN = 1.5
 _vote: ContextVar[Callable[[bool], bool] | None] = ContextVar("hf_paged_vote", default=None)

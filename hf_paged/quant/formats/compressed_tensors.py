@@ -19,7 +19,17 @@ from torch import Tensor
 from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument, UnsupportedOption
-from .base import FLOATS, Format, Stored, check_group_size, groups_text, in_groups, packed_rows, require_finite, unsigned
+from .base import (
+    FLOATS,
+    Format,
+    Stored,
+    check_group_size,
+    groups_text,
+    in_groups,
+    packed_rows,
+    require_finite,
+    unsigned,
+)
 from .eight_bit import EightBit
 
 BITS = (2, 3, 4, 8)  # of packed weights

@@ -19,7 +19,17 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...base.errors import InvalidArgument
 from . import words
-from .base import FLOATS, Format, Stored, check_group_size, groups_text, in_groups, packed_rows, require_finite, unsigned
+from .base import (
+    FLOATS,
+    Format,
+    Stored,
+    check_group_size,
+    groups_text,
+    in_groups,
+    packed_rows,
+    require_finite,
+    unsigned,
+)
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
