@@ -97,13 +97,26 @@ def serve(app: FastAPI, process: Process, listeners: list[socket.socket] | None)
     """
     logs.configure(process.log_format, process.log_level)
     _allow_many_files()
+    server = Server(app, process)
+    with _few_pauses():
+        server.run(listeners)
+    return CUT if server.was_cut else DONE
+
+
+@contextlib.contextmanager
+def _few_pauses() -> Iterator[None]:
+    """The process is set up for short pauses, and as it was afterwards: libraries are taken down properly."""
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
     gc.collect()
     gc.freeze()  # the model and its libraries are here to stay: every full collection would look through them, for long
     gc.set_threshold(YOUNG)
     sys.setswitchinterval(SWITCH)
-    server = Server(app, process)
-    server.run(listeners)
-    return CUT if server.was_cut else DONE
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
