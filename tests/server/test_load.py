@@ -32,8 +32,16 @@ def narrow():
         yield url, engine
 
 
+ASKS = {
+    "/v1/completions": {"prompt": "Tell me", "max_tokens": 30000},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Tell me"}], "max_tokens": 30000},
+    "/v1/responses": {"input": "Tell me", "max_output_tokens": 30000},
+}
+
+
+@pytest.mark.parametrize("path", ASKS)
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_while_he_waits_for_his_turn_waits_no_more(narrow, stream):
+def test_who_leaves_while_he_waits_for_his_turn_waits_no_more(narrow, stream, path):
     url, engine = narrow
 
     def until(running: int, waiting: int) -> None:
@@ -42,12 +50,13 @@ def test_who_leaves_while_he_waits_for_his_turn_waits_no_more(narrow, stream):
             assert time.monotonic() < end
             time.sleep(0.01)
 
-    endless = {"model": MODEL, "prompt": "Tell me", "max_tokens": 30000, "ignore_eos": True}
+    endless = {"model": MODEL, "ignore_eos": True, **ASKS["/v1/completions"]}
+    asked = {"model": MODEL, "ignore_eos": True, "stream": stream, **ASKS[path]}
     with httpx.stream("POST", f"{url}/v1/completions", json=endless | {"stream": True}, timeout=60) as answer:
         events = answer.iter_lines()
         next(events)
         second = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-        second.request("POST", "/v1/completions", json.dumps(endless | {"stream": stream}), {"Content-Type": "application/json"})
+        second.request("POST", path, json.dumps(asked), {"Content-Type": "application/json"})
         until(running=1, waiting=1)
         second.close()
         until(running=1, waiting=0)

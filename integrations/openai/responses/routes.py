@@ -53,7 +53,7 @@ def _create(routes: APIRouter, service: Service, store: Store) -> None:
             run.in_background()
             return sent(run.record.read(0)) if body.stream else _told(run.record)
         if body.stream:
-            return sent(await run.events())
+            return sent(await while_connected(request, run.events()))
         return JSONResponse(to_jsonable_python(await while_connected(request, run.whole()), inf_nan_mode="null"))
 
 
