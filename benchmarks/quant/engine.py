@@ -13,10 +13,7 @@ and how often the most likely token is the same one.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -27,6 +24,7 @@ from statistics import fmean, median
 import torch
 
 from hf_paged.benchmarks import schema
+from hf_paged.benchmarks.workers import WorkerProcess
 
 from .worker import SYSTEMS
 
@@ -56,34 +54,6 @@ SHORT = Plan(rounds=1, steps=3, requests=3, windows=1, window=64,
              decodes={"decode of 1": (1, 32), "decode of 4": (4, 32)})  # fmt: skip
 
 
-class Process:
-    """A running worker."""
-
-    def __init__(self, name: str, model: str | None, threads: int):
-        arguments = json.dumps({"name": name, "model": model, "threads": threads})
-        command = [sys.executable, str(schema.HERE / "run.py"), "quant.worker", arguments]
-        self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._answer()
-
-    def run(self, task: str, **arguments) -> dict:
-        print(json.dumps({"task": task, **arguments}), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise RuntimeError(f"{self.name}: the process ended with status {self._process.returncode}; its error is above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Let it end."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-
 @dataclass
 class Result:
     """What one system did. `rates`: workload -> tokens per second of each round."""
@@ -111,7 +81,8 @@ def run(names: list[str], plan: Plan, *, model: str | None = None, threads: int 
         processes = []
         for name in names:  # one after another: loading takes both cores
             print(f"loading {name}", flush=True)
-            processes.append(stack.enter_context(closing(Process(name, model, threads))))
+            arguments = {"name": name, "model": model, "threads": threads}
+            processes.append(stack.enter_context(closing(WorkerProcess(name, "quant.worker", arguments))))
         results = {process.name: Result(process.about) for process in processes}
         for process in processes:
             results[process.name].score = process.run("score", windows=plan.windows, length=plan.window)

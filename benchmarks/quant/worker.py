@@ -1,14 +1,10 @@
 """One system of `quant.engine` in a process of its own, so that its memory is its own.
 
-Started by `engine`, which writes one JSON object a line, {"task": name, ...arguments}, and reads one for each: what the
-task's method returned.
+Started by `engine`; see `benchmarks.workers`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 
@@ -16,6 +12,7 @@ import torch
 
 import hf_paged
 from hf_paged.benchmarks.engine import systems, workload
+from hf_paged.benchmarks.workers import obey
 from hf_paged.hf.build import load_model
 
 
@@ -104,16 +101,5 @@ class Worker:
         return {name: int(status[key].split()[0]) * 1024 for name, key in (("peak", "VmHWM"), ("own", "RssAnon"))}
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    sys.stdout = sys.stderr  # whatever else prints
-    arguments = json.loads(sys.argv[1])
-    worker = Worker(**arguments)
-    print(json.dumps(worker.describe()), file=answers)
-    for line in sys.stdin:
-        call = json.loads(line)
-        print(json.dumps(getattr(worker, call.pop("task"))(**call)), file=answers)
-
-
 if __name__ == "__main__":
-    main()
+    obey(Worker)

@@ -24,7 +24,6 @@ from . import report, scenarios
 from .process import EngineAlone, Server
 from .scenarios import Load, Newcomers, Question
 
-
 REST = 60  # seconds, about: what comes after the rounds
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 import hf_paged
-from hf_paged.benchmarks import schema
+from hf_paged.benchmarks.workers import WorkerProcess
 from hf_paged.cli import serve
 
 SPINS = {"GOMP_SPINCOUNT": serve.SPINS}  # the engine alone waits for its threads as the server's does
@@ -31,31 +30,11 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-class EngineAlone:
+class EngineAlone(WorkerProcess):
     """An engine in a process of its own, driven by `worker`."""
 
     def __init__(self, **arguments):
-        command = [sys.executable, str(schema.HERE / "run.py"), "server.worker", json.dumps(arguments)]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._process = subprocess.Popen(command, env=os.environ | SPINS, **pipes)
-        self.about = self._answer()
-
-    def run(self, task: str, **arguments) -> dict:
-        print(json.dumps({"task": task, **arguments}), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise RuntimeError(f"the engine's process ended with status {self._process.returncode}; its error is above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Let it end."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        super().__init__("the engine", "server.worker", arguments, SPINS)
 
 
 @dataclass(frozen=True)

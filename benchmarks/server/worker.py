@@ -1,20 +1,17 @@
 """The engine alone, in a process like the server's: its speed is the measure, its tokens are what the server must bring.
 
-Started by `process.EngineAlone`, which writes one JSON object a line, {"task": name, ...arguments}, and reads one for each:
-what the task's method returned.
+Started by `process.EngineAlone`; see `benchmarks.workers`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 
 import torch
 
 import hf_paged
 from hf_paged.benchmarks.engine import systems, workload
+from hf_paged.benchmarks.workers import obey
 from hf_paged.hf.build import load_model
 
 WORDS = 6  # tokens of text in a prompt, before the template's own
@@ -64,15 +61,5 @@ class Worker:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    sys.stdout = sys.stderr  # whatever else prints
-    worker = Worker(**json.loads(sys.argv[1]))
-    print(json.dumps(worker.describe()), file=answers)
-    for line in sys.stdin:
-        call = json.loads(line)
-        print(json.dumps(getattr(worker, call.pop("task"))(**call)), file=answers)
-
-
 if __name__ == "__main__":
-    main()
+    obey(Worker)

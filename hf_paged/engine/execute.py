@@ -167,41 +167,42 @@ class StepExecutor:
         due = self._due(plan)
         rows = list(dict.fromkeys(row for row, _ in plan.samples))
         place = {row: index for index, row in enumerate(rows)}
+        sample_rows = [row for one in due for row in one.rows()]
         spans = self._spans(plan)
         of_head = [span for span in spans if not span.needs_hidden]
         of_hidden = [span for span in spans if span.needs_hidden]
         for span in of_head:
             rows += span.packed
-        sampled = None if previous is None else previous.tokens
-        sample_rows = [row for one in due for row in one.rows()]
-        groups = groups_of(self._runner.model.adapters, plan)
+        options = dict(rows=rows, sampled=None if previous is None else previous.tokens)
+        parts, offset = [], len(place)
         if self._runner.finds_winners and due and not spans and want_winners(sample_rows):
-            context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled)
+            context = self._runner.prepare(plan, self._owner, hooks, **options)
             mark = clock.lap("build", mark)
             winners = self._runner.winners(context)
             mark = clock.lap("model", mark)
             samples = self._take_winners(winners, plan, place, sample_rows)
-            flight = InFlight(plan, hooks, due, samples, [], Milestone(samples.tokens.device))
-            clock.lap("sample", mark)
-            return flight
+        else:
+            logits, hidden, mark = self._forward(plan, hooks, options | {"hidden": bool(of_hidden)}, clock, mark)
+            samples = self._sample(logits, plan, place, sample_rows, previous) if due else None
+            for span in of_head:
+                parts.append(self._part(span, logits[offset : offset + len(span.packed)]))
+                offset += len(span.packed)
+            parts += [self._part(span, hidden[span.packed.start : span.packed.stop]) for span in of_hidden]
+        flight = InFlight(plan, hooks, due, samples, parts, Milestone(self._runner.cache.device))
+        clock.lap("sample", mark)
+        return flight
+
+    def _forward(self, plan: StepPlan, hooks: SequenceHooks, options: dict, clock: StepClock, mark: float):
+        """(logits of the rows, hidden states if they are wanted, the time): in one forward, or as many as adapters need."""
+        groups = groups_of(self._runner.model.adapters, plan)
         if len(groups) > 1:
-            options = dict(rows=rows, sampled=sampled, hidden=bool(of_hidden))
             logits, hidden = self._runner.forward_apart(plan, groups, self._owner, hooks, **options)
         else:
-            context = self._runner.prepare(plan, self._owner, hooks, rows=rows, sampled=sampled, hidden=bool(of_hidden))
+            context = self._runner.prepare(plan, self._owner, hooks, **options)
             mark = clock.lap("build", mark)
             logits = self._runner.forward(context)
             hidden = context.hidden
-        mark = clock.lap("model", mark)
-        samples = self._sample(logits, plan, place, sample_rows, previous) if due else None
-        parts, offset = [], len(place)
-        for span in of_head:
-            parts.append(self._part(span, logits[offset : offset + len(span.packed)]))
-            offset += len(span.packed)
-        parts += [self._part(span, hidden[span.packed.start : span.packed.stop]) for span in of_hidden]
-        flight = InFlight(plan, hooks, due, samples, parts, Milestone(logits.device))
-        clock.lap("sample", mark)
-        return flight
+        return logits, hidden, clock.lap("model", mark)
 
     def forget(self, state: RequestState) -> None:
         """The request has ended."""

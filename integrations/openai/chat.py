@@ -68,7 +68,7 @@ class _Run:
             chat_template=body.chat_template,
             chat_template_kwargs=body.chat_template_kwargs,
             documents=body.documents,
-            tools=tools_of(body.tools),
+            tools=tools_of(tool.function for tool in body.tools or ()),
             tool_choice=choice_of(body.tool_choice),
             parallel_tool_calls=body.parallel_tool_calls,
             reasoning_effort=body.reasoning_effort,

@@ -12,8 +12,8 @@ from ...base.tasks import ClassificationOutput, ClassifyParams
 from .body import strict_router
 from .described import GENERATES, answers
 from .protocol import Many
-from .service import Service, while_connected
-from .tasks import TaskRequest, TaskRun, Tokens, inputs
+from .service import Service, as_list, while_connected
+from .tasks import TaskRequest, TaskRun, Tokens
 
 
 class ClassificationRequest(TaskRequest):
@@ -58,7 +58,7 @@ def router(service: Service) -> APIRouter:
 async def _classify(service: Service, body: ClassificationRequest) -> dict:
     run = TaskRun(service, body, "classify")
     params = ClassifyParams(activation="none" if body.use_activation is False else None)
-    outputs: list[ClassificationOutput] = await run.results(inputs(body.input), params, "input")
+    outputs: list[ClassificationOutput] = await run.results(as_list(body.input), params, "input")
     data = [
         {"index": index, "label": output.label, "probs": output.scores.tolist(), "num_classes": len(output.scores)}
         for index, output in enumerate(outputs)

@@ -17,7 +17,7 @@ from .errors import Refused
 from .logprobs import CompletionLogprobs, prompt_logprobs
 from .protocol import CompletionRequest
 from .sampling import sampling_params
-from .service import Job, Service, Usage, first_of, new_id, while_connected
+from .service import Job, Service, Usage, as_list, first_of, jobs_of, new_id, while_connected
 from .streaming import event_stream
 
 
@@ -73,7 +73,9 @@ class _Run:
             max_tokens=1 if self._only_prompt else max_tokens,
             logprobs=body.logprobs,
         )
-        prompts = _prompts(body.prompt)
+        prompts = as_list(body.prompt)
+        if not prompts:
+            raise Refused("prompt is empty", param="prompt", code="invalid_value")
         if len(prompts) > limits.prompts:
             raise Refused(f"prompt: {len(prompts)} are more than the {limits.prompts} allowed", param="prompt", code="too_many")
         if len(prompts) * body.n > limits.completions and len(prompts) > 1:
@@ -84,17 +86,7 @@ class _Run:
         tokenizer = self._service.tokenizer
         if not body.add_special_tokens:
             prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else p for p in prompts]
-        return [
-            Job(
-                prompt=prompt,
-                params=params,
-                request_id=self._id if len(prompts) == 1 else f"{self._id}-{place}",
-                priority=body.priority,
-                cache_salt=body.cache_salt,
-                adapter=self._adapter,
-            )
-            for place, prompt in enumerate(prompts)
-        ]
+        return jobs_of(prompts, params, body, request_id=self._id, adapter=self._adapter)
 
     async def chunks(self) -> AsyncIterator[dict]:
         """In the form of openai's Completion."""
@@ -143,11 +135,3 @@ class _Run:
 
     def _completion(self, choices: list[dict], usage: dict | None) -> dict:
         return self._head | {"choices": choices, "usage": usage}
-
-
-def _prompts(prompt) -> list:
-    if isinstance(prompt, str) or prompt and isinstance(prompt[0], int):
-        return [prompt]
-    if not prompt:
-        raise Refused("prompt is empty", param="prompt", code="invalid_value")
-    return prompt

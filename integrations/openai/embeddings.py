@@ -16,8 +16,8 @@ from ...base.tasks import EmbeddingOutput, EmbedParams
 from .body import strict_router
 from .described import GENERATES, answers
 from .protocol import Many
-from .service import Service, while_connected
-from .tasks import TaskRequest, TaskRun, answered, inputs
+from .service import Service, as_list, while_connected
+from .tasks import TaskRequest, TaskRun, answered
 
 
 class EmbeddingRequest(TaskRequest):
@@ -52,7 +52,7 @@ def router(service: Service) -> APIRouter:
 async def _embed(service: Service, body: EmbeddingRequest):
     run = TaskRun(service, body, "embd")
     params = EmbedParams(pooling=body.pooling, normalize=body.normalize, dimensions=body.dimensions)
-    outputs = await run.results(inputs(body.input), params, "input")
+    outputs = await run.results(as_list(body.input), params, "input")
     data = await asyncio.to_thread(_data, outputs, body.encoding_format)
     tokens = run.usage.as_dict()["prompt_tokens"]
     return await answered(

@@ -97,7 +97,7 @@ def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         service.check_length("prompt", body.prompt)
         return service.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids
-    tools = usable_tools(tools_of(body.tools), ToolChoice(), service.settings.limits)
+    tools = usable_tools(tools_of(tool.function for tool in body.tools or ()), ToolChoice(), service.settings.limits)
     prompt = chat_prompt(
         service,
         body.messages,

@@ -17,6 +17,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+RequestId = Annotated[StrictStr, Field(max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]  # of reasoning
 Metadata = Annotated[
     dict[Annotated[StrictStr, Field(max_length=64)], Annotated[StrictStr, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -93,7 +95,7 @@ class Generation(Unread):
     response_format: ResponseFormat | None = None
     priority: StrictInt = 0
     cache_salt: StrictStr | None = None
-    request_id: Annotated[StrictStr, Field(max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")] | None = None
+    request_id: RequestId | None = None
     return_token_ids: StrictBool = False
 
 
@@ -183,7 +185,7 @@ class ChatCompletionRequest(Generation):
     tools: Many[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: StrictBool = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     # beyond OpenAI's
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False

@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 
 import numpy
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from ...base.tasks import ClassifyParams, EmbedParams
 from .body import strict_router
 from .described import GENERATES, answers
 from .errors import Refused
-from .protocol import Many
+from .protocol import Many, Strict
 from .service import Service, while_connected
 from .tasks import TaskRequest, TaskRun, Tokens
 
@@ -38,9 +38,7 @@ class ScoreRequest(PairRequest):
     text_2: StrictStr | Many[StrictStr]
 
 
-class Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Document(Strict):
     text: StrictStr
 
 

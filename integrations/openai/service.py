@@ -180,6 +180,31 @@ class Job:
     adapter: str | None = None
 
 
+def jobs_of(prompts: list, params, body, *, request_id: str, adapter: str | None) -> list[Job]:
+    """One for each prompt of a request.
+
+    Args:
+        body: the request, which has a `priority` and a `cache_salt`.
+        request_id: of the request; with several prompts the place of each is added.
+    """
+    return [
+        Job(
+            prompt=prompt,
+            params=params,
+            request_id=request_id if len(prompts) == 1 else f"{request_id}-{place}",
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            adapter=adapter,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or several, as text or token ids, as a list."""
+    return [given] if isinstance(given, str) or given and isinstance(given[0], int) else given
+
+
 @dataclass
 class Usage:
     """Tokens of all jobs of a request, as far as they have come. `reasoning`: None where nobody looks for it."""

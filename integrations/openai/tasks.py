@@ -6,24 +6,23 @@ import asyncio
 from typing import Annotated
 
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from ...base.errors import InvalidArgument, RequestTooLarge
 from ...base.tasks import ClassifyParams, EmbedParams, TaskOutput
 from .cutting import cannot_cut
 from .errors import Refused
-from .service import Job, Service, Usage, new_id
+from .protocol import RequestId, Strict
+from .service import Service, Usage, jobs_of, new_id
 
 Text = str | list[int] | tuple[str, str]
 
 
-class TaskRequest(BaseModel):
+class TaskRequest(Strict):
     """
     Attributes:
         truncate_prompt_tokens: cut texts to so many tokens, on the side the tokenizer says; -1: to as many as fit.
     """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: StrictStr | None = None
     user: StrictStr | None = None
@@ -32,7 +31,7 @@ class TaskRequest(BaseModel):
     add_special_tokens: StrictBool = True
     priority: StrictInt = 0
     cache_salt: StrictStr | None = None
-    request_id: Annotated[StrictStr, Field(max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")] | None = None
+    request_id: RequestId | None = None
 
 
 class Tokens(BaseModel):
@@ -78,17 +77,7 @@ class TaskRun:
         if not texts:
             raise Refused(f"{field} is empty", param=field, code="invalid_value")
         prompts = await asyncio.to_thread(self._tokens, texts, field)
-        jobs = [
-            Job(
-                prompt=tokens,
-                params=params,
-                request_id=self.id if len(prompts) == 1 else f"{self.id}-{place}",
-                priority=self._body.priority,
-                cache_salt=self._body.cache_salt,
-                adapter=self._adapter,
-            )
-            for place, tokens in enumerate(prompts)
-        ]
+        jobs = jobs_of(prompts, params, self._body, request_id=self.id, adapter=self._adapter)
         try:
             wholes = await self._service.finished(jobs, self.usage)
         except RequestTooLarge as error:
@@ -121,11 +110,6 @@ class TaskRun:
 
 def _named(error: Exception, field: str) -> str:
     return str(error).replace("prompt", field, 1)
-
-
-def inputs(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One input or several as a list."""
-    return [given] if isinstance(given, str) or given and isinstance(given[0], int) else given
 
 
 async def answered(model: BaseModel) -> Response:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from .errors import Refused
-from .protocol import AllowedToolsChoice, FunctionTool, NamedTool
+from .protocol import AllowedToolsChoice, Function, NamedTool
 
 if TYPE_CHECKING:  # settings know the formats of calls, which know tools
     from .settings import Limits
@@ -48,8 +48,8 @@ class ToolChoice:
     names: tuple[str, ...] | None = None
 
 
-def tools_of(tools: Sequence[FunctionTool] | None) -> list[Tool]:
-    """From the form chat completions have."""
+def tools_of(functions: Iterable[Function]) -> list[Tool]:
+    """From the form requests have."""
     return [
         Tool(
             name=function.name,
@@ -57,7 +57,7 @@ def tools_of(tools: Sequence[FunctionTool] | None) -> list[Tool]:
             strict=bool(function.strict),
             **({} if function.parameters is None else {"parameters": function.parameters}),
         )
-        for function in (tool.function for tool in tools or ())
+        for function in functions
     ]
 
 

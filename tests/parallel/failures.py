@@ -70,58 +70,33 @@ def lead(model, report: Path) -> None:
         raise SystemExit(7)
 
 
-def die():
+def die(model):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hang():
+def hang(model):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def fail():
+def fail(model):
     raise ValueError("a bad day")
 
 
-def rank_1_dies(rank, model, report):
-    if rank:
-        after(5, model.model.layers[1], die)
-        hf_paged.follow(model)
-    lead(model, report)
+def disagree(model):
+    model._hf_paged.team._number = 99
 
 
-def rank_1_hangs(rank, model, report):
-    if rank:
-        after(5, model.model.layers[1], hang)
-        hf_paged.follow(model)
-    lead(model, report)
+def in_the_middle(culprit: int, action):
+    """A case: rank `culprit` does that in the middle of the fifth forward."""
 
+    def case(rank, model, report):
+        if rank == culprit:
+            after(5, model.model.layers[1], lambda: action(model))
+        if rank:
+            hf_paged.follow(model)
+        lead(model, report)
 
-def rank_1_fails(rank, model, report):
-    if rank:
-        after(5, model.model.layers[1], fail)
-        hf_paged.follow(model)
-    lead(model, report)
-
-
-def rank_1_disagrees(rank, model, report):
-    if rank:
-        after(5, model.model.layers[1], lambda: setattr(model._hf_paged.team, "_number", 99))
-        hf_paged.follow(model)
-    lead(model, report)
-
-
-def rank_0_dies(rank, model, report):
-    if rank:
-        hf_paged.follow(model)
-    after(5, model.model.layers[1], die)
-    lead(model, report)
-
-
-def rank_0_hangs(rank, model, report):
-    if rank:
-        hf_paged.follow(model)
-    after(5, model.model.layers[1], hang)
-    lead(model, report)
+    return case
 
 
 def rank_0_just_ends(rank, model, report):
@@ -132,7 +107,15 @@ def rank_0_just_ends(rank, model, report):
         hf_paged.engine_of(model).generate([[5, 6]], SamplingParams(max_tokens=2, detokenize=False))
 
 
-CASES = [rank_1_dies, rank_1_hangs, rank_1_fails, rank_1_disagrees, rank_0_dies, rank_0_hangs, rank_0_just_ends]
+CASES = {
+    "rank_1_dies": in_the_middle(1, die),
+    "rank_1_hangs": in_the_middle(1, hang),
+    "rank_1_fails": in_the_middle(1, fail),
+    "rank_1_disagrees": in_the_middle(1, disagree),
+    "rank_0_dies": in_the_middle(0, die),
+    "rank_0_hangs": in_the_middle(0, hang),
+    "rank_0_just_ends": rank_0_just_ends,
+}
 
 
 def child(case, rank: int, port: int, folder: Path, report: Path, output: Path) -> int:
@@ -172,14 +155,14 @@ def wait(pids: list[int], deadline: float) -> list[int | None]:
     return codes
 
 
-def run(case, folder: Path, scratch: Path) -> dict:
+def run(name: str, folder: Path, scratch: Path) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    report, outputs = scratch / f"{case.__name__}.json", [scratch / f"{case.__name__}.{rank}" for rank in (0, 1)]
+    report, outputs = scratch / f"{name}.json", [scratch / f"{name}.{rank}" for rank in (0, 1)]
     began = time.monotonic()
-    pids = [child(case, rank, port, folder, report, outputs[rank]) for rank in (0, 1)]
-    hung = {"rank_1_hangs": 1, "rank_0_hangs": 0}.get(case.__name__)
+    pids = [child(CASES[name], rank, port, folder, report, outputs[rank]) for rank in (0, 1)]
+    hung = {"rank_1_hangs": 1, "rank_0_hangs": 0}.get(name)
     if hung is None:
         codes = wait(pids, began + DEADLINE)
     else:  # the other ends by itself; this one when it can
@@ -206,7 +189,7 @@ def main(out: str, *names: str) -> None:
     assert dist.is_available()
     scratch = Path(out).parent
     tiny_model("llama", vocab_size=200).save_pretrained(scratch / "model")
-    results = {case.__name__: run(case, scratch / "model", scratch) for case in CASES if not names or case.__name__ in names}
+    results = {name: run(name, scratch / "model", scratch) for name in CASES if not names or name in names}
     Path(out).write_text(json.dumps(results))
 
 

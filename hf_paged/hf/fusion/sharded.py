@@ -197,7 +197,7 @@ def _class_of(mixin: type, plain: type) -> type:
 def shard_modules(model: nn.Module, team: Team, backend: str) -> Callable[[], None]:
     """Put the local forms in place of transformers' forwards. Returns what takes that back."""
     changed: list[nn.Module] = []
-    plan = {name: style for name, style in (getattr(model, "tp_plan", None) or {}).items()}
+    plan = getattr(model, "tp_plan", None) or {}
     for name, module in model.named_modules():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
         if style is None or "forward" not in module.__dict__:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from ..protocol import JSONSchema, Many, Number, Strict, Unread
+from ..protocol import Effort, Function, JSONSchema, Many, Number, Strict, Unread
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Id = Annotated[StrictStr, Field(min_length=1, max_length=128)]
@@ -72,14 +72,10 @@ class ReasoningItem(Strict):
 Item = InputMessage | FunctionCall | FunctionCallOutput | ReasoningItem
 
 
-class FunctionTool(Strict):
+class FunctionTool(Function):
     """Tools that OpenAI's servers run themselves are refused by name."""
 
     type: Literal["function"]
-    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: StrictStr | None = None
-    parameters: dict[str, Any] | None = None
-    strict: StrictBool | None = None
 
 
 class NamedTool(Strict):
@@ -112,7 +108,7 @@ class TextOptions(Strict):
 
 
 class ReasoningOptions(Strict):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
 
 
 class StreamOptions(Strict):
@@ -154,6 +150,11 @@ class ResponsesRequest(Unread):
     chat_template_kwargs: dict[str, Any] | None = None
     priority: StrictInt = 0
     cache_salt: StrictStr | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many most likely tokens to tell beside each; None: tell nothing."""
+        return (self.top_logprobs or 0) if self.include else None
 
 
 class Retrieve(Strict):

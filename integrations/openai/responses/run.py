@@ -12,7 +12,7 @@ from ..conversation import Conversation, Step
 from ..errors import Refused, describe
 from ..protocol import Generation, JSONSchema, ResponseFormat
 from ..service import Service, first_of, new_id
-from ..tools import Tool, ToolChoice
+from ..tools import ToolChoice, tools_of
 from .items import given, messages_of
 from .protocol import AllowedTools, JSONSchemaFormat, NamedTool, ResponsesRequest
 from .store import Record, Store
@@ -31,7 +31,6 @@ _OUR_NAMES = {  # of a chat completion's fields
     "structured_outputs": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-_LOGPROBS = "message.output_text.logprobs"
 
 
 class Run:
@@ -46,8 +45,7 @@ class Run:
         self._tasks, self._store, self._conversation = service.tasks, store, conversation
         self.record = record
         self._stored = record.response["store"]
-        num_top = (body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None
-        self._writer = Writer(record.response, num_top=num_top, emits=body.stream)
+        self._writer = Writer(record.response, num_top=body.num_logprobs, emits=body.stream)
 
     @classmethod
     async def prepare(cls, service: Service, store: Store, body: ResponsesRequest, owner: bytes | None) -> Run:
@@ -68,8 +66,8 @@ class Run:
                 request_id=record.id,
                 adapter=adapter,
                 max_tokens=body.max_output_tokens,
-                logprobs=(body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None,
-                tools=_tools(body),
+                logprobs=body.num_logprobs,
+                tools=tools_of(body.tools or ()),
                 tool_choice=_choice(body),
                 parallel_tool_calls=body.parallel_tool_calls,
                 reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
@@ -155,8 +153,9 @@ class Run:
 
 
 def _check(body: ResponsesRequest, store: Store) -> None:
-    if body.top_logprobs is not None and _LOGPROBS not in (body.include or ()):
-        raise Refused(f"top_logprobs needs include: [{_LOGPROBS!r}]", param="top_logprobs", code="invalid_value")
+    if body.top_logprobs is not None and body.num_logprobs is None:
+        message = "top_logprobs needs include: ['message.output_text.logprobs']"
+        raise Refused(message, param="top_logprobs", code="invalid_value")
     if body.background and body.store is False:
         raise Refused("background needs store: true", param="background", code="invalid_value")
     if not store.keeps:
@@ -214,18 +213,6 @@ def _generation(body: ResponsesRequest) -> Generation:
     elif form is not None:
         asked = ResponseFormat(type=form.type)
     return Generation(response_format=asked, **{name: getattr(body, name) for name in _SAME})
-
-
-def _tools(body: ResponsesRequest) -> list[Tool]:
-    return [
-        Tool(
-            name=tool.name,
-            description=tool.description,
-            strict=bool(tool.strict),
-            **({} if tool.parameters is None else {"parameters": tool.parameters}),
-        )
-        for tool in body.tools or ()
-    ]
 
 
 def _choice(body: ResponsesRequest) -> ToolChoice:
