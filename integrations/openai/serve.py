@@ -98,13 +98,13 @@ def serve(app: FastAPI, process: Process, listeners: list[socket.socket] | None)
     logs.configure(process.log_format, process.log_level)
     _allow_many_files()
     server = Server(app, process)
-    with _few_pauses():
+    with few_pauses():
         server.run(listeners)
     return CUT if server.was_cut else DONE
 
 
 @contextlib.contextmanager
-def _few_pauses() -> Iterator[None]:
+def few_pauses() -> Iterator[None]:
     """The process is set up for short pauses, and as it was afterwards: libraries are taken down properly."""
     thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
     gc.collect()

@@ -67,6 +67,8 @@ class Settings:
         request_chat_templates: whether a request may bring a chat template of its own, which is a program.
         stored_responses: most answers of /v1/responses that are kept, in memory; 0: none.
         stored_response_bytes: of all of them, as JSON.
+        response_tag: letters and digits that the ids of responses begin with, after "resp_". Where several servers share an
+            address, what stands before them can tell by it which one has a response.
         enable_adapters: whether requests may load and unload adapters, for which the server reads folders they name.
         page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
         log_client_address: whether the log tells who asked.
@@ -84,6 +86,7 @@ class Settings:
     request_chat_templates: bool = False
     stored_responses: int = 1024
     stored_response_bytes: int = 256 * 2**20
+    response_tag: str = ""
     enable_adapters: bool = False
     page: bool = True
     log_client_address: bool = False
@@ -100,6 +103,8 @@ class Settings:
         for name in ("stored_responses", "stored_response_bytes"):
             if getattr(self, name) < 0:
                 raise InvalidArgument(f"{name} must not be negative, got {getattr(self, name)}")
+        if not re.fullmatch(r"[A-Za-z0-9]{0,64}", self.response_tag):
+            raise InvalidArgument(f"response_tag must be up to 64 letters and digits, got {self.response_tag!r}")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise InvalidArgument(f"cors_origins: {origin!r} is no origin; one looks like https://example.org, and * is all")

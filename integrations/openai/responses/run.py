@@ -180,7 +180,7 @@ def _begun(service: Service, store: Store, body: ResponsesRequest) -> dict:
     same = ("instructions", "max_output_tokens", "parallel_tool_calls", "previous_response_id", "background", "top_logprobs")
     told = ("prompt_cache_key", "safety_identifier", "user")
     return {
-        "id": new_id("resp", "_"),
+        "id": new_id(f"resp_{service.settings.response_tag}", ""),
         "object": "response",
         "created_at": time.time(),
         "completed_at": None,
