@@ -1,0 +1,336 @@
+"""Whatever one engine can hold at once, each request gets what it gets alone.
+
+Random mixtures of requests of every kind, on engines of every configuration, with aborts and with beam search in another
+thread: the same tokens, texts and reasons to stop, log-probabilities to 1e-4, embeddings to 1e-5, and no block lost.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft_adapters import TUNERS, WARNINGS, shake
+from tiny_models import tiny_config, tiny_model
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+import hf_paged
+from hf_paged import ClassifyParams, EmbedParams, Engine, EngineConfig, SamplingParams, ScoreParams
+
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
+
+VOCAB, EOS, PAD = 320, 2, 0
+PREFIXES = [(), (7,) * 20, tuple(range(30, 78)), tuple(range(30, 64))]
+ADAPTERS = ("lora", "lora-dora", "ia3")  # the last runs apart, in forwards of its own
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+FORMS = [{"choice": ["north", "south", "nor"]}, {"regex": "[a-d]{2,9}"}, {"json": SCHEMA}]
+BEAM_PROMPT, BEAMS = (9, 10, 11, 12, 13), dict(num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, when it comes and when it is aborted: both in steps, after the request before it and after itself."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams | EmbedParams | ScoreParams | ClassifyParams
+    adapter: str | None
+    salt: str | bytes | None
+    functions: tuple[str, ...]
+    priority: int
+    deadline: float | None
+    wait: int
+    abort_after: int | None
+
+    def options(self) -> dict:
+        """What `add` is given of it that can change its result."""
+        made = dict(
+            logits_processors=[shun],
+            stopping_criteria=[lambda ids: len(ids) >= len(self.prompt) + 5],
+            forward_hooks={"model.layers.1": tilt},
+        )
+        return {name: made[name] for name in self.functions} | dict(adapter=self.adapter, cache_salt=self.salt)
+
+
+def shun(token_ids, logits):
+    """Never the same token twice in a row."""
+    return logits.index_fill(0, torch.tensor([token_ids[-1]]), -50.0)
+
+
+def tilt(activation, positions):
+    return activation * (1 + 0.01 * (positions % 3)).unsqueeze(-1)
+
+
+# What there may be
+
+prompts = st.builds(
+    lambda prefix, tail: PREFIXES[prefix] + tuple(tail),
+    st.integers(0, len(PREFIXES) - 1),
+    st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=24),
+)
+
+
+def mostly(usual, *others):
+    return st.sampled_from([usual] * 3 + list(others))
+
+
+@st.composite
+def sampling(draw) -> SamplingParams:
+    form = draw(mostly(None, *FORMS))
+    max_tokens = draw(st.integers(1, 12))
+    chosen = dict(
+        n=draw(mostly(1, 2, 3)),
+        temperature=draw(st.sampled_from([0.0, 0.8, 1.3])),
+        top_p=draw(mostly(1.0, 0.8)),
+        top_k=draw(mostly(0, 9)),
+        min_p=draw(mostly(0.0, 0.05)),
+        repetition_penalty=draw(mostly(1.0, 1.3)),
+        presence_penalty=draw(mostly(0.0, 0.5)),
+        frequency_penalty=draw(mostly(0.0, 0.4)),
+        seed=draw(st.integers(0, 3)),
+        max_tokens=max_tokens,
+        logprobs=draw(mostly(None, 0, 3)),
+        prompt_logprobs=draw(mostly(None, 1)),
+        structured_outputs=form,
+    )
+    if form is None:  # which ends by itself, and needs the tokens that these take away
+        chosen |= dict(
+            logit_bias=draw(mostly(None, {70: 3.0, 71: 2.5, 72: -9.0})),
+            bad_words=draw(mostly(None, ["a", "th"])),
+            allowed_token_ids=draw(mostly(None, range(3, 99))),
+            stop=draw(mostly(None, ["e", "ab"])),
+            stop_token_ids=draw(mostly(None, [75, 90, 200])),
+            min_tokens=draw(st.sampled_from([0, max_tokens // 2])),
+            ignore_eos=draw(st.booleans()),
+        )
+    return SamplingParams(**chosen)
+
+
+embedding = st.builds(
+    EmbedParams,
+    pooling=st.sampled_from(["mean", "last", "cls"]),
+    normalize=st.booleans(),
+    dimensions=st.sampled_from([None, 16]),
+)
+scoring = st.builds(ScoreParams, continuation=st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=9))
+classifying = st.builds(ClassifyParams, activation=st.sampled_from([None, "softmax", "sigmoid"]))
+
+
+@st.composite
+def jobs(draw, kinds) -> Job:
+    params = draw(st.one_of(*kinds))
+    allowed = ["forward_hooks"]
+    if isinstance(params, SamplingParams) and params.structured_outputs is None:
+        allowed += ["logits_processors", "stopping_criteria"]
+    return Job(
+        prompt=draw(prompts),
+        params=params,
+        adapter=draw(mostly(None, *ADAPTERS)),
+        salt=draw(mostly(None, "salt", b"\0\xff")),
+        functions=tuple(draw(mostly((), *[(name,) for name in allowed]))),
+        priority=draw(st.integers(-1, 1)),
+        deadline=draw(mostly(None, 1e4)),
+        wait=draw(st.integers(0, 3)),
+        abort_after=draw(mostly(None, 0, 2, 5)),
+    )
+
+
+engines = st.fixed_dictionaries(
+    dict(
+        policy=st.sampled_from(["fcfs", "priority"]),
+        max_batch_tokens=st.sampled_from([256, 40, 16]),
+        max_num_seqs=st.sampled_from([16, 5, 3]),
+        tokens=st.sampled_from([4000, 400, 240]),  # of KV cache
+        prefix_cache=st.booleans(),
+        overlap=st.booleans(),
+        speculation=mostly(None, "ngram", "draft"),
+    )
+)
+
+# What it is compared with
+
+
+@functools.cache
+def model(name: str):
+    return hf_paged.patch(fresh(name))
+
+
+@functools.cache
+def adapted(name: str, adapter: str):
+    """A model with an adapter, from which engines take it."""
+    config, options = TUNERS[adapter]
+    wrapped = peft.get_peft_model(fresh(name), getattr(peft, config)(**options))
+    shake(wrapped, ADAPTERS.index(adapter))
+    return wrapped.eval()
+
+
+def opened(name: str, work: list[Job], draft_model=None, **config) -> Engine:
+    """An engine with the adapters that the jobs have."""
+    config = EngineConfig(block_size=16, **config)
+    engine = Engine(model(name), tiny_tokenizer(VOCAB), config, draft_model=draft_model)
+    for adapter in sorted({job.adapter for job in work} - {None}):
+        info = engine.load_adapter(adapter, adapted(name, adapter))
+        assert (info.apart is not None) == (adapter == "ia3")
+    return engine
+
+
+def fresh(name: str):
+    if name == "classifier":
+        torch.manual_seed(5)
+        config = tiny_config("llama", vocab_size=VOCAB, num_labels=3, pad_token_id=PAD)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    model = tiny_model(name, vocab_size=VOCAB)
+    model.generation_config.eos_token_id = EOS
+    return model
+
+
+@functools.cache
+def draft():
+    return tiny_model("llama", vocab_size=VOCAB, seed=3, num_hidden_layers=1)
+
+
+@functools.cache
+def beams(name: str) -> list[int]:
+    return fresh(name).generate(torch.tensor([BEAM_PROMPT]), **BEAMS)[0].tolist()
+
+
+def alone(name: str, work: list[Job]) -> list:
+    """The results of the requests one at a time, in a roomy engine without cached prefixes."""
+    results = []
+    with opened(name, work, prefix_cache=False) as engine:
+        for job in work:
+            engine.add(list(job.prompt), job.params, **job.options())
+            while engine.has_unfinished():
+                results += [output for output in engine.step() if output.finished]
+    return results
+
+
+# The mixture
+
+
+class Mixture:
+    """Jobs on one engine, with all that happens to them."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.outputs, self.aborts, self.steps = {}, {}, 0
+
+    def step(self) -> None:
+        self.engine.step()
+        self.steps += 1
+        for request_id in [request_id for request_id, at in self.aborts.items() if at <= self.steps]:
+            self.engine.abort(request_id)
+            del self.aborts[request_id]
+        self.engine.check_integrity()
+
+    def run(self, work: list[Job]) -> list:
+        with_priorities = self.engine.config.policy == "priority"
+        for place, job in enumerate(work):
+            for _ in range(job.wait):
+                self.step()
+            self.engine.add(
+                list(job.prompt),
+                job.params,
+                request_id=str(place),
+                priority=job.priority if with_priorities else 0,
+                deadline=job.deadline,
+                on_output=lambda output: self.outputs.__setitem__(output.request_id, output),
+                **job.options(),
+            )
+            if job.abort_after is not None:
+                self.aborts[str(place)] = self.steps + job.abort_after
+        while self.engine.has_unfinished():
+            self.step()
+        return [self.outputs[str(place)] for place in range(len(work))]
+
+
+def check(name: str, work: list[Job], options: dict, searching: bool) -> None:
+    config = dict(options)
+    memory = config.pop("tokens") * 3 * 2 * 2 * 12 * 4
+    if name == "classifier":
+        config["speculation"] = None
+    draft_model = draft() if config["speculation"] == "draft" else None
+    found = []
+    with opened(name, work, draft_model, kv_cache_memory=memory, **config) as engine:
+        search = threading.Thread(target=lambda: found.append(model(name).generate(torch.tensor([BEAM_PROMPT]), **BEAMS)))
+        if searching:
+            search.start()
+        try:
+            outputs = Mixture(engine).run(work)
+        finally:
+            if searching:
+                search.join()
+        assert not searching or found[0][0].tolist() == beams(name)
+        engine.step()
+        engine.check_integrity()
+        stats = engine.stats()
+        assert stats["kv_bytes_in_use"] == 0 and stats["waiting"] == stats["running"] == 0
+    for job, got, expected in zip(work, outputs, alone(name, work), strict=True):
+        assert expected.error is None, (job, expected.error)
+        compare(job, got, expected)
+
+
+def compare(job: Job, got, expected) -> None:
+    assert got.finished and got.error is None, (job, got.error)
+    aborted = any(completion.finish_reason == "abort" for completion in got.outputs)
+    assert not aborted or job.abort_after is not None, job
+    if not isinstance(job.params, SamplingParams):
+        assert aborted == (got.result is None), job
+        if not aborted:
+            assert numbers(got.result) == pytest.approx(numbers(expected.result), abs=tolerance(job)), job
+        return
+    for mine, whole in zip(got.outputs, expected.outputs, strict=not aborted):  # some may not have begun
+        if mine.finish_reason == "abort":
+            assert mine.token_ids == whole.token_ids[: len(mine.token_ids)], job
+            continue
+        assert shown(mine) == shown(whole), job
+        assert logprobs(mine.logprobs) == pytest.approx(logprobs(whole.logprobs), abs=1e-4), job
+    if not aborted:
+        assert logprobs(got.prompt_logprobs) == pytest.approx(logprobs(expected.prompt_logprobs), abs=1e-4), job
+
+
+def shown(completion) -> tuple:
+    return completion.token_ids, completion.text, completion.finish_reason, completion.stop_reason
+
+
+def logprobs(entries) -> list[float]:
+    """Of all tokens that are listed, in the order of their numbers."""
+    return [entry[token].logprob for entry in entries or () if entry is not None for token in sorted(entry)]
+
+
+def numbers(result) -> list[float]:
+    for name in ("embedding", "logits"):
+        if hasattr(result, name):
+            return getattr(result, name).tolist()
+    return result.token_logprobs
+
+
+def tolerance(job: Job) -> float:
+    return 1e-5 if isinstance(job.params, EmbedParams) and job.params.normalize else 1e-4
+
+
+GENERATING, CLASSIFYING = (sampling(), sampling(), embedding, scoring), (classifying, embedding)
+KINDS = {"llama": GENERATING, "gemma2": GENERATING, "classifier": CLASSIFYING}
+few = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@few
+@given(data=st.data(), options=engines, searching=st.booleans())
+def test_each_gets_what_it_gets_alone(name, data, options, searching):
+    work = data.draw(st.lists(jobs(KINDS[name]), min_size=2, max_size=8))
+    check(name, work, options, searching and name != "classifier")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+@settings(few, max_examples=400)
+@given(data=st.data(), options=engines, searching=st.booleans())
+def test_each_gets_what_it_gets_alone_at_length(name, data, options, searching):
+    work = data.draw(st.lists(jobs(KINDS[name]), min_size=2, max_size=14))
+    check(name, work, options, searching and name != "classifier")
