@@ -110,6 +110,9 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 LOOPED = dict(num_hidden_layers=6, n_input_layers=2, n_output_layers=2, initializer_range=0.5)
 LOOP = dict(loop_layer_index_start=1, loop_layer_index_end=2, n_layers_per_attn_res_block=1)
 INKLING = dict(num_hidden_layers=3, sliding_window_size=19, rel_extent=32, unpadded_vocab_size=199)
+MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2]))
+QWEN2_VISION = dict(depth=1, embed_dim=48, num_heads=2, patch_size=4)
+QWEN_VISION = dict(depth=1, num_heads=2, patch_size=4, out_hidden_size=48)
 FULL_LAST = ["sliding_attention", "sliding_attention", "full_attention"]
 NGRAMS = dict(
     **DELTA, ngram_vocab_size_base=100, make_ngram_vocab_size_divisible_by=2, heads_per_ngram=2, split_ngram_parts=1,
@@ -283,11 +286,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "phimoe-full": ("phimoe", dict(sliding_window=None)),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True)),
+    "qwen2_5_vl": ("qwen2_5_vl", dict(text_config=MROPE, vision_config=dict(QWEN_VISION, fullatt_block_indexes=[0]))),
     "qwen2_moe": ("qwen2_moe", dict(num_key_value_heads=4)),
     "qwen2_moe-window": ("qwen2_moe", dict(use_sliding_window=True, max_window_layers=3)),
+    "qwen2_vl": ("qwen2_vl", dict(text_config=MROPE, vision_config=QWEN2_VISION)),
+    "qwen2_vl-window": (
+        "qwen2_vl",
+        dict(text_config=dict(MROPE, use_sliding_window=True), vision_config=QWEN2_VISION),
+    ),
     "qwen3-window": ("qwen3", dict(use_sliding_window=True)),
     "qwen3_moe": ("qwen3_moe", dict(norm_topk_prob=True)),
     "qwen3_moe-window": ("qwen3_moe", dict(use_sliding_window=True)),
+    "qwen3_vl": ("qwen3_vl", dict(text_config=MROPE, vision_config=dict(QWEN_VISION, deepstack_visual_indexes=[0]))),
     "roc_bert": (
         "roc_bert",
         dict(

@@ -7,7 +7,14 @@ import inspect
 
 import torch
 from tiny_configs import FAMILIES, GENERIC
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
 
 # What this transformers calls the cache that is handed to `forward` and `generate`, and that they return.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -34,12 +41,17 @@ def _settings(config_class: type, special: dict) -> dict:
     return settings
 
 
+def _auto_class(config) -> type:
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
 def tiny_model(label: str, *, seed: int = 0, dtype=torch.float32, **overrides):
     """A random model in eval mode whose greedy tokens vary: weights are wide enough for clear winners."""
+    config = tiny_config(label, **overrides)
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(tiny_config(label, **overrides), dtype=dtype).eval()
+        model = _auto_class(config).from_config(config, dtype=dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() >= 2:

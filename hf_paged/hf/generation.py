@@ -28,7 +28,7 @@ from .paged_cache import PagedCache, begun
 from .paged_call import cache_of, paged_call
 from .peft import obstacles, replaces_preparation
 from .rows import RowGeneration, rows_suffice
-from .spec import text_config
+from .spec import has_mrope, text_config
 from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
 from .swap import Swapped
 from .weights import float_parameter
@@ -84,6 +84,7 @@ class PagedMixin(Swapped):
         if call.must_be_stock():
             return call.on_stock(logits_processor, stopping_criteria, streamer=streamer)
         call.check_inputs()
+        call.leave_out_empty()
         shift_free = self._hf_paged.adaptations.shift_free
         if rows_suffice(
             input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, shift_free=shift_free
@@ -214,7 +215,7 @@ class _Decoding:
         if adapter.states and takes_back:
             yield "assisted decoding", "the model's layers keep a state, which cannot be taken back by some tokens"
         for name, value in kwargs.items():
-            if name not in _KNOWN and value is not None and value is not False:
+            if name not in _KNOWN and not _is_empty(name, value):
                 yield name, "the engine has no place for it"
         cache = cache_of(kwargs)
         if adapter.team is not None and cache is not None and begun(cache):
@@ -250,7 +251,7 @@ class _Decoding:
                 new = self.config.max_length - self.input_ids.shape[1]
                 if mask.shape[1] + new >= flaw.columns:
                     yield "attention_mask", flaw.reason
-        if positions is not None and positions.dim() != 2:
+        if positions is not None and positions.dim() != 2 and not (has_mrope(self.model) and _is_text_only(positions)):
             yield "position_ids", f"it has {positions.dim()} dimensions"
 
     def on_stock(self, logits_processor, stopping_criteria, **options):
@@ -267,6 +268,14 @@ class _Decoding:
             return self._run(logits_processor, stopping_criteria, **options)
 
     # -- stock's own loop on pages
+
+    def leave_out_empty(self) -> None:
+        """Take from the call's inputs what a text without images leaves empty: see `_is_empty`, `_is_text_only`."""
+        for name in [name for name, value in self.kwargs.items() if name not in _KNOWN and _is_empty(name, value)]:
+            del self.kwargs[name]
+        positions = self.kwargs.get("position_ids")
+        if positions is not None and positions.dim() == 3:
+            self.kwargs["position_ids"] = positions[0]
 
     def check_inputs(self) -> None:
         """Raise for rows without a token and for more tokens than a sequence of the engine may have."""
@@ -291,6 +300,7 @@ class _Decoding:
             self.model._hf_paged.note_fallback("use_cache", f"{type(self.model).__name__} knows no cache")
             return self.on_stock(logits_processor, stopping_criteria, **options)
         self.check_inputs()
+        self.leave_out_empty()
         given, wanted = cache_of(self.kwargs), self.kwargs.get("use_cache")
         for name in CACHE_NAMES:
             self.kwargs.pop(name, None)
@@ -352,3 +362,15 @@ class _Decoding:
         if not (self.config.return_dict_in_generate and wanted):
             return None
         return to_stock(pages) if why_not_stock(self.model._hf_paged) is None else pages
+
+
+def _is_empty(name: str, value) -> bool:
+    """Whether an input says nothing: unset, images not given (an empty dict), or all tokens said to be text (0)."""
+    if name == "mm_token_type_ids" and isinstance(value, torch.Tensor):
+        return not bool(value.any())
+    return value is None or value is False or (isinstance(value, dict) and not value)
+
+
+def _is_text_only(positions: torch.Tensor) -> bool:
+    """Whether [3 or 4, B, T] positions (text, temporal, height, width; M-RoPE) are one and the same, as those of text."""
+    return positions.dim() == 3 and bool((positions == positions[:1]).all())

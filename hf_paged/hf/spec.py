@@ -74,6 +74,11 @@ def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
+def has_mrope(model: torch.nn.Module) -> bool:
+    """Whether the model's rotary embedding takes three positions a token, which are the same where there is only text."""
+    return "mrope_section" in (getattr(text_config(model), "rope_parameters", None) or {})
+
+
 def vocab_size(model: torch.nn.Module) -> int:
     """Rows of the input embeddings. Quantized ones, that are no nn.Embedding, tell their number and may have no table."""
     embeddings = model.get_input_embeddings()

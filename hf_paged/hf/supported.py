@@ -1,8 +1,8 @@
 """The families whose own tokens hf_paged promises, and why others are refused.
 
-A model type is listed if `make models` finds every name of transformers' mapping that builds it equal to stock: see
-docs/models.md, and tests/families/coverage.py for how to add one. Everything else is refused: many architectures hold
-state (convolutions, state spaces) or hide masks that a packed batch would get silently wrong.
+A model type is listed if `make models` finds every name of transformers' mappings that builds it equal to stock, for
+text: see docs/models.md, and tests/families/coverage.py for how to add one. Everything else is refused: many
+architectures hold state (convolutions, state spaces) or hide masks that a packed batch would get silently wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SUPPORTED = frozenset(
     longcat_flash mamba mamba2 marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2
     minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder
     moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt
-    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next rembert roberta roberta-prelayernorm roc_bert roformer sarvam_mla sarvam_moe seed_oss
-    smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta xlm-roberta-xl xmod youtu zamba
-    zamba2 zaya
+    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl rembert roberta roberta-prelayernorm roc_bert roformer
+    sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta
+    xlm-roberta-xl xmod youtu zamba zamba2 zaya
     """.split()
 )
 

@@ -2,8 +2,8 @@
 
     python tests/families/coverage.py [--only NAME ...] [--write] [--resume] [--unlisted]
 
-builds a tiny random model (fp32, CPU) of every name in transformers' MODEL_FOR_CAUSAL_LM_MAPPING and of every variant
-in tests/tiny_configs.py, runs it stock and patched on ragged prompts with chunked prefill, prefix hits and preemption
+builds a tiny random model (fp32, CPU) of every name in transformers' MODEL_FOR_CAUSAL_LM_MAPPING, of those in its
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING that are supported, and of every variant in tests/tiny_configs.py, runs it stock and patched on ragged prompts with chunked prefill, prefix hits and preemption
 (tests/family_checks.py), and prints one line a name. With --write, docs/models.md is written from the results of all
 versions of transformers this was run with (kept in build/coverage-VERSION.json, which --resume continues).
 
@@ -37,7 +37,10 @@ from family_checks import Comparison  # noqa: E402
 from tiny_configs import FAMILIES, UNBUILT  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import hf_paged  # noqa: E402
 from hf_paged.base.errors import UnsupportedModel  # noqa: E402
@@ -46,6 +49,11 @@ from hf_paged.hf import supported  # noqa: E402
 TIME_LIMIT = 240  # seconds for all variants of one name
 MEMORY_LIMIT = 8 << 30  # bytes of address space
 STATE = ROOT / "build" / f"coverage-{transformers.__version__}.json"
+
+
+def all_names() -> list[str]:
+    with_images = supported.SUPPORTED.intersection(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return sorted(with_images.union(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
 def labels_of(name: str) -> list[str]:
@@ -146,9 +154,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     _warm_up()
+    names = args.only or all_names()
     if args.unlisted:
         supported.SUPPORTED = _Everything(supported.SUPPORTED)
-    names = args.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     known = json.loads(STATE.read_text()) if STATE.exists() and (args.only or args.resume) else {}
     for name in names:
         if args.resume and name in known:
