@@ -24,9 +24,12 @@ from ..quant.formats.awq import AWQ
 from ..quant.formats.base import Format
 from ..quant.formats.fp8 import INPUT_SCALES, SCALES, fp8_format
 from ..quant.formats.gptq import GPTQ
+from ..quant.experts import ExpertLayers
 from ..quant.linear import QuantLinear
 from . import checkpoint as checkpoints
 from . import old_checkpoints
+from .quantized_plan import plan_quantized
+from .weights import local
 
 
 class _Stored:
@@ -117,8 +120,9 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:
             raise UnsupportedOption("state_dict: a quantized model is loaded from its checkpoint's files")
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise UnsupportedOption("distributed_config: quantized layers are not sharded")
+        parts = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+        if parts > 1 and getattr(self.quantization_config, "dequantize", False):
+            raise UnsupportedOption("dequantize: sharded layers stay quantized")
         from .experts import QuantizedExperts  # needs what is imported after this module
 
         checkpoint = checkpoints.read(model, checkpoint_files)
@@ -134,6 +138,10 @@ class PackedQuantizer(HfQuantizer):
             if self.is_quantized(module, checkpoint.layers[name]):
                 model.set_submodule(name, make(name, module))
         _check_unconverted(model, checkpoint)
+        if parts > 1:
+            if any(isinstance(module, ExpertLayers) for module in model.modules()):
+                raise UnsupportedOption("distributed_config: quantized experts are not sharded")
+            plan_quantized(model, parts)
 
     def update_weight_conversions(self, weight_conversions, *args):
         return super().update_weight_conversions(self._experts.without_merging(weight_conversions), *args)
@@ -182,6 +190,9 @@ class PackedQuantizer(HfQuantizer):
         """What was loaded, for which there may be no more use."""
         _check_loaded(layer)
         vars(layer).pop("weight", None)
+        for key, parameter in layer._parameters.items():
+            if local(parameter) is not parameter:
+                layer._parameters[key] = nn.Parameter(local(parameter).detach(), requires_grad=False)
         loaded = [tensor for key, tensor in layer.named_parameters() if key != "bias"]
         layer.pack_()
         if name in self._surplus_biases and not layer.bias.any():

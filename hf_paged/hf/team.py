@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from ..base.errors import InvalidArgument, ParallelError, UnsupportedModel, UnsupportedOption
 from ..engine.follower import Follower
 from ..parallel.team import Order, Team, digest
+from ..quant.linear import QuantLinear
 from .heads import head_of
 from .weights import local
 
@@ -27,6 +28,8 @@ def find_team(model: torch.nn.Module, timeout: float) -> Team | None:
     """
     parameters = [parameter for parameter in model.parameters() if local(parameter) is not parameter]
     if not parameters:
+        if any(isinstance(module, QuantLinear) and module.cut is not None for module in model.modules()):
+            raise UnsupportedModel("model: everything that is sharded of it is quantized, the output embedding too")
         return None
     _check_kind(model)
     meshes = {parameter.device_mesh for parameter in parameters}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from hf_paged_kernels.quantized import QuantizedWeight
 
 from ..quant.linear import QuantLinear
 
@@ -44,3 +46,8 @@ def has_known_weight(layer: nn.Module) -> bool:
     part = local(weight)
     plain = type(weight) is nn.Parameter if part is weight else type(part) is torch.Tensor
     return plain and weight.is_floating_point() and weight.element_size() > 1
+
+
+def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:
+    """The weight of a linear layer, as the kernels take it."""
+    return layer.quantized if isinstance(layer, QuantLinear) else local(layer.weight)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from hf_paged_kernels import fused
 from hf_paged_kernels.quantized import QuantizedWeight
 
-from ..base.errors import InvalidArgument
+from ..base.errors import InvalidArgument, UnsupportedOption
+from .cuts import Cut, pack_cut
 from .formats.base import Format
 from .packed import Packed, product
 
@@ -28,6 +29,11 @@ class QuantLinear(Packed):
         dtype: of the bias.
         like: the tensors that the checkpoint has, of any device: the parameters are these, in these types.
 
+    Attributes:
+        cut: which part of the layer it is, on one of several ranks; None: all of it. Set before `pack_`, after which its
+            sizes are the part's. A part is not saved.
+        takes: the input features that the weight takes, where it needs them in another order; see `taken`.
+
     Raises:
         InvalidArgument: the format has no layer of these sizes, or `like` is not what it has of one.
     """
@@ -45,6 +51,8 @@ class QuantLinear(Packed):
     ):
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.cut: Cut | None = None
+        self.register_buffer("takes", None, persistent=False)
         if like is not None:
             format.check(like, out_features, in_features)
         for name, stored in format.stored(out_features, in_features).items():
@@ -71,13 +79,25 @@ class QuantLinear(Packed):
         format says, or impossible values.
         """
         loaded = {name: tensor for name, tensor in self._parameters.items() if name != "bias"}
-        self._adopt(self._checked_pack({name: tensor.data for name, tensor in loaded.items() if not tensor.is_meta}))
+        tensors = {name: tensor.data for name, tensor in loaded.items() if not tensor.is_meta}
+        if self.cut is None:
+            return self._adopt(self._checked_pack(tensors))
+        weight, self.takes = pack_cut(self.format, tensors, self.out_features, self.in_features, self.cut)
+        self.out_features, self.in_features = self.cut.local_sizes(self.out_features, self.in_features)
+        self._adopt(weight)
+
+    def taken(self, input: Tensor) -> Tensor:
+        """Of input [..., in_features] what the weight is multiplied with."""
+        if self.takes is None:
+            return input
+        return nn.functional.pad(input, (0, 1)).index_select(-1, self.takes)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [N, K]."""
         return self.quantized.dequantize(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        input = self.taken(input)
         if not (torch.is_grad_enabled() and (input.requires_grad or self.bias is not None and self.bias.requires_grad)):
             return fused.linear(input, self.quantized, self.bias, backend=self.backend)
         y = product(input, self.quantized, self.backend)
@@ -90,9 +110,14 @@ class QuantLinear(Packed):
         self.format.check(tensors, self.out_features, self.in_features)
         return self.format.pack(tensors, self.out_features, self.in_features)
 
+    def _check_whole(self, what: str) -> None:
+        if self.cut is not None:
+            raise UnsupportedOption(f"{what}: this rank has a part of a quantized layer, which is neither saved nor replaced")
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._weight is None:
             return super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._check_whole("state_dict")
         for name, tensor in self.format.unpack(self.stored_weight).items():
             destination[prefix + name] = tensor.contiguous()  # of joined layers, scales are parts of rows
         if self.bias is not None:
@@ -101,6 +126,7 @@ class QuantLinear(Packed):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if self._weight is None:
             return super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self._check_whole("load_state_dict")
         names = self.format.stored(self.out_features, self.in_features)
         bias = {"bias"} if self.bias is not None else set()
         tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}

@@ -85,6 +85,8 @@ class Packed(nn.Module):
             parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(moved.device)
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else fn(buffer)
         return self
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from quantized_checkpoints import gptq_layer, save_quantized
+from quantized_checkpoints import awq_layer, eight_bit_layer, gptq_layer, packed_layer_of_ct, save_quantized
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -29,6 +29,44 @@ MODELS = {
     "mistral": dict(vocab_size=200),
     "llama tied, one layer": dict(vocab_size=200, tie_word_embeddings=True, num_hidden_layers=1),
 }
+SIZES = dict(vocab_size=200, hidden_size=128, head_dim=32, intermediate_size=192, num_hidden_layers=2)
+GPTQ = dict(quant_method="gptq", sym=False, desc_act=True)
+CT = dict(quant_method="compressed-tensors", format="pack-quantized")
+QUANTIZED = {  # family, config, what makes a layer [N, K]
+    "GPTQ 4 bit": ("llama", GPTQ | dict(bits=4, group_size=32), lambda N, K: gptq_layer(N, K, group_size=32)),
+    "GPTQ 4 bit, act-order": ("llama", GPTQ | dict(bits=4, group_size=32), lambda N, K: gptq_layer(N, K, group_size=32, act_order=True)),
+    "GPTQ 4 bit, a scale a row": ("qwen2", GPTQ | dict(bits=4, group_size=-1), lambda N, K: gptq_layer(N, K, group_size=-1)),
+    "GPTQ 4 bit, groups cut": ("qwen3", GPTQ | dict(bits=4, group_size=64), lambda N, K: gptq_layer(N, K, group_size=64)),
+    "GPTQ 8 bit, act-order": ("qwen3", GPTQ | dict(bits=8, group_size=16), lambda N, K: gptq_layer(N, K, bits=8, act_order=True)),
+    "GPTQ 3 bit, act-order": ("gemma3_text", GPTQ | dict(bits=3, group_size=32), lambda N, K: gptq_layer(N, K, bits=3, group_size=32, act_order=True)),
+    "GPTQ 2 bit, act-order": ("mistral", GPTQ | dict(bits=2, group_size=64), lambda N, K: gptq_layer(N, K, bits=2, group_size=64, act_order=True)),
+    "AWQ": ("llama", dict(quant_method="awq", bits=4, group_size=32, version="gemm"), lambda N, K: awq_layer(N, K, group_size=32)),
+    "FP8, a scale each": (
+        "llama", dict(quant_method="fp8"), lambda N, K: eight_bit_layer(N, K, block=(None, None), shape=()),
+    ),
+    "FP8, blocks": (
+        "qwen3", dict(quant_method="fp8", weight_block_size=[32, 32]),
+        lambda N, K: eight_bit_layer(N, K, block=(32, 32), name="weight_scale_inv"),
+    ),
+    "compressed-tensors 4 bit, act-order": (
+        "llama", CT | dict(config_groups={"a": dict(targets=["Linear"], weights=dict(num_bits=4, strategy="group", group_size=32, symmetric=False))}),
+        lambda N, K: packed_layer_of_ct(N, K, group_size=32, sym=False, act_order=True),
+    ),
+    "compressed-tensors W8A8": (
+        "llama", CT | dict(format="int-quantized", config_groups={"a": dict(
+            targets=["Linear"], weights=dict(num_bits=8, strategy="channel"),
+            input_activations=dict(num_bits=8, type="int", dynamic=True, strategy="token"),
+        )}),
+        lambda N, K: eight_bit_layer(N, K, kind="int8"),
+    ),
+    "compressed-tensors FP8 channels": (
+        "qwen2", CT | dict(format="float-quantized", config_groups={"a": dict(
+            targets=["Linear"], weights=dict(num_bits=8, type="float", strategy="channel"),
+            input_activations=dict(num_bits=8, type="float", dynamic=True, strategy="token"),
+        )}),
+        lambda N, K: eight_bit_layer(N, K),
+    ),
+}  # fmt: skip
 NEW = 12
 CHECKS = []
 
@@ -60,7 +98,11 @@ class Pair:
 
     def __init__(self, folder: Path, label: str):
         path = folder / label
-        if rank() == 0:
+        if rank() == 0 and label in QUANTIZED:
+            family, config, make = QUANTIZED[label]
+            torch.manual_seed(0)
+            save_quantized(tiny_model(family, **SIZES), path, config, lambda name, N, K: make(N, K))
+        elif rank() == 0:
             tiny_model(label.split()[0], **MODELS[label]).save_pretrained(path)
         dist.barrier()
         self.whole = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -129,7 +171,8 @@ def _of_every_model(label: str) -> None:
     try:
         layer = pair.shards._hf_paged.adapter.layers[0]
         assert (layer.num_heads, layer.num_kv_heads) == (2, 1)
-        assert pair.shards._hf_paged.fusions.counts["qkv"], "nothing was merged"
+        # made up, each layer has an order of its own, and those are not merged
+        assert pair.shards._hf_paged.fusions.counts["qkv"] or "act-order" in label, "nothing was merged"
         plain = pair.shards.generate(**ragged(), max_new_tokens=NEW, do_sample=False)  # by winners
         full = pair.shards.generate(**ragged(), **options)  # by whole logits
     finally:
@@ -139,6 +182,21 @@ def _of_every_model(label: str) -> None:
     difference = max(float((a - b).abs().max()) for a, b in zip(full.logits, expected.logits, strict=True))
     assert difference < 1e-4, difference
 
+
+def _of_every_format(label: str) -> None:
+    pair = pairs.setdefault(label, Pair(Path(FOLDER[0]), label))
+    with torch.no_grad():
+        whole, shards = (model(**ragged()).logits for model in (pair.whole, pair.shards))
+    assert (whole - shards).abs().max() < 1e-4, (whole - shards).abs().max()
+    layer = pair.shards.model.layers[0].self_attn
+    assert (layer.q_proj.out_features, layer.o_proj.in_features) == (64, 64)
+    _of_every_model(label)
+    refused(hf_paged.UnsupportedOption, "a part of a quantized layer", pair.shards.save_pretrained, FOLDER[0])
+    del pairs[label]
+
+
+for _label in QUANTIZED:
+    CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: _of_every_format(label)))
 
 for _label in MODELS:
     CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: _of_every_model(label)))
@@ -385,15 +443,24 @@ def refusals():
 def checkpoints_that_are_refused():
     folder = Path(FOLDER[0])
     if rank() == 0:
-        config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
-        tiny = tiny_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1)
-        save_quantized(tiny, folder / "quantized", config, lambda name, N, K: gptq_layer(N, K))
+        blocks = dict(quant_method="fp8", weight_block_size=[128, 128])
+        make = lambda name, N, K: eight_bit_layer(N, K, block=(128, 128), name="weight_scale_inv")  # noqa: E731
+        save_quantized(tiny_model("llama", **SIZES), folder / "blocks", blocks, make)
+        save_quantized(
+            tiny_model("llama", **SIZES | dict(intermediate_size=32 * 3)), folder / "words", GPTQ | dict(bits=3, group_size=32),
+            lambda name, N, K: gptq_layer(N, K, bits=3, group_size=32),
+        )  # fmt: skip
+        experts = tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1)
+        make = lambda name, N, K: gptq_layer(N, K) if "experts" in name else None  # noqa: E731
+        save_quantized(experts, folder / "experts", GPTQ | dict(bits=4, group_size=16), make)
         tiny_model("llama", vocab_size=200, num_key_value_heads=1).save_pretrained(folder / "one head")
         tiny_model("phi3", vocab_size=200).save_pretrained(folder / "phi3")
     dist.barrier()
     sharded = dict(distributed_config=DistributedConfig(tp_size=2))
     load = AutoModelForCausalLM.from_pretrained
-    refused(hf_paged.UnsupportedOption, "distributed_config", load, folder / "quantized", **sharded)
+    refused(hf_paged.UnsupportedOption, "64 outputs a rank split the blocks of 128", load, folder / "blocks", **sharded)
+    refused(hf_paged.UnsupportedOption, "gate_proj: distributed_config: qweight", load, folder / "words", **sharded)
+    refused(hf_paged.UnsupportedOption, "quantized experts are not sharded", load, folder / "experts", **sharded)
     refused(hf_paged.UnsupportedModel, "its 1 heads", hf_paged.patch, load(folder / "one head", **sharded))
     refused(hf_paged.UnsupportedModel, "'phi3'", hf_paged.patch, load(folder / "phi3", **sharded))
 

@@ -13,8 +13,9 @@ def names() -> list[str]:
     """The checks in checks.py, which imports what this process need not."""
     tree = ast.parse(Path(__file__).with_name("checks.py").read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
-    models = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "MODELS")
-    return [f"tokens and logits of {key.value}" for key in models.keys] + [function.name for function in functions]
+    tables = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id in ("MODELS", "QUANTIZED")]
+    models = [key.value for table in tables for key in table.value.keys]
+    return [f"tokens and logits of {model}" for model in models] + [function.name for function in functions]
 
 
 @pytest.fixture(scope="module")

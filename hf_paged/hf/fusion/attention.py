@@ -21,7 +21,7 @@ from ...runtime.batch import active_context
 from ..attention import drops_softcap, implementation
 from ..swap import Swapped, can_swap
 from .adapted import adapted_linear
-from .base import Bypass, Fusions, Parts, idle_children, is_plain, weight_of, width_of
+from .base import Bypass, Fusions, Parts, idle_children, is_plain, width_of
 from .calls import Attended, Call
 from .linear import project
 from .merged import QKV, Merged, merged_of

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from hf_paged_kernels.quantized import QuantizedWeight
-
 from ...quant.linear import QuantLinear
 from ..swap import Swapped, restore, swap
 from ..watch import is_hooked, only_recorders
-from ..weights import has_known_weight, local
+from ..weights import has_known_weight, weight_of
 from .sharded import ColumnLinear
 
 
@@ -60,7 +58,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 def width_of(layer: nn.Module) -> int:
     """How many outputs a linear layer has on this rank."""
-    return len(local(layer.weight)) if isinstance(layer, ColumnLinear) else layer.out_features
+    return weight_of(layer).shape[0] if isinstance(layer, ColumnLinear) else layer.out_features
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -71,11 +69,6 @@ def is_plain(layer: nn.Module) -> bool:
     plain = type(layer)._hf_paged_base if isinstance(layer, AdaptedLayer) else type(layer)
     known = plain in LINEAR or isinstance(layer, FusedLinear)
     return known and has_known_weight(layer) and not is_hooked(layer)
-
-
-def weight_of(layer: nn.Module) -> Tensor | QuantizedWeight:
-    """The weight of a linear layer, as the kernels take it."""
-    return layer.quantized if isinstance(layer, QuantLinear) else local(layer.weight)
 
 
 @dataclass

@@ -10,9 +10,9 @@ from hf_paged_kernels import fused
 from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from ..weights import has_known_weight, local
+from ..weights import has_known_weight, local, weight_of
 from .adapted import adapted_linear, changed
-from .base import LINEAR, Fusions, is_plain, weight_of
+from .base import LINEAR, Fusions, is_plain
 from .proof import agree, in_fp32, random_rows
 from .sharded import is_sharded
 

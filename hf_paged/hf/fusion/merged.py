@@ -174,7 +174,7 @@ def _mergeable(layers: list[nn.Module | None], tied: set[int]) -> bool:
     for layer in layers:
         if any(local(parameter).data_ptr() in tied for parameter in layer.parameters(recurse=False)):
             return False
-        if type(layer) is QuantLinear:
+        if isinstance(layer, QuantLinear):
             continue
         # a view begins where torch would allocate, or the layer's own forward might give other last bits
         weight = local(layer.weight)

@@ -14,7 +14,7 @@ from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
 from ..weights import has_known_weight
 from .adapted import adapted_linear
-from .base import LINEAR, Bypass, Fusions, Parts, is_plain, weight_of
+from .base import LINEAR, Bypass, Fusions, Parts, is_plain
 from .linear import project, rows_for
 from .merged import GATE_UP, Merged, merged_of
 from .norm import takes_one_input

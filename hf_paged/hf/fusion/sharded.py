@@ -26,12 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_paged_kernels import fused
+from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...parallel.team import Team
+from ...quant.cuts import rounded_jointly
+from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ...runtime.warpers import row_argmax
+from ..quantized_plan import PREFIX
 from ..swap import SHARD, Swapped, reduce_plain
-from ..weights import local
+from ..weights import local, weight_of
 
 COLUMNS = ("colwise",)
 HEADS = ("colwise_gather_output", "colwise_rep")
@@ -56,7 +60,9 @@ class Shard:
         """Whether the local form is the one to run now."""
         return self.forward is None or active_context() is not None
 
-    def multiply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, input: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, QuantizedWeight):
+            return fused.linear(input, weight, bias, backend=self.backend or "auto")
         if self.backend is None:
             return nn.functional.linear(input, weight, bias)
         return fused.linear(input, weight, bias, backend=self.backend)
@@ -76,7 +82,7 @@ class ColumnLinear(Sharded):
         shard = self.__dict__[SHARD]
         if not shard.runs:
             return shard.forward(input)
-        return shard.multiply(input, local(self.weight), local(self.bias))
+        return shard.multiply(input, weight_of(self), local(self.bias))
 
 
 class HeadLinear(Sharded):
@@ -84,7 +90,7 @@ class HeadLinear(Sharded):
         shard = self.__dict__[SHARD]
         if not shard.runs:
             return shard.forward(input)
-        logits = shard.multiply(input, local(self.weight), local(self.bias))
+        logits = shard.multiply(input, weight_of(self), local(self.bias))
         context = active_context()
         return logits if getattr(context, "local_logits", False) else shard.head.gather(logits)
 
@@ -94,9 +100,15 @@ class RowLinear(Sharded):
         shard = self.__dict__[SHARD]
         if not shard.runs:
             return shard.forward(input)
-        output = shard.team.all_reduce(shard.multiply(input, local(self.weight), None))
+        output = shard.team.all_reduce(self._part(shard, input))
         bias = local(self.bias)
         return output if bias is None else output + bias
+
+    def _part(self, shard: Shard, input: Tensor) -> Tensor:
+        if not isinstance(self, QuantLinear):
+            return shard.multiply(input, local(self.weight), None)
+        largest = lambda peaks: shard.team.all_gather(peaks, "scales").amax(0)  # noqa: E731
+        return rounded_jointly(self, input, shard.backend or self.backend, largest)
 
 
 class VocabEmbedding(Sharded):
@@ -199,8 +211,8 @@ def shard_modules(model: nn.Module, team: Team, backend: str) -> Callable[[], No
     changed: list[nn.Module] = []
     plan = getattr(model, "tp_plan", None) or {}
     for name, module in model.named_modules():
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style is None or "forward" not in module.__dict__:
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "").removeprefix(PREFIX)
+        if not style or "forward" not in module.__dict__:
             continue
         made = _form(module, style, team, module.__dict__["forward"], backend)
         if made is not None:
@@ -227,9 +239,9 @@ def _form(module: nn.Module, style: str, team: Team, forward: Callable, backend:
     if style == "embedding_rowwise" and isinstance(module, nn.Embedding) and module.max_norm is None:
         sizes = _rows(module, team)
         return VocabEmbedding, VocabShard(team, forward, rows=(sum(sizes[: team.rank]), sizes[team.rank]))
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, QuantLinear):
         return None
-    weight = local(module.weight)
+    weight = weight_of(module)
     known = backend if fused.supports_linear(weight, backend=backend) else None
     if style in COLUMNS:
         return ColumnLinear, Shard(team, forward, known)
@@ -242,7 +254,7 @@ def _form(module: nn.Module, style: str, team: Team, forward: Callable, backend:
 
 def _rows(module: nn.Module, team: Team) -> list[int]:
     """How many rows of a weight each rank has."""
-    return [row[0] for row in team.gather_numbers([len(local(module.weight))])]
+    return [row[0] for row in team.gather_numbers([weight_of(module).shape[0]])]
 
 
 def split_head_of(model: nn.Module) -> SplitHead | None:
