@@ -20,6 +20,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 from ...runtime.batch import active_context
 from ..attention import drops_softcap, implementation
 from ..swap import Swapped, can_swap
+from ..weights import weight_of
 from .adapted import adapted_linear
 from .base import Bypass, Fusions, Parts, idle_children, is_plain, width_of
 from .calls import Attended, Call

@@ -12,7 +12,7 @@ from hf_paged_kernels.quantized import QuantizedWeight
 
 from ...runtime.batch import active_context
 from ..swap import Swapped, can_swap
-from ..weights import has_known_weight
+from ..weights import has_known_weight, weight_of
 from .adapted import adapted_linear
 from .base import LINEAR, Bypass, Fusions, Parts, is_plain
 from .linear import project, rows_for
