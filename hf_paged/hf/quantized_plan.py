@@ -54,7 +54,9 @@ class QuantizedStyle:
 
         def forward(input: Tensor) -> Tensor:
             if torch.is_grad_enabled() and input.requires_grad:
-                raise UnsupportedOption("model: quantized layers that are sharded have no gradients; use torch.no_grad()")
+                raise UnsupportedOption(
+                    "model: quantized layers that are sharded have no gradients; use torch.no_grad()"
+                )
             if self._name in INPUTS:
                 return _summed(module, input, group)
             output = own(input)

@@ -19,12 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as configs
 
 from ..base.errors import InvalidArgument, UnsupportedOption
+from ..quant.experts import ExpertLayers
 from ..quant.formats import compressed_tensors
 from ..quant.formats.awq import AWQ
 from ..quant.formats.base import Format
 from ..quant.formats.fp8 import INPUT_SCALES, SCALES, fp8_format
 from ..quant.formats.gptq import GPTQ
-from ..quant.experts import ExpertLayers
 from ..quant.linear import QuantLinear
 from . import checkpoint as checkpoints
 from . import old_checkpoints

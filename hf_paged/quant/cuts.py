@@ -46,7 +46,9 @@ class Cut:
         """(N, K) of every rank's part. Raises UnsupportedOption if they are not of one size."""
         total, name = (K, "in_features") if self.by_inputs else (N, "out_features")
         if total % self.size:
-            raise UnsupportedOption(f"distributed_config: {name} {total} cannot be dealt out to {self.size} ranks evenly")
+            raise UnsupportedOption(
+                f"distributed_config: {name} {total} cannot be dealt out to {self.size} ranks evenly"
+            )
         return (N, K // self.size) if self.by_inputs else (N // self.size, K)
 
 
@@ -95,7 +97,9 @@ def dimensions(format: Format, N: int, K: int, cut: Cut) -> dict[str, int]:
     if not cut.by_inputs and rows not in (1, N) and n % rows:
         raise UnsupportedOption(f"distributed_config: {n} outputs a rank split the blocks of {rows} x {columns}")
     if cut.by_inputs and columns < K and math.gcd(columns, k) < LEAST_BLOCK:
-        raise UnsupportedOption(f"distributed_config: {k} input features a rank split the groups of {columns} too finely")
+        raise UnsupportedOption(
+            f"distributed_config: {k} input features a rank split the groups of {columns} too finely"
+        )
     found = layout.inputs if cut.by_inputs else {**layout.outputs, "bias": 0}
     stored = format.stored(N, K)
     for name, dim in found.items():
@@ -107,7 +111,9 @@ def dimensions(format: Format, N: int, K: int, cut: Cut) -> dict[str, int]:
     return dict(found)
 
 
-def pack_cut(format: Format, tensors: dict[str, Tensor], N: int, K: int, cut: Cut) -> tuple[QuantizedWeight, Tensor | None]:
+def pack_cut(
+    format: Format, tensors: dict[str, Tensor], N: int, K: int, cut: Cut
+) -> tuple[QuantizedWeight, Tensor | None]:
     """A rank's part of a layer [N, K], from its parts of the stored tensors: (weight, which inputs it takes).
 
     The second is int64 [features of the weight], where the rank's own number of input features stands for a 0; None: the
@@ -133,15 +139,21 @@ def pack_cut(format: Format, tensors: dict[str, Tensor], N: int, K: int, cut: Cu
     return _packed(_with_columns(format, size), _chosen(tensors, layout, groups[::size]), n, k), None
 
 
-def _act_ordered(format: Format, tensors: dict[str, Tensor], groups: Tensor, layout: _Layout, sizes: tuple[int, int, int]):
+def _act_ordered(
+    format: Format, tensors: dict[str, Tensor], groups: Tensor, layout: _Layout, sizes: tuple[int, int, int]
+):
     """Scales of all groups go through `format.pack` as if they were those of smaller ones, in the order of the groups."""
     n, k, count = sizes
     if groups.min() < 0 or groups.max() >= count:
-        raise InvalidArgument(f"{layout.order} has groups {int(groups.min())} to {int(groups.max())} where there are {count}")
+        raise InvalidArgument(
+            f"{layout.order} has groups {int(groups.min())} to {int(groups.max())} where there are {count}"
+        )
     size = next(size for size in range(max(1, k // count), 0, -1) if k % size == 0)
     slots = torch.arange(k // size, device=groups.device).clamp(max=count - 1)
     weight = _packed(_with_columns(format, size), _chosen(tensors, layout, slots), n, k)
-    tables = {name: table[:count] for name, table in (("scales", weight.scales), ("zeros", weight.zeros)) if table is not None}
+    tables = {
+        name: table[:count] for name, table in (("scales", weight.scales), ("zeros", weight.zeros)) if table is not None
+    }
     counts = torch.bincount(groups, minlength=count)
     bits = BITS[weight.kind]
     block = _best_block(counts, bits, 16 * len(tables))
