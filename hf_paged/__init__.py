@@ -44,6 +44,7 @@ _HOMES = {
     "SamplingParams": "base.sampling_params",
     "ScoreOutput": "base.tasks",
     "ScoreParams": "base.tasks",
+    "Speculation": "base.config",
     "StructuredOutputsParams": "base.structured",
     "UnsupportedModel": "base.errors",
     "UnsupportedOption": "base.errors",

@@ -10,8 +10,47 @@ from .errors import InvalidArgument
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "fp8", "int8")
 ATTENTION_BACKENDS = ("auto", "cpu", "triton", "reference")
-SPECULATION = (None, "ngram", "draft")
+SPECULATION = ("ngram", "draft")
 MAX_SPECULATIVE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How tokens are guessed ahead; those that would have been sampled anyway are kept: the same output in fewer steps.
+
+    Attributes:
+        method: "ngram" repeats what prompt and output said before; "draft" asks the `draft_model` that `patch` or `Engine`
+            was given.
+        num_tokens: most tokens to guess for a sequence in one step, at most 64; fewer while its guesses are wrong.
+        ngram_range: of "ngram", fewest latest tokens that must have occurred before for it to guess, and how many more of
+            them are compared to choose among several such places.
+
+    Raises InvalidArgument for a value that is none of these.
+    """
+
+    method: Literal["ngram", "draft"]
+    num_tokens: int = 7
+    ngram_range: tuple[int, int] = (2, 5)
+
+    def __post_init__(self):
+        if self.method not in SPECULATION:
+            raise InvalidArgument(f"speculation must be None, 'ngram', 'draft' or a Speculation, got {self.method!r}")
+        count = self.num_tokens
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_SPECULATIVE_TOKENS:
+            raise InvalidArgument(
+                f"speculation: num_tokens must be between 1 and {MAX_SPECULATIVE_TOKENS}, got {count!r}"
+            )
+        lengths = self.ngram_range
+        if (
+            not isinstance(lengths, (tuple, list))
+            or len(lengths) != 2
+            or not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths)
+            or not 1 <= lengths[0] <= lengths[1]
+        ):
+            raise InvalidArgument(
+                f"speculation: ngram_range must be two integers (shortest, longest) from 1 on, got {lengths!r}"
+            )
+        object.__setattr__(self, "ngram_range", tuple(lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +59,10 @@ class EngineConfig:
 
     Attributes:
         block_size: tokens per KV block. Default 16 on CPU, 64 on CUDA.
-        kv_cache_memory: most bytes the KV cache may take, states of layers that keep one included, as an int or a string
-            such as "2GiB". By default what `memory_fraction` leaves. On CPU the cache starts small and grows on demand.
-        memory_fraction: used when `kv_cache_memory` is None. On CPU the cache's share of the memory that is free, by
-            default 0.4. On CUDA the share of all the device's memory that may be in use, by default 0.9: the cache gets
-            what the model, everybody else and the largest step, which is measured, leave of it. In (0, 1).
+        kv_cache_memory: most memory the KV cache may take, states of layers that keep one included: bytes as an int, a
+            string such as "2GiB", or a share in (0, 1). On CPU a share of the memory that is free, by default 0.4; the
+            cache starts small and grows on demand. On CUDA a share of all the device's memory that may be in use, by
+            default 0.9: the cache gets what the model, everybody else and the largest step, which is measured, leave of it.
         kv_dtype: "float32", "bfloat16" or "float16"; default the model's own dtype. "fp8" (e4m3) and "int8" take about
             half of the 16-bit types' memory, at a small loss: every key and value of a head is rounded to 8 bits with a scale
             of its own.
@@ -43,21 +81,16 @@ class EngineConfig:
         overlap: schedule a step while the one before it runs; its tokens stay on the device, and `step` returns them one
             call later. The same output. Requests whose tokens somebody must see one by one (their own processors or
             hooks; on CPU also penalties) make the steps they are in wait. Default on CUDA only. With speculation, never.
-        speculation: guess tokens ahead and keep those that would have been sampled anyway: the same output in fewer
-            steps. "ngram" repeats what prompt and output said before, "draft" asks the `draft_model` that `patch` or
-            `Engine` was given. None: off.
+        speculation: guess tokens ahead: "ngram", "draft", or a `Speculation` that says more. With a `draft_model`,
+            "draft" goes without saying. None: off.
         cuda_graphs: record the forward of decode steps and replay it, so that the host need not launch its kernels one by
             one. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
-        num_speculative_tokens: most tokens to guess for a sequence in one step; fewer while its guesses are wrong.
-        ngram_range: fewest latest tokens that must have occurred before for "ngram" to guess, and how many more of them
-            are compared to choose among several such places.
         parallel_timeout: of a model sharded over several processes, most seconds that one waits for another in the middle
             of a step. Then all of them end, with the reason.
     """
 
     block_size: int | None = None
-    kv_cache_memory: int | str | None = None
-    memory_fraction: float | None = None
+    kv_cache_memory: int | float | str | None = None
     kv_dtype: str | None = None
     max_batch_tokens: int | None = None
     max_num_seqs: int = 64
@@ -70,9 +103,7 @@ class EngineConfig:
     strict: bool = False
     seed: int = 0
     overlap: bool | None = None
-    speculation: Literal["ngram", "draft"] | None = None
-    num_speculative_tokens: int = 7
-    ngram_range: tuple[int, int] = (2, 5)
+    speculation: Literal["ngram", "draft"] | Speculation | None = None
     cuda_graphs: bool | None = None
     parallel_timeout: float = 120.0
 
@@ -86,9 +117,7 @@ class EngineConfig:
         if self.block_size is not None and self.block_size % 16:
             raise InvalidArgument(f"block_size must be a multiple of 16, got {self.block_size}")
         if self.kv_cache_memory is not None:
-            object.__setattr__(self, "kv_cache_memory", parse_bytes("kv_cache_memory", self.kv_cache_memory))
-        if self.memory_fraction is not None and not 0.0 < self.memory_fraction < 1.0:
-            raise InvalidArgument(f"memory_fraction must lie between 0 and 1, got {self.memory_fraction!r}")
+            object.__setattr__(self, "kv_cache_memory", _bytes_or_share("kv_cache_memory", self.kv_cache_memory))
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise InvalidArgument(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.attention_backend not in ATTENTION_BACKENDS:
@@ -105,23 +134,13 @@ class EngineConfig:
         timeout = self.parallel_timeout
         if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < 1e6:
             raise InvalidArgument(f"parallel_timeout must be a positive number of seconds, got {timeout!r}")
-        self._check_speculation()
+        if self.speculation is not None and not isinstance(self.speculation, Speculation):
+            object.__setattr__(self, "speculation", Speculation(self.speculation))
 
-    def _check_speculation(self) -> None:
-        if self.speculation not in SPECULATION:
-            raise InvalidArgument(f"speculation must be None, 'ngram' or 'draft', got {self.speculation!r}")
-        count = self.num_speculative_tokens
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_SPECULATIVE_TOKENS:
-            raise InvalidArgument(f"num_speculative_tokens must be between 1 and {MAX_SPECULATIVE_TOKENS}, got {count!r}")
-        lengths = self.ngram_range
-        if (
-            not isinstance(lengths, (tuple, list))
-            or len(lengths) != 2
-            or not all(isinstance(length, int) and not isinstance(length, bool) for length in lengths)
-            or not 1 <= lengths[0] <= lengths[1]
-        ):
-            raise InvalidArgument(f"ngram_range must be two integers (shortest, longest) from 1 on, got {lengths!r}")
-        object.__setattr__(self, "ngram_range", tuple(lengths))
+    @property
+    def kv_cache_share(self) -> float | None:
+        """`kv_cache_memory` where it is a share of memory in (0, 1)."""
+        return self.kv_cache_memory if isinstance(self.kv_cache_memory, float) else None
 
     def replace(self, **changes) -> EngineConfig:
         """A copy with some fields changed. An unknown name raises InvalidArgument."""
@@ -132,6 +151,21 @@ class EngineConfig:
                 f"{unknown[0]} is not an EngineConfig field; the fields are {', '.join(sorted(known))}"
             )
         return dataclasses.replace(self, **changes)
+
+
+def _bytes_or_share(name: str, value: int | float | str) -> int | float:
+    """`value` as a number of bytes, or as a float in (0, 1) if it is one or a string that says one."""
+    share = value
+    if isinstance(value, str):
+        try:
+            share = float(value)
+        except ValueError:
+            return parse_bytes(name, value)
+    if isinstance(share, float) and 0 < share < 1:
+        return share
+    if isinstance(value, float):
+        raise InvalidArgument(f'{name} must be bytes, a size such as "2GiB" or a share between 0 and 1, got {value!r}')
+    return parse_bytes(name, value)
 
 
 def parse_bytes(name: str, value: int | str) -> int:

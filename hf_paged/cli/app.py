@@ -137,7 +137,7 @@ def run_batch(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.", min=1)] = 64,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's limit.")] = None,
-    kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache, such as "2GiB".')] = None,
+    kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="fp8, int8, or a floating type. Default: the model's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     speculation: Speculation = None,

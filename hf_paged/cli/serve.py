@@ -41,7 +41,7 @@ def serve(
         _option(_ENGINE, "Most tokens of a step: fewer keep streams steady beside long prompts. Default: 512; CUDA: 8192.", min=1),
     ] = None,
     max_model_len: Annotated[int | None, _option(_ENGINE, "Most tokens of a sequence. Default: the model's limit.")] = None,
-    kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache, such as "2GiB".')] = None,
+    kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
     policy: Annotated[str, _option(_ENGINE, "fcfs, or priority: requests with a lower number first.")] = "fcfs",
     adapter: Annotated[

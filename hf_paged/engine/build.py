@@ -67,7 +67,7 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
         )
     if config.speculation is not None and model.states:
         raise UnsupportedOption(
-            f"speculation={config.speculation!r}: this model's layers keep a state that cannot be taken back when a "
+            f"speculation={config.speculation.method!r}: this model's layers keep a state that cannot be taken back when a "
             "guess was wrong; use speculation=None"
         )
 
@@ -93,7 +93,9 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         backend=config.attention_backend,
     )
     limits = Limits(config.max_batch_tokens or (8192 if cuda else 512), config.max_num_seqs, max_model_len)
-    budget = config.kv_cache_memory or _free_budget(model, config, cache, limits)
+    budget = config.kv_cache_memory
+    if budget is None or config.kv_cache_share:
+        budget = _free_budget(model, config, cache, limits)
     slots = slots_for_budget(cache.states.bytes_per_slot, budget // 2 if cache.groups else budget, config.max_num_seqs)
     most = blocks_within(cache, budget, slots, limits)
     if model.team is not None:  # blocks are numbered alike on all ranks
@@ -119,14 +121,14 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
 
 
 def _free_budget(model: PagedModel, config: EngineConfig, cache: KVCache, limits: Limits) -> int:
-    """Bytes that the configuration leaves to the cache when it does not say how many."""
+    """Bytes that the configuration leaves to the cache when it says a share or nothing."""
     if model.device.type != "cuda":
         sharing = 1 if model.team is None else ranks_on_this_machine(model.team.size)
-        return int(free_memory() * (config.memory_fraction or CPU_FRACTION)) // sharing
+        return int(free_memory() * (config.kv_cache_share or CPU_FRACTION)) // sharing
     return kv_budget(
         ModelRunner(model, cache, _inputs(config, cache, limits), backend=config.attention_backend),
         CudaMeter(model.device),
-        config.memory_fraction or CUDA_FRACTION,
+        config.kv_cache_share or CUDA_FRACTION,
         graphs=wants_graphs(config, model),
         **limits._asdict(),
     )
@@ -196,14 +198,15 @@ def build_speculator(model: PagedModel, config: EngineConfig, draft_engine) -> S
 
     Raises UnsupportedOption for a draft model that keeps a state.
     """
-    if config.speculation is None:
+    speculation = config.speculation
+    if speculation is None:
         return None
-    if config.speculation == "ngram":
-        proposer = NgramProposer(*config.ngram_range)
+    if speculation.method == "ngram":
+        proposer = NgramProposer(*speculation.ngram_range)
     else:
         proposer = DraftModel(draft_engine, config.max_num_seqs)
     return Speculator(
         proposer,
-        num_tokens=config.num_speculative_tokens,
+        num_tokens=speculation.num_tokens,
         max_step_tokens=MAX_STEP_TOKENS.get(model.device.type, MAX_STEP_TOKENS_ELSEWHERE),
     )

@@ -56,9 +56,9 @@ def kv_budget(
     budget = int(fraction * total) - in_use - peak - recorded
     if budget <= 0:
         raise InvalidArgument(
-            f"memory_fraction: of {_gib(total)} nothing is left for the KV cache: {_gib(in_use)} are in use, a step of "
+            f"kv_cache_memory: of {_gib(total)} nothing is left for the KV cache: {_gib(in_use)} are in use, a step of "
             f"{max_batch_tokens} tokens needs {_gib(peak)}, CUDA graphs {_gib(recorded)}, and {_gib((1 - fraction) * total)} "
-            "are to stay free; lower max_batch_tokens or max_num_seqs, raise memory_fraction, or set kv_cache_memory"
+            "are to stay free; lower max_batch_tokens or max_num_seqs, or raise kv_cache_memory"
         )
     return budget
 

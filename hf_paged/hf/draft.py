@@ -15,13 +15,14 @@ def draft_config(config: EngineConfig, draft_model: torch.nn.Module | None) -> E
 
     Raises InvalidArgument if the two do not fit together.
     """
+    method = config.speculation and config.speculation.method
     if draft_model is None:
-        if config.speculation == "draft":
+        if method == "draft":
             raise InvalidArgument("speculation='draft' needs a draft_model: hf_paged.patch(model, draft_model=smaller)")
         return config
-    if config.speculation == "ngram":
+    if method == "ngram":
         raise InvalidArgument("speculation='ngram' uses no draft_model; leave out one of the two")
-    return config.replace(speculation="draft")
+    return config if method else config.replace(speculation="draft")
 
 
 def check_draft(model: torch.nn.Module, draft_model: torch.nn.Module) -> None:

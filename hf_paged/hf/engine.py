@@ -72,7 +72,7 @@ class Engine(BatchEngine):
             raise InvalidArgument(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         self._patch, self.config = undo, config
         self._check_strict()
-        if draft_model is None and config.speculation == "draft":
+        if draft_model is None and config.speculation and config.speculation.method == "draft":
             draft_model = undo.draft_model
         config = draft_config(config, draft_model)
         if draft_model is not None:
@@ -134,7 +134,7 @@ def _borrow(draft_model: torch.nn.Module, config: EngineConfig) -> Engine:
         engine._borrowers += bool(engine._borrowers)
         return engine
     own = config.replace(speculation=None, kv_dtype=None, max_model_len=None, max_queue=None)
-    if own.kv_cache_memory is None and next(draft_model.parameters()).is_cuda:
+    if not isinstance(own.kv_cache_memory, int) and next(draft_model.parameters()).is_cuda:
         own = own.replace(kv_cache_memory=LEAST_MEMORY)  # until it is known what there is to share
     engine = Engine(draft_model, config=own)
     engine._borrowers = 1

@@ -294,11 +294,12 @@ def _kind(spec, adaptations) -> str:
 
 
 def _guesses(config: EngineConfig) -> str | None:
-    if config.speculation is None:
+    speculation = config.speculation
+    if speculation is None:
         return None
-    shortest, longest = config.ngram_range
+    shortest, longest = speculation.ngram_range
     source = {
         "ngram": f"repeat what followed the same {shortest} to {longest} tokens before",
         "draft": "are a draft model's",
     }
-    return f"{source[config.speculation]}, at most {config.num_speculative_tokens} tokens ahead"
+    return f"{source[speculation.method]}, at most {speculation.num_tokens} tokens ahead"

@@ -140,7 +140,7 @@ def check_forward(adapter, observed: Observed, config: EngineConfig) -> tuple[li
 
 def scratch_config(adapter, config: EngineConfig, **limits: int) -> EngineConfig:
     """`config` for a few short sequences on a cache of their own."""
-    unset = dict.fromkeys(("block_size", "memory_fraction", "kv_dtype", "max_queue", "speculation"))
+    unset = dict.fromkeys(("block_size", "kv_dtype", "max_queue", "speculation"))
     memory = _memory(adapter)
     return config.replace(**unset, prefix_cache=False, kv_cache_memory=memory, cuda_graphs=False, **limits)
 

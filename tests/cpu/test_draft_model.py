@@ -220,7 +220,7 @@ def test_generate_of_a_patched_model_uses_its_draft_model(model):
         assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), expected)
         assert hf_paged.engine_of(model).stats()["acceptance_rate"] == 1.0
         assert "guesses are a draft model's, at most 7 tokens ahead" in str(hf_paged.explain(model))
-        hf_paged.patch(model, speculation="ngram", num_speculative_tokens=3)  # anew, without a draft model
+        hf_paged.patch(model, speculation=hf_paged.Speculation("ngram", num_tokens=3))  # anew, without a draft model
         assert not hf_paged.hf.patch.is_patched(draft)
         assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), expected)
         assert "repeat what followed" in str(hf_paged.explain(model))

@@ -87,7 +87,7 @@ def test_without_graphs_there_is_more(model):
 
 def test_no_memory_for_a_cache_is_an_error_that_says_why(model):
     runner = runner_of(model)
-    with pytest.raises(InvalidArgument, match=r"memory_fraction: .*2.00 GiB are in use.* needs 7.00 GiB"):
+    with pytest.raises(InvalidArgument, match=r"kv_cache_memory: .*2.00 GiB are in use.* needs 7.00 GiB"):
         measure.kv_budget(runner, Meter(runner.model, [7 * GIB]), 0.8, graphs=False, **LIMITS._asdict())
 
 

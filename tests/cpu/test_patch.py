@@ -330,6 +330,9 @@ def test_wrong_configuration_names_the_field(model):
         (dict(block_size=20), "block_size"),
         (dict(max_num_seqs=0), "max_num_seqs"),
         (dict(kv_cache_memory="lots"), "kv_cache_memory"),
+        (dict(kv_cache_memory=1.5), "kv_cache_memory"),
+        (dict(kv_cache_memory=float("nan")), "kv_cache_memory"),
+        (dict(kv_cache_memory=0), "kv_cache_memory"),
         (dict(policy="lifo"), "policy"),
         (dict(blocksize=16), "blocksize"),
         (dict(attention_backend="magic"), "magic"),
@@ -340,3 +343,12 @@ def test_wrong_configuration_names_the_field(model):
     with pytest.raises(InvalidArgument, match="config"):
         hf_paged.patch(model, {"block_size": 16})
     assert EngineConfig(kv_cache_memory="2MiB").kv_cache_memory == 2 << 20
+
+
+def test_the_cache_takes_a_share_of_the_memory_that_is_free(model, monkeypatch):
+    monkeypatch.setattr("hf_paged.engine.build.free_memory", lambda: 32 << 20)
+    blocks = []
+    for share in (0.5, "0.25", "8MiB"):
+        with hf_paged.Engine(model, config=EngineConfig(kv_cache_memory=share, block_size=16)) as engine:
+            blocks.append(engine.stats()["kv_bytes_limit"])
+    assert blocks[0] > 1.9 * blocks[1] and blocks[1] == blocks[2]

@@ -12,7 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import StoppingCriteria
 
 import hf_paged
-from hf_paged import Engine, EngineConfig, InvalidArgument, SamplingParams
+from hf_paged import Engine, EngineConfig, InvalidArgument, SamplingParams, Speculation
 from hf_paged.engine.speculation import Pace, share
 
 VOCAB = 320
@@ -84,7 +84,7 @@ def test_an_output_ends_at_the_same_token_wherever_the_guesses_lie(
     open_engine, model, tokenizer, monkeypatch, how, place, right
 ):
     prompt = [list(range(40, 60))]
-    whole = open_engine(num_speculative_tokens=9, speculation="ngram").generate(prompt, GREEDY)
+    whole = open_engine(speculation=Speculation("ngram", num_tokens=9)).generate(prompt, GREEDY)
     tokens = whole[0].outputs[0].token_ids
     options = dict(logprobs=0)
     if how == "stop_token_ids":
@@ -98,7 +98,7 @@ def test_an_output_ends_at_the_same_token_wherever_the_guesses_lie(
         options |= dict(stop=[tokenizer.decode([tokens[place]])], include_stop_str_in_output=how == "stop included")
     params = replace(GREEDY, **options)
     expected = open_engine().generate(prompt, params)
-    engine = open_engine(num_speculative_tokens=9, speculation="ngram")
+    engine = open_engine(speculation=Speculation("ngram", num_tokens=9))
     consult(engine, whole, chance=1.0 if right else 0.6)
     outputs = engine.generate(prompt, params)
     assert contents(outputs) == contents(expected)
@@ -110,7 +110,7 @@ def test_an_output_ends_at_the_same_token_wherever_the_guesses_lie(
 def test_no_more_is_guessed_than_the_output_may_have(open_engine):
     prompt = [list(range(40, 60))]
     expected = open_engine().generate(prompt, GREEDY)
-    engine = open_engine(speculation="ngram", num_speculative_tokens=64, max_model_len=30)
+    engine = open_engine(speculation=Speculation("ngram", num_tokens=64), max_model_len=30)
     consult(engine, expected)
     output = engine.generate(prompt, replace(GREEDY, max_tokens=None))[0]
     assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids[:10]
@@ -296,21 +296,21 @@ def test_one_seeded_row_draws_from_torch_as_stock_does(model):
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    "make, named",
     [
-        (dict(speculation="medusa"), "speculation"),
-        (dict(num_speculative_tokens=0), "num_speculative_tokens"),
-        (dict(num_speculative_tokens=65), "num_speculative_tokens"),
-        (dict(num_speculative_tokens=True), "num_speculative_tokens"),
-        (dict(ngram_range=(3, 2)), "ngram_range"),
-        (dict(ngram_range=(0, 2)), "ngram_range"),
-        (dict(ngram_range=3), "ngram_range"),
-        (dict(ngram_range=("1", 2)), "ngram_range"),
+        (lambda: EngineConfig(speculation="medusa"), "speculation"),
+        (lambda: EngineConfig(speculation=3), "speculation"),
+        (lambda: Speculation("medusa"), "speculation"),
+        *((lambda wrong=wrong: Speculation("ngram", num_tokens=wrong), "speculation: num_tokens") for wrong in (0, 65, True)),
+        *(
+            (lambda wrong=wrong: Speculation("ngram", ngram_range=wrong), "speculation: ngram_range")
+            for wrong in ((3, 2), (0, 2), 3, ("1", 2))
+        ),
     ],
 )
-def test_wrong_options_are_refused_by_name(options, named):
+def test_wrong_options_are_refused_by_name(make, named):
     with pytest.raises(InvalidArgument, match=f"^{named}"):
-        EngineConfig(**options)
+        make()
 
 
 def test_right_guesses_bring_more_of_them_and_wrong_ones_fewer_and_pauses():

@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 import hf_paged
-from hf_paged import Engine, EngineConfig, SamplingParams
+from hf_paged import Engine, EngineConfig, SamplingParams, Speculation
 
 VOCAB = 320
 PREFIXES = [[], [7] * 20, list(range(30, 78)), list(range(30, 64)), [70, 71, 72, 73] * 8]
@@ -94,7 +94,6 @@ def run(name, jobs, requests, config, expected, source) -> dict:
     """{place: output} of the requests together, some aborted on the way."""
     results, aborts, step = {}, {}, 0
     draft_model = noisy(name) if source == "draft" else None
-    config = config.replace(speculation="draft" if draft_model else "ngram")
     with Engine(model(name), tiny_tokenizer(VOCAB), config, draft_model=draft_model) as engine:
         if isinstance(source, float):
             consult(engine, expected, source)
@@ -151,8 +150,7 @@ def test_random_traffic_gives_the_same_outputs_with_any_guesses(
         max_num_seqs=seats,
         policy=policy,
         kv_cache_memory=memory_tokens * 3 * 2 * 2 * 12 * 4,
-        num_speculative_tokens=most,
-        ngram_range=(1, 4),
+        speculation=Speculation("draft" if source == "draft" else "ngram", num_tokens=most, ngram_range=(1, 4)),
     )
     jobs = [(tuple(PREFIXES[request["prefix"]] + request["tail"]), request["params"]) for request in requests]
     expected = alone(name, jobs)
