@@ -92,17 +92,22 @@ def load_model(
 
 def _auto_class(source: str):
     """transformers' Auto class for the kind of model that a checkpoint says it holds."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        MODEL_MAPPING_NAMES,
-    )
+    import transformers
+    from transformers.models.auto import modeling_auto as names
 
-    saved_as = (AutoConfig.from_pretrained(source).architectures or [""])[0]
-    if saved_as in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
-        return AutoModelForSequenceClassification
-    bases = MODEL_MAPPING_NAMES.values()
-    return AutoModel if any(saved_as in ([base] if isinstance(base, str) else base) for base in bases) else AutoModelForCausalLM
+    saved_as = (transformers.AutoConfig.from_pretrained(source).architectures or [""])[0]
+
+    def among(mapping: dict) -> bool:
+        return any(saved_as in ([name] if isinstance(name, str) else name) for name in mapping.values())
+
+    if among(names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
+        return transformers.AutoModelForSequenceClassification
+    if among(names.MODEL_MAPPING_NAMES):
+        return transformers.AutoModel
+    images = among(names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if images and not among(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def cache_root() -> Path:
