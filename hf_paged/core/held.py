@@ -13,7 +13,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import CacheFull
 from .plan import StepPlan
-from .request import Request, Sequence, SequenceStatus
+from .request import MediaSpan, Request, Sequence, SequenceStatus
 from .step import StepBuilder
 from .tables import RELEASED, BlockTables
 
@@ -63,16 +63,19 @@ class HeldSequences:
         *,
         cache_salt: str | bytes | None = None,
         adapter: int = 0,
+        media: tuple[MediaSpan, ...] = (),
         publish: bool = True,
         expendable: bool = False,
     ) -> Sequence:
         """An empty sequence.
 
         Args:
+            media: see `Request`; the tokens to come must be those they are spans of.
             publish: its blocks may enter the prefix cache.
             expendable: it may be emptied whenever somebody lacks blocks; its owner looks before each use.
         """
-        request = Request(request_id=name, prompt_token_ids=[], max_tokens=1, cache_salt=cache_salt, adapter=adapter)
+        seeds = dict(cache_salt=cache_salt, adapter=adapter, media=media)
+        request = Request(request_id=name, prompt_token_ids=[], max_tokens=1, **seeds)
         sequence = self._enter(request, 0)
         sequence.publishable = publish
         if expendable:

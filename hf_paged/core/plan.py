@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .media import MediaRows
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -40,6 +42,7 @@ class StepPlan:
         samples: (packed row of the logits, seq_id) for every token to sample. A prompt with n > 1 has n on one row; a
             sequence with draft tokens has its last known token's row and those of the drafts, in a run.
         adapters: `Request.adapter` of each sequence; empty if it is 0 of all.
+        media: the rows whose embeddings come from an encoder, instead of their tokens'.
     """
 
     step: int
@@ -55,6 +58,7 @@ class StepPlan:
     num_slots: int
     samples: list[tuple[int, int]]
     adapters: list[int] = field(default_factory=list)
+    media: list[MediaRows] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

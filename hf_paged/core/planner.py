@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, fields
 
+from .media import EncoderBudget, longest_block, rest_of_block, whole_blocks
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
 from .step import StepBuilder
@@ -33,6 +34,7 @@ class Planner:
     Args:
         max_batch_tokens, max_num_seqs, max_model_len, whole_prompts: as the scheduler's.
         by_priority: waiting sequences preempt running ones of a lower class.
+        encoder: what a step may have encoded; None: anything.
         new_sequence: `new_sequence(request, index, seq_id)` brings a sibling into being.
         held_blocks: whether held sequences have some of the blocks.
         empty_held: takes the blocks of a held sequence that can do without; False if there is none.
@@ -49,6 +51,7 @@ class Planner:
         max_model_len: int,
         whole_prompts: bool,
         by_priority: bool,
+        encoder: EncoderBudget | None,
         new_sequence: Callable[[Request, int, int], Sequence],
         held_blocks: Callable[[], bool],
         empty_held: Callable[[], bool],
@@ -61,6 +64,7 @@ class Planner:
         self._max_model_len = max_model_len
         self._whole_prompts = whole_prompts
         self._by_priority = by_priority
+        self._encoder = encoder
         self._new_sequence = new_sequence
         self._held_blocks = held_blocks
         self._empty_held = empty_held
@@ -69,6 +73,8 @@ class Planner:
     def plan(self, only: Container[int] | None) -> StepBuilder:
         """What the next step computes. With `only`, no other sequence ids run."""
         step = StepBuilder(self._max_batch_tokens, only, len(self._tables.pools))
+        if self._encoder is not None:
+            self._encoder.renew()
         running = [seq for seq in self._queues.running if step.may_run(seq) and not self._has_its_last(seq)]
         step.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
         for seq in running:
@@ -108,16 +114,17 @@ class Planner:
         """Schedule the running `seq` for as many tokens as budget and blocks allow; preempt others if for none."""
         step.decodes.discard(seq.seq_id)
         remaining = seq.num_remaining
-        want = min(remaining, step.spare_budget)
+        least, want = self._chunk(step, seq)
         if want < 1:
             return
-        least = 1
-        if self._whole_prompts and seq.num_computed < seq.num_prompt:
-            least = want = seq.num_prompt
         self._tables.release_unseen(seq)
         while (count := self._tables.room(seq, want)) < least:
             if not self._make_room(step, seq, admitting=False):
                 return  # it keeps what it has and waits for blocks
+        if seq.request.media:
+            count = whole_blocks(seq.request.media, seq.num_computed, count)
+            if self._encoder is not None:
+                self._encoder.take(seq, count)
         self._tables.extend(seq, count, step.changes)
         if count < remaining:
             step.add(seq, count, [])
@@ -126,6 +133,25 @@ class Planner:
         step.add(seq, count, list(range(seq.seq_id, seq.seq_id + seq.seats)) if seq.request.max_tokens else [])
         if seq.pending_forks:
             self._fork(step, seq)
+
+    def _chunk(self, step: StepBuilder, seq: Sequence) -> tuple[int, int]:
+        """(fewest, most) of the next tokens of `seq` that the step may compute. At most 0: none, for want of budget.
+
+        What must be computed together takes its place in the budget as if it had the room.
+        """
+        media, begin = seq.request.media, seq.num_computed
+        most = min(seq.num_remaining, step.spare_budget)
+        if most < 1:
+            return 1, 0
+        if self._whole_prompts and begin < seq.num_prompt:
+            return seq.num_prompt, seq.num_prompt
+        if not media or begin >= media[-1].end:
+            return 1, most
+        least = rest_of_block(media, begin)
+        most = whole_blocks(media, begin, max(least, most))
+        if self._encoder is not None:
+            most = whole_blocks(media, begin, self._encoder.within(seq, most))
+        return least, most
 
     # -- those that wait
 
@@ -152,6 +178,10 @@ class Planner:
             step.cursor += 1
             return True
         tables.take_hit(seq, num_hit)
+        if self._chunk(step, seq)[1] < 1:  # its next image has to wait for the encoder
+            tables.release(seq)
+            step.cursor += 1
+            return True
         while not self._fits(step, seq):
             if not self._make_room(step, seq, admitting=True):
                 tables.release(seq)
@@ -183,7 +213,7 @@ class Planner:
         """
         if not self._queues.running and not self._held_blocks():
             return True
-        chunk = min(step.spare_budget, seq.num_remaining)
+        chunk = max(min(step.spare_budget, seq.num_remaining), longest_block(seq.request.media))
         return self._tables.fits(seq, chunk, headroom=self._queues.seats_used + seq.pending_forks)
 
     def _is_coming(self, step: StepBuilder, seq: Sequence, num_hit: int) -> bool:

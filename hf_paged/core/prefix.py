@@ -1,6 +1,7 @@
 """Prefix-cache keys (a hash chain over token blocks) and the search for the longest usable prefix.
 
-    key[-1] = sha256(tag | adapter, if any | kind of salt | salt)         key[i] = sha256(key[i - 1] | tokens of block i, 8 bytes each)
+    key[-1] = sha256(tag | adapter, if any | kind of salt | salt)
+    key[i] = sha256(key[i - 1] | tokens of block i, 8 bytes each | the media spans that begin in it, if any)
 
 A key names the whole history up to the end of its block, so equal keys mean equal keys and values. SHA-256 because a
 forged collision would let one caller read the effects of another's prompt.
@@ -14,6 +15,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from .blocks import BlockPool
 from .groups import GroupSpec
+from .request import MediaSpan
 
 _ROOT_TAG = b"hf_paged prefix root\0"
 
@@ -37,14 +39,26 @@ def extend_keys(
     block_size: int,
     cache_salt: str | bytes | None,
     adapter: int = 0,
+    media: AbstractSequence[MediaSpan] = (),
 ) -> None:
     """Append to `keys` until it holds those of the first `num_blocks` blocks of `token_ids`."""
     if len(keys) >= num_blocks:
         return
     key = keys[-1] if keys else root_key(cache_salt, adapter)
     for start in range(len(keys) * block_size, num_blocks * block_size, block_size):
-        key = hashlib.sha256(key + array("q", token_ids[start : start + block_size]).tobytes()).digest()
+        block = array("q", token_ids[start : start + block_size]).tobytes()
+        key = hashlib.sha256(key + block + _begun(media, start, start + block_size)).digest()
         keys.append(key)
+
+
+def _begun(media: AbstractSequence[MediaSpan], start: int, end: int) -> bytes:
+    """The spans that begin in a block: place, length, whether bidirectional, key."""
+    parts = []
+    for span in media:
+        if start <= span.start < end:
+            numbers = array("q", [span.start - start, span.length, span.bidirectional, len(span.key)])
+            parts.append(numbers.tobytes() + span.key)
+    return b"".join(parts)
 
 
 def longest_hit(

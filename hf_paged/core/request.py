@@ -15,6 +15,27 @@ class SequenceStatus(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class MediaSpan:
+    """Tokens of a prompt that stand for a piece of an image.
+
+    Attributes:
+        start: the first of them.
+        length: how many they are.
+        key: names the content; equal keys mean equal embeddings.
+        bidirectional: they see each other, and those of bidirectional spans right beside them, whatever the order.
+    """
+
+    start: int
+    length: int
+    key: bytes
+    bidirectional: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """One prompt and what to do with it. The scheduler fills `sequences` and `first_scheduled`.
@@ -33,6 +54,8 @@ class Request:
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
         adapter: what the model's weights are changed by for this request: a number that nothing else ever had; 0: nothing.
             It separates prefix-cache entries, too.
+        media: the spans of the prompt whose embeddings come from an encoder, in order. Their keys separate prefix-cache
+            entries from there on.
         max_cached_tokens: most leading tokens it may have from the prefix cache: what comes of the others is wanted. 0 computes
             every token anew (its blocks still serve others). None: any.
         write_prefix_cache: False keeps its blocks out of the prefix cache; its own completions still share them.
@@ -54,6 +77,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | bytes | None = None
     adapter: int = 0
+    media: tuple[MediaSpan, ...] = ()
     max_cached_tokens: int | None = None
     write_prefix_cache: bool = True
     params: object = None

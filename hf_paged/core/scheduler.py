@@ -20,6 +20,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import CacheFull, InvalidArgument, QueueFull, RequestTooLarge
 from .held import HeldSequences
+from .media import EncoderBudget, check_media, longest_block
 from .plan import StepPlan
 from .planner import Counts, Planner
 from .queues import Queues
@@ -48,6 +49,7 @@ class Scheduler:
         prefix_cache: share blocks of equal prefixes; not for models that keep a state.
         policy: "fcfs", or "priority": lower numbers first, and waiting sequences preempt running ones of a higher one.
         max_queue: most sequences waiting; `add` raises QueueFull beyond. None: unbounded.
+        encoder: what a step may have encoded of the requests' media; None: they have none, or nobody counts.
 
     Attributes:
         requests: unfinished requests by id.
@@ -70,6 +72,7 @@ class Scheduler:
         prefix_cache: bool = True,
         policy: str = "fcfs",
         max_queue: int | None = None,
+        encoder: EncoderBudget | None = None,
     ):
         if policy not in ("fcfs", "priority"):
             raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {policy!r}")
@@ -95,6 +98,7 @@ class Scheduler:
             max_model_len=max_model_len,
             whole_prompts=whole_prompts,
             by_priority=self._by_priority,
+            encoder=encoder,
             new_sequence=self._new_sequence,
             held_blocks=lambda: self.held.holds_blocks,
             empty_held=lambda: self.held.empty_one(),
@@ -161,6 +165,13 @@ class Scheduler:
             raise RequestTooLarge(
                 f"prompt has {num_prompt} tokens, but with max_model_len {most} it can have at most {longest}; "
                 "shorten it or raise max_model_len"
+            )
+        check_media(request.media, num_prompt)
+        whole = longest_block(request.media)
+        if whole > self.max_batch_tokens:
+            raise RequestTooLarge(
+                f"an image of {whole} tokens, which see each other and are computed together, exceeds max_batch_tokens "
+                f"({self.max_batch_tokens}); raise it, or use smaller images"
             )
         if self.has_state and n > self._tables.slots.max_blocks:
             raise RequestTooLarge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
+from .media import MediaRows, media_rows
 from .plan import StepPlan
 from .request import Sequence
 from .tables import BlockTables, TableChanges
@@ -103,8 +104,11 @@ class StepBuilder:
         entries.sort(key=lambda entry: entry[1] + len(entry[3]) > 1)
         token_ids: list[int] = []
         samples: list[tuple[int, int]] = []
+        media: list[MediaRows] = []
         for seq, count, seq_ids, drafts in entries:
             start = seq.num_computed
+            if seq.request.media:
+                media += media_rows(seq, count, len(token_ids))
             if count == 1:
                 known = start < len(seq.token_ids)
                 token_ids.append(seq.token_ids[start] if known else -1 - places[seq.seq_id])
@@ -131,4 +135,5 @@ class StepBuilder:
             num_slots=tables.slots.num_blocks,
             samples=samples,
             adapters=adapters if any(adapters) else [],
+            media=media,
         )

@@ -12,6 +12,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from .blocks import BlockPool
 from .groups import GroupSpec
+from .media import longest_block
 from .prefix import extend_keys, longest_hit
 from .request import Request, Sequence
 
@@ -292,10 +293,9 @@ class BlockTables:
         num_stored = max(num_prompt, min(num_prompt + request.max_tokens, max_model_len) - 1)
         own, shared = _ceil_div(num_stored, block_size), num_prompt // block_size
         whole = shared + request.n * (own - shared)
-        return [
-            whole if span is None else min(whole, request.n * min(own, _most_touched(span, block_size)))
-            for span in (group.span for group in self.groups)
-        ]
+        together = max(1, longest_block(request.media))  # tokens that are computed in one step
+        touched = [None if group.span is None else _most_touched(group.span + together - 1, block_size) for group in self.groups]
+        return [whole if most is None else min(whole, request.n * min(own, most)) for most in touched]
 
     def check_integrity(self, sequences: AbstractSequence[Sequence], num_tokens: dict[int, int]) -> None:
         """Raise AssertionError unless pools and tables agree. `num_tokens`: tokens each table must cover, by seq_id."""
@@ -339,7 +339,8 @@ class BlockTables:
 
     def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
         request = seq.request
-        extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, request.cache_salt, request.adapter)
+        seeds = request.cache_salt, request.adapter, request.media
+        extend_keys(seq.block_keys, seq.token_ids, num_blocks, self.block_size, *seeds)
 
     def _publish(self, seq: Sequence, begin: int, end: int) -> list[tuple[BlockPool, int, bytes]]:
         """Publish blocks `begin` to `end` of `seq`, which the step being planned fills. Returns what was not yet there.

@@ -103,5 +103,6 @@ def part_of(plan: StepPlan, places: list[int], *, with_copies: bool) -> tuple[St
         num_slots=plan.num_slots,
         samples=[(where[row], seq_id) for row, seq_id in plan.samples if row in where],
         adapters=some(plan.adapters),
+        media=[span._replace(row=where[span.row]) for span in plan.media if span.row in where],
     )
     return part, rows
