@@ -22,7 +22,7 @@ class MediaRows(NamedTuple):
         row: the first packed row.
         count: how many rows they are.
         key: the span's.
-        offset: of the span's tokens, the first among them.
+        offset: of the content's embeddings, the first that they get.
         seen: tokens of the sequence that all of these rows see, whatever their positions; 0: each sees those up to itself.
     """
 
@@ -41,7 +41,8 @@ def media_rows(seq: Sequence, count: int, row: int) -> Iterator[MediaRows]:
         first, last = max(begin, span.start), min(begin + count, span.end)
         if first < last:
             seen = _block_of(media, span)[1] if span.bidirectional else 0
-            yield MediaRows(seq.seq_id, row + first - begin, last - first, span.key, first - span.start, seen)
+            offset = span.offset + first - span.start
+            yield MediaRows(seq.seq_id, row + first - begin, last - first, span.key, offset, seen)
 
 
 def whole_blocks(media: AbstractSequence[MediaSpan], begin: int, count: int) -> int:
@@ -103,7 +104,7 @@ class EncoderBudget:
         assert most >= 1
         self._most = most
         self._is_encoded = is_encoded
-        self._taken: dict[bytes, int] = {}  # by key, the tokens of spans to be encoded in the step being planned
+        self._taken: dict[tuple[bytes, int], int] = {}  # key and offset -> tokens that the step being planned encodes
 
     def renew(self) -> None:
         """A step begins."""
@@ -113,13 +114,14 @@ class EncoderBudget:
         """How many of the next `count` tokens of `seq` can be computed with what is left; 0 if the first cannot."""
         begin = seq.num_computed
         left = self._most - sum(self._taken.values())
-        new: set[bytes] = set()
+        new: set[tuple[bytes, int]] = set()
         for span in self._spans(seq, count):
-            if span.key in self._taken or span.key in new or self._is_encoded(span.key):
+            part = span.key, span.offset
+            if part in self._taken or part in new or self._is_encoded(span.key):
                 continue
             if left < span.length and (self._taken or new):
                 return max(0, span.start - begin)
-            new.add(span.key)
+            new.add(part)
             left -= span.length
         return count
 
@@ -127,7 +129,7 @@ class EncoderBudget:
         """The step computes the next `count` tokens of `seq`."""
         for span in self._spans(seq, count):
             if not self._is_encoded(span.key):
-                self._taken[span.key] = span.length
+                self._taken[span.key, span.offset] = span.length
 
     @staticmethod
     def _spans(seq: Sequence, count: int) -> Iterator[MediaSpan]:

@@ -52,11 +52,11 @@ def extend_keys(
 
 
 def _begun(media: AbstractSequence[MediaSpan], start: int, end: int) -> bytes:
-    """The spans that begin in a block: place, length, whether bidirectional, key."""
+    """The spans that begin in a block: place, length, whether bidirectional, offset, key."""
     parts = []
     for span in media:
         if start <= span.start < end:
-            numbers = array("q", [span.start - start, span.length, span.bidirectional, len(span.key)])
+            numbers = array("q", [span.start - start, span.length, span.bidirectional, span.offset, len(span.key)])
             parts.append(numbers.tobytes() + span.key)
     return b"".join(parts)
 

@@ -24,12 +24,14 @@ class MediaSpan:
         length: how many they are.
         key: names the content; equal keys mean equal embeddings.
         bidirectional: they see each other, and those of bidirectional spans right beside them, whatever the order.
+        offset: of the content's embeddings, the first that they get.
     """
 
     start: int
     length: int
     key: bytes
     bidirectional: bool = False
+    offset: int = 0
 
     @property
     def end(self) -> int:

@@ -234,7 +234,7 @@ class BatchEngine(Jobs, Upkeep):
     def _look_if_idle(self) -> None:
         """When work starts: the slower look, which also finds writes behind autograd's back."""
         if not self._scheduler.has_unfinished() and self.model.weights_replaced():
-            self._scheduler.reset_prefix_cache()
+            self._stepper.forget_computed()
 
     def is_hooked(self) -> bool:
         """Whether somebody's forward hooks watch the model now, so that every row has to be computed."""

@@ -16,9 +16,10 @@ from ..core.request import Sequence
 from ..core.scheduler import Scheduler
 from ..runtime.adapters import groups_of
 from ..runtime.batch import SequenceHooks
+from ..runtime.media import EncoderOutputs
 from ..runtime.packed import Owner
 from ..runtime.pending import PendingSamples
-from ..runtime.runner import ModelRunner, on_device
+from ..runtime.runner import ModelRunner, as_in_a_step, on_device
 from ..runtime.sampler import Sampler, SampleResult, SampleRow, want_winners
 from ..runtime.transfer import Milestone, to_device
 from .metrics import StepClock
@@ -144,20 +145,27 @@ class InFlight:
 
 
 class StepExecutor:
-    """Runs the plans of one scheduler on one model."""
+    """Runs the plans of one scheduler on one model.
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler):
+    Args:
+        encoder: gives the embeddings of images; None for a model that takes none.
+    """
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, encoder: EncoderOutputs | None = None):
         self._runner = runner
         self._scheduler = scheduler
+        self._encoder = encoder
         self._sampler = Sampler(runner.cache.device, runner.backend)
 
     def launch(
         self, plan: StepPlan, hooks: SequenceHooks, previous: PendingSamples | None, clock: StepClock
     ) -> InFlight:
-        """Start a step: forward, sampling, copies of the results to the host.
+        """Start a step: encoder, forward, sampling, copies of the results to the host.
 
         Args:
             previous: what the step before sampled, if that is still in flight.
+
+        Raises EncodingFailed, and what any of it raises.
         """
         with on_device(self._runner.cache.device):
             return self._launch(plan, hooks, previous, clock)
@@ -174,6 +182,9 @@ class StepExecutor:
         for span in of_head:
             rows += span.packed
         options = dict(rows=rows, sampled=None if previous is None else previous.tokens)
+        if plan.media:
+            options["embeddings"] = self._encode(plan)
+            mark = clock.lap("encode", mark)
         parts, offset = [], len(place)
         if self._runner.finds_winners and due and not spans and want_winners(sample_rows):
             context = self._runner.prepare(plan, self._owner, hooks, **options)
@@ -203,6 +214,13 @@ class StepExecutor:
             logits = self._runner.forward(context)
             hidden = context.hidden
         return logits, hidden, clock.lap("model", mark)
+
+    def _encode(self, plan: StepPlan) -> list[tuple[int, torch.Tensor]]:
+        """The embeddings of the plan's media, by packed row."""
+        with as_in_a_step(self._runner.cache.device), self._runner.model.unobserved():
+            return self._encoder.gather(
+                plan.media, lambda rows: self._scheduler.sequence(rows.seq_id).request.state.media.items[rows.key]
+            )
 
     def forget(self, state: RequestState) -> None:
         """The request has ended."""

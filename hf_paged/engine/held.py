@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
-from ..core.request import Sequence
+from ..core.media import longest_block, rest_of_block, whole_blocks
+from ..core.request import MediaSpan, Sequence
 from ..runtime.batch import StepContext
 from ..runtime.layout import LayerSpec
 from ..runtime.packed import Owner
@@ -62,6 +63,7 @@ class HeldRows:
 
     Args:
         adapters: the name of every row's adapter; None: no row has one.
+        media: the spans of images in every row, whose embeddings `execute` of `forward` puts into its context; None: none.
         publish: the rows' blocks may enter the prefix cache.
         expendable: whoever lacks blocks may empty rows between two calls.
 
@@ -71,7 +73,8 @@ class HeldRows:
     """
 
     def __init__(self, engine, num_rows: int, *, name: str = "held", cache_salt: str | bytes | None = None,
-                 adapters: list[str] | None = None, publish: bool = True, expendable: bool = False):  # fmt: skip
+                 adapters: list[str] | None = None, media: list[tuple[MediaSpan, ...]] | None = None,
+                 publish: bool = True, expendable: bool = False):  # fmt: skip
         self._engine = engine
         self._held = engine._scheduler.held
         self._name = f"{name}-{next(_numbers)}"
@@ -82,9 +85,10 @@ class HeldRows:
             engine._check_open()
             engine._release_dropped()
             engine._look_if_idle()
+            numbers = map(engine.model.adapters.number, adapters or [None] * num_rows)
             self._sequences = [
-                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, adapter=number, **self._options)
-                for row, number in enumerate(map(engine.model.adapters.number, adapters or [None] * num_rows))
+                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, adapter=number, media=spans, **self._options)
+                for row, (number, spans) in enumerate(zip(numbers, media or [()] * num_rows, strict=True))
             ]
         self._drop = weakref.finalize(self, engine._dropped.append, self._sequences)
         self._drop.atexit = False
@@ -155,6 +159,11 @@ class HeldRows:
                     f"row {row} would have {sequence.num_computed + len(tokens)} tokens, more than the {most} of this "
                     "engine's max_model_len"
                 )
+            if longest_block(sequence.request.media) > self.max_batch_tokens:
+                raise RequestTooLarge(
+                    f"row {row} has an image of {longest_block(sequence.request.media)} tokens, which are computed "
+                    f"together, more than max_batch_tokens ({self.max_batch_tokens})"
+                )
             if self._engine._scheduler.whole_prompts and sequence.num_computed and len(tokens) > 1:
                 raise UnsupportedOption(
                     f"past_key_values: row {row} goes on by {len(tokens)} tokens, but this model's layers go on from a state "
@@ -174,10 +183,15 @@ class HeldRows:
         budget, whole = self.max_batch_tokens, self._engine._scheduler.whole_prompts
         work, room = [], budget
         for row in rows:
-            tokens = new_tokens[row]
-            start = 0
+            tokens, media = new_tokens[row], self._sequences[row].request.media
+            start, begin = 0, self._sequences[row].num_computed
             while start < len(tokens):
-                part = tokens if whole else tokens[start : start + room]
+                together = rest_of_block(media, begin + start)
+                if work and together > room:
+                    yield work
+                    work, room = [], budget
+                count = whole_blocks(media, begin + start, min(room, len(tokens) - start))
+                part = tokens if whole else tokens[start : start + count]
                 work.append((row, start, part))
                 start, room = start + len(part), room - len(part)
                 if room < 1:

@@ -12,6 +12,7 @@ from ..base.tasks import ClassifyParams, ScoreParams
 from ..base.types import RequestOutput
 from ..core.request import Request
 from ..runtime.constraint import Constraints
+from ..runtime.media import NO_MEDIA, Media
 from ..runtime.runner import PagedModel
 from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
 from .prompts import checked_ids, prompt_tokens, text_continuations
@@ -62,9 +63,14 @@ class Intake:
         cache_salt: str | None = None,
         adapter: str | None = None,
         hooks: RowHooks = NO_HOOKS,
+        media: Media = NO_MEDIA,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> RequestState:
-        """A request that the scheduler does not know yet. Arguments and errors are those of `Engine.add`."""
+        """A request that the scheduler does not know yet. Arguments and errors are those of `Engine.add`.
+
+        Args:
+            media: the images of a prompt given as token ids.
+        """
         arrival = time.monotonic()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams | TaskParams):
@@ -84,6 +90,7 @@ class Intake:
             deadline=None if deadline is None else arrival + deadline,
             cache_salt=cache_salt,
             adapter=self._model.adapters.number(adapter),
+            media=media.spans,
             # a function on activations sees every token of its request, and what it changes is nobody else's
             write_prefix_cache=not hooks.forward_hooks,
             params=params,
@@ -93,6 +100,7 @@ class Intake:
         else:
             state = self._task(params, text, ids, hooks, common)
         state.callback = on_output
+        state.media = media
         return state
 
     def _generating(

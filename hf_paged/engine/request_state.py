@@ -12,6 +12,7 @@ from ..base.sampling_params import SamplingParams
 from ..base.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from ..core.request import Request, Sequence
 from ..runtime.constraint import Constraint
+from ..runtime.media import NO_MEDIA
 from ..runtime.sampler import SampleRow, derive_seed
 from .tasks import Task
 from .text import IncrementalDetokenizer, StopStringMatcher
@@ -71,6 +72,9 @@ class RequestState:
     Args:
         prompt_token_ids: those of the prompt as it was given, if there is more in the request's.
         task: what it wants instead of tokens.
+
+    Attributes:
+        media: the images in its prompt.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class RequestState:
         self.hooks = hooks
         self.callback: Callable[[RequestOutput], None] | None = None
         self.task = task
+        self.media = NO_MEDIA
         self.seed = seed
         self.bad_words_ids = list(bad_words_ids)
         self.constraint = constraint

@@ -21,6 +21,7 @@ from ..core.plan import StepPlan
 from ..core.request import Sequence
 from ..core.scheduler import Scheduler
 from ..runtime.batch import SequenceHooks
+from ..runtime.media import EncoderOutputs, EncodingFailed
 from ..runtime.runner import PagedModel
 from ..runtime.sampler import SampleResult
 from .execute import InFlight, StepExecutor
@@ -38,6 +39,7 @@ class Stepper:
 
     Args:
         overlap: let a step run while the next one is scheduled.
+        encoder: what is kept of images; None for a model that takes none.
 
     Attributes:
         clock: where the time went.
@@ -52,6 +54,7 @@ class Stepper:
         speculator: Speculator | None,
         *,
         overlap: bool,
+        encoder: EncoderOutputs | None = None,
     ):
         self._model = model
         self._executor = executor
@@ -59,6 +62,7 @@ class Stepper:
         self._requests = requests
         self._speculator = speculator
         self._overlap = overlap and speculator is None  # guesses follow known tokens
+        self._encoder = encoder
         self._isolation = Isolation()
         self._in_flight: deque[InFlight] = deque()  # oldest first; at most one between steps
         self._model_moves = False  # it has changed since a step was last collected
@@ -94,8 +98,14 @@ class Stepper:
         if self._model.weights_changed():
             self._model_moves = True
             self.take_back()
-            self._scheduler.reset_prefix_cache()
+            self.forget_computed()
         self._scheduler.share_prefixes(not self._model.hooked)
+
+    def forget_computed(self) -> None:
+        """No later request may find what the model has computed so far: it has changed."""
+        self._scheduler.reset_prefix_cache()
+        if self._encoder is not None:
+            self._encoder.clear()
 
     def take_back(self) -> None:
         """Forget what is in flight. Its sequences compute it again, if they have not ended."""
@@ -138,6 +148,11 @@ class Stepper:
         except ParallelError:  # nobody's request is to blame
             self._scheduler.rollback(plan)
             raise
+        except EncodingFailed as error:
+            self._scheduler.rollback(plan)
+            for seq_id in {rows.seq_id for rows in plan.media if rows.key == error.key}:
+                self._requests.fail(self._scheduler.sequence(seq_id), error.__cause__)
+            return False
         except Exception as error:
             self._scheduler.rollback(plan)
             if self._collect():  # else the step before it failed, too, and is the more likely cause

@@ -77,11 +77,11 @@ class Upkeep:
     # Memory
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix and CUDA graph; for models changed in ways the engine cannot see."""
+        """Forget every cached prefix, encoded image and CUDA graph; for models changed in ways the engine cannot see."""
         with self._lock:
             if not self._stepping:
                 self._stepper.take_back()
-            self._scheduler.reset_prefix_cache()
+            self._stepper.forget_computed()
             if self.graphs is not None:
                 self.graphs.clear()
 

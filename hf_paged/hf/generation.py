@@ -31,6 +31,7 @@ from .rows import RowGeneration, rows_suffice
 from .spec import has_mrope, text_config
 from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
 from .swap import Swapped
+from .vision.rows import has_images, input_names, why_not
 from .weights import float_parameter
 
 _KNOWN = {
@@ -180,6 +181,8 @@ class _Decoding:
         self.model, self.method = model, method
         self.input_ids, self.config, self.synced_gpus, self.kwargs = input_ids, config, synced_gpus, model_kwargs
         self.why = "use_cache"  # the option that keeps the call from pages, if one does
+        images = model._hf_paged.adapter.media
+        self._image_names = input_names(images) if has_images(images, model_kwargs) else frozenset()
 
     # -- stock's own loop on its own cache
 
@@ -214,8 +217,9 @@ class _Decoding:
             yield "assistant_early_exit", "only some of the layers run"
         if adapter.states and takes_back:
             yield "assisted decoding", "the model's layers keep a state, which cannot be taken back by some tokens"
+        yield from self._reasons_of_images()
         for name, value in kwargs.items():
-            if name not in _KNOWN and not _is_empty(name, value):
+            if name not in _KNOWN and name not in self._image_names and not _is_empty(name, value):
                 yield name, "the engine has no place for it"
         cache = cache_of(kwargs)
         if adapter.team is not None and cache is not None and begun(cache):
@@ -238,6 +242,19 @@ class _Decoding:
         yield from obstacles(self.model)
         if replaces_preparation(self.model):
             yield "prepare_inputs_for_generation", "it was replaced on the model, as PEFT's prompt learning does"
+
+    def _reasons_of_images(self):
+        if not self._image_names:
+            return
+        images, cache = self.model._hf_paged.adapter.media, cache_of(self.kwargs)
+        yield from why_not(images, self.input_ids, self.kwargs)
+        pixels = images.family.names[0]
+        if cache is not None and begun(cache):
+            yield pixels, "images in the middle of a given cache"
+        if self.kwargs.get("inputs_embeds") is not None:
+            yield pixels, "it is given beside inputs_embeds"
+        if self.config.prefill_chunk_size is not None:
+            yield pixels, "transformers cuts the prompt itself (prefill_chunk_size)"
 
     def _reasons_of_the_mask(self):
         mask, positions = self.kwargs.get("attention_mask"), self.kwargs.get("position_ids")
@@ -271,7 +288,8 @@ class _Decoding:
 
     def leave_out_empty(self) -> None:
         """Take from the call's inputs what a text without images leaves empty: see `_is_empty`, `_is_text_only`."""
-        for name in [name for name, value in self.kwargs.items() if name not in _KNOWN and _is_empty(name, value)]:
+        kept = _KNOWN | self._image_names
+        for name in [name for name, value in self.kwargs.items() if name not in kept and _is_empty(name, value)]:
             del self.kwargs[name]
         positions = self.kwargs.get("position_ids")
         if positions is not None and positions.dim() == 3:
@@ -366,7 +384,7 @@ class _Decoding:
 
 def _is_empty(name: str, value) -> bool:
     """Whether an input says nothing: unset, images not given (an empty dict), or all tokens said to be text (0)."""
-    if name == "mm_token_type_ids" and isinstance(value, torch.Tensor):
+    if name in ("mm_token_type_ids", "token_type_ids") and isinstance(value, torch.Tensor):
         return not bool(value.any())
     return value is None or value is False or (isinstance(value, dict) and not value)
 

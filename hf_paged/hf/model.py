@@ -26,6 +26,7 @@ from .selfcheck import Observed
 from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
+from .vision.model import images_of
 from .watch import Snapshot, without_hooks
 from .weights import float_parameter
 
@@ -59,6 +60,7 @@ class TransformersModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)
         self.generation = 0
+        self.media = images_of(model)
         self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
         self._seen: Snapshot | None = None
         self._look()
@@ -80,7 +82,7 @@ class TransformersModel:
         if context.adapters is not None:
             context.adapters.take_logit_rows(rows)
         with self._running(context):
-            self._body(input_ids=context.input_ids, position_ids=context.position_ids, use_cache=False)
+            self._body(position_ids=context.position_ids, use_cache=False, **self._inputs(context))
             states = context.hidden[rows]
             return states if self._head.classifier is None else self.module.score(states)
 
@@ -102,14 +104,24 @@ class TransformersModel:
         context.logit_rows = rows if self._keeps_logits else None
         if context.adapters is not None:
             context.adapters.take_logit_rows(context.logit_rows)
-        inputs = {} if "inputs_embeds" in options else {"input_ids": context.input_ids}
         if self._keeps_logits:
-            inputs["logits_to_keep"] = rows
+            options["logits_to_keep"] = rows
         with self._running(context):
-            output = self.module(position_ids=context.position_ids, use_cache=False, **inputs, **options)
+            if "inputs_embeds" not in options:
+                options |= self._inputs(context)
+            output = self.module(position_ids=context.position_ids, use_cache=False, **options)
         if not self._keeps_logits:
             output.logits = output.logits[:, rows]
         return output
+
+    def _inputs(self, context: StepContext) -> dict[str, torch.Tensor]:
+        """The tokens of a batch; with the images in it, their embeddings, as the model's own forward puts them together."""
+        if not context.embeddings:
+            return {"input_ids": context.input_ids}
+        embeds = self.module.get_input_embeddings()(context.input_ids)
+        for first, rows in context.embeddings:
+            embeds[0, first : first + len(rows)] = rows
+        return {"inputs_embeds": embeds}
 
     @contextmanager
     def _running(self, context: StepContext):

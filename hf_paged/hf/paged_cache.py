@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..base.errors import UnsupportedOption
+from ..core.request import MediaSpan
 from ..engine.held import HeldRows
 
 
@@ -132,11 +133,11 @@ class PagedCache(Cache):
 
     # -- on the engine's side
 
-    def open(self, rows: Sequence[int], *, publish: bool) -> HeldRows:
-        """Take empty rows of the engine, for these of the batch."""
+    def open(self, rows: Sequence[int], *, publish: bool, media: list[tuple[MediaSpan, ...]] | None = None) -> HeldRows:
+        """Take empty rows of the engine, for these of the batch. `media`: spans of images in each of them."""
         num_rows = len(rows)
         adapters = None if self.adapters is None else [self.adapters[row] for row in rows]
-        self.rows = self.engine.hold(num_rows, name="generate", publish=publish, adapters=adapters)
+        self.rows = self.engine.hold(num_rows, name="generate", publish=publish, adapters=adapters, media=media)
         self.rows.keep_past = self._keep_past
         self.padding = [0] * num_rows
         return self.rows

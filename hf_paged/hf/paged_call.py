@@ -7,8 +7,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..engine.held import UNKNOWN, Chunk
+from ..runtime.media import Media
 from .names import CACHE_NAME, CACHE_NAMES
 from .paged_cache import PagedCache
+from .vision.model import TransformersImages
+from .vision.rows import has_images, input_names, take_images
 
 _IGNORED = {"use_cache", "return_dict", "tokenizer"}  # newer transformers hand on the tokenizer of stop strings
 _FORWARDED = {"output_hidden_states"}
@@ -37,11 +40,15 @@ def paged_call(
         position_ids: [B or 1, T]; by default the columns' numbers, as in transformers.
         logits_to_keep: logits of the last so many columns are computed and returned; 0: of all.
     """
+    images = cache.engine.model.media
+    known = _IGNORED | _FORWARDED | (input_names(images) if has_images(images, options) else set())
     for name, value in options.items():
-        if name not in _IGNORED | _FORWARDED and value is not None and value is not False:
+        if name not in known and value is not None and value is not False:
             raise UnsupportedOption(f"{name} is not supported by a forward on pages")
     given = input_ids if inputs_embeds is None else inputs_embeds
     call = _Call(cache, given, attention_mask, position_ids, logits_to_keep, bool(options.get("output_hidden_states")))
+    if has_images(images, options):
+        call.take_images(images, input_ids, options)
     return call.run()
 
 
@@ -58,6 +65,13 @@ class _Call:
         self.first = [min(max(0, count - cache.width), self.columns) for count in self.padding]
         self.positions = self._positions(position_ids)
         self.computed_from = list(self.first)  # the first column that is computed: later where the prefix cache helps
+        self.media: list[Media] | None = None  # of each row
+
+    def take_images(self, images: TransformersImages, input_ids, options: dict) -> None:
+        """The columns bring images, whose embeddings stand for their placeholders."""
+        if self.cache.rows is not None or input_ids is None:
+            raise UnsupportedOption(f"{images.family.names[0]}: images come with the first token ids of a cache only")
+        self.media = take_images(images, input_ids, self.first, options)
 
     def _padding(self, mask) -> list[int]:
         width = self.cache.width
@@ -91,7 +105,8 @@ class _Call:
         computed = shown
         if fresh:
             computed, shown = self._distinct()
-            rows = cache.open(computed, publish=self.embeds is None and self.positions is None)
+            media = None if self.media is None else [self.media[row].spans for row in computed]
+            rows = cache.open(computed, publish=self.embeds is None and self.positions is None, media=media)
             rows.labels = computed
             self._use_prefix_cache(rows, computed)
         elif self.batch != len(cache.rows):
@@ -115,7 +130,8 @@ class _Call:
         for row in range(self.batch):
             positions = () if self.positions is None else tuple(self.positions[row].tolist())
             adapter = None if self.cache.adapters is None else self.cache.adapters[row]
-            key = (adapter, self.first[row], tuple(self.ids[row]), positions)
+            media = () if self.media is None else self.media[row].spans
+            key = (adapter, self.first[row], tuple(self.ids[row]), positions, media)
             if key not in places:
                 places[key] = len(computed)
                 computed.append(row)
@@ -146,6 +162,11 @@ class _Call:
         if self.embeds is not None:
             parts = [self.embeds[row, column : column + span.count] for span, row, column in where]
             extra["inputs_embeds"] = torch.cat(parts)[None].to(context.position_ids.device)
+        if context.plan.media:
+            items = {key: item for media in self.media for key, item in media.items.items()}
+            for span in context.plan.media:
+                own = items[span.key].embeddings
+                context.embeddings.append((span.row, own[span.offset : span.offset + span.count]))
         if self.positions is not None:
             parts = [self.positions[row, column : column + span.count] for span, row, column in where]
             context.position_ids = torch.cat(parts)[None].to(context.position_ids)

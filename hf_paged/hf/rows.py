@@ -15,6 +15,7 @@ from ..engine.request_state import RowHooks, new_request_id
 from . import row_adapters
 from .paged_cache import begun
 from .paged_call import cache_of
+from .vision.rows import has_images, take_images
 
 # The sampler's own forms of stock's last processors, in the order stock applies them: type and attribute.
 _WARPERS = {
@@ -101,6 +102,10 @@ class RowGeneration:
         self.pad = None if config._pad_token_tensor is None else int(config._pad_token_tensor)
         self.max_new, self.eos, self.row_criteria = _split_criteria(criteria, self.width)
         self.params, self.row_processors = self._split_processors(list(processors))
+        images = model._hf_paged.adapter.media
+        self.media = None
+        if has_images(images, model_kwargs):
+            self.media = take_images(images, input_ids, self.padding, model_kwargs)
         self.tokens: list[list[int]] = [[] for _ in range(self.batch)]
         self.rows: list = []
         self.name = new_request_id()
@@ -185,6 +190,8 @@ class RowGeneration:
         )
         ids = self.input_ids[row, self.padding[row] :].tolist()
         options = dict(request_id=f"{self.name}/{row}", adapter=self.adapters[row], hooks=hooks)
+        if self.media is not None:
+            options["media"] = self.media[row]
         return self.engine.submit_when_possible(ids, params, **options)
 
     def _row_processor(self, row: int) -> tuple:

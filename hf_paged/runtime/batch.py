@@ -54,6 +54,7 @@ class StepContext:
         needs_hidden: whether somebody wants hidden states of this step.
         hidden: [T, H] those after the model's last norm, once the forward has run, if they are needed.
         backend: whose kernels run; see `ops`.
+        embeddings: (first packed row, embeddings [count, H] of the rows from there on), where they are not the tokens' own.
         announce: called as `announce(context, rows, inputs_embeds)` when the model's forward begins: the other ranks of a
             sharded model are to begin, too. None: there are none.
         local_logits: whether the model's logits are to be those of this rank's part of the vocabulary.
@@ -62,7 +63,7 @@ class StepContext:
     __slots__ = (
         *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
         *("recording", "logit_rows", "packed", "hooks", "adapters", "needs_hidden", "hidden", "calls", "backend", "_layers"),
-        *("announce", "local_logits"),
+        *("announce", "local_logits", "embeddings"),
     )
 
     def __init__(
@@ -92,6 +93,7 @@ class StepContext:
         self.num_rows = len(inputs.rows)
         self.recording: int | None = None
         self.announce: Callable | None = None
+        self.embeddings: list[tuple[int, torch.Tensor]] = []
         self.local_logits = False
         self.metadata = inputs.metadata
         self.states = StepStates(inputs.states, plan.num_tokens, cache.states) if plan.states else None

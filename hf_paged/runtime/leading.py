@@ -28,7 +28,8 @@ class LeadingRunner(ModelRunner):
         self._sampled: torch.Tensor | None = None
         self._positions: torch.Tensor | None = None
 
-    def prepare(self, plan, owner=None, hooks=None, *, rows=(), sampled=None, hidden=False) -> StepContext:
+    def prepare(self, plan, owner=None, hooks=None, *, rows=(), sampled=None, hidden=False, embeddings=()) -> StepContext:
+        assert not embeddings, "images on a sharded model"
         self._flush()
         self.team.check()
         context = super().prepare(plan, owner, hooks, rows=rows, sampled=sampled, hidden=hidden)

@@ -20,6 +20,7 @@ from .graphs import DecodeGraphs
 from .inputs import Inputs
 from .kv_cache import KVCache
 from .layout import LayerSpec
+from .media import MediaModel
 from .packed import Owner
 from .shared_prefix import PrefixSharing
 from .states import StateSpec
@@ -49,12 +50,13 @@ class PagedModel(Protocol):
     labels: list[str]  # by name, what a head for classifying tells apart; empty without one
     activation: str  # of that head's logits, unless a request says otherwise; see ClassifyParams
     team: Team | None  # the ranks of a sharded model
+    media: MediaModel | None  # what it does with images; None: it takes none
 
     def forward(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
         """What the head makes of the packed rows `rows` [R] of `context`'s batch. Runs `context.hooks`.
 
         Logits [R, V] of next tokens, [R, C] of labels, or without a head [R, H] the hidden states themselves.
-        `context.hidden` is set where it is needed.
+        `context.hidden` is set where it is needed. Rows that `context.embeddings` names have these for their tokens'.
         """
         ...
 
@@ -182,6 +184,7 @@ class ModelRunner:
         rows: Sequence[int] = (),
         sampled: torch.Tensor | None = None,
         hidden: bool = False,
+        embeddings: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> StepContext:
         """Grow the cache, copy blocks, pack the batch. It is valid until the next one is prepared.
 
@@ -191,6 +194,7 @@ class ModelRunner:
             rows: packed rows whose logits `forward` returns.
             sampled: int64, on the device: what token ids below 0 in the plan stand for, -1 - i for entry i.
             hidden: `forward` leaves the hidden states of all rows in the context.
+            embeddings: those of the plan's `media`, as (first packed row, [count, H]).
         """
         hooks = hooks or SequenceHooks()
         with as_in_a_step(self.cache.device):  # what is made here outlives the call, whatever mode the caller is in
@@ -204,6 +208,7 @@ class ModelRunner:
             self.cache.copy_blocks(inputs.copies)
             context = StepContext(plan, inputs, self.cache, self.backend, owner, hooks)
         context.recording, context.num_rows, context.needs_hidden = size, len(rows), hidden
+        context.embeddings = list(embeddings)
         if plan.adapters:
             context.adapters = self.model.adapters.for_forward(plan)
         return context
@@ -212,7 +217,8 @@ class ModelRunner:
         """The number of sequences to pad a step to, if it is one that a recorded forward can run."""
         count = len(plan.seq_ids)
         decodes = plan.num_tokens == count and 0 < len(rows) <= count
-        if self.graphs is None or not decodes or hooks.functions or plan.adapters or self.model.why_unrecordable is not None:
+        special = hooks.functions or plan.adapters or plan.media
+        if self.graphs is None or not decodes or special or self.model.why_unrecordable is not None:
             return None
         return self.graphs.size_for(count, self._valid_for)
 
@@ -232,6 +238,7 @@ class ModelRunner:
         rows: Sequence[int],
         sampled: torch.Tensor | None = None,
         hidden: bool = False,
+        embeddings: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`prepare` and `forward` where not all sequences may run together: those of each group do, one after another.
 
@@ -253,6 +260,7 @@ class ModelRunner:
                 rows=[where[rows[place]] for place in mine],
                 sampled=sampled,
                 hidden=hidden,
+                embeddings=[(where[row], values) for row, values in embeddings if row in where],
             )
             result = self.forward(context)
             if logits is None:

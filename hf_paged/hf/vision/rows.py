@@ -1,0 +1,99 @@
+"""The images of a call of `generate`: which of its inputs they are, and whose row each embedding belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...base.errors import InvalidArgument
+from ...runtime.media import NO_MEDIA, Media, MediaItem
+from .families import features, flat
+from .model import TransformersImages, content_key, spans_of
+
+ENCODED = "mm_encoder_outputs"  # what newer transformers encodes before it decodes
+TYPES = "token_type_ids"
+
+
+def input_names(images: TransformersImages | None) -> frozenset[str]:
+    """Keyword arguments of a forward that bring images."""
+    if images is None:
+        return frozenset()
+    return frozenset((*images.family.names, ENCODED, *([TYPES] if images.family.bidirectional else [])))
+
+
+def why_not(images: TransformersImages, input_ids: Tensor, inputs: dict) -> Iterator[tuple[str, str]]:
+    """Reasons why the images among a forward's `inputs` do not go on pages."""
+    encoded = inputs.get(ENCODED)
+    if encoded:
+        others = sorted(set(encoded) - {"image"})
+        if others:
+            yield ENCODED, f"{others[0]} is not on pages"
+    types = inputs.get(TYPES)
+    if types is not None and images.family.bidirectional:
+        seen = types == 1
+        if seen.shape != input_ids.shape or bool((seen & (input_ids != images.token_id)).any()):
+            yield TYPES, "other tokens than those of images see each other"
+
+
+def has_images(images: TransformersImages | None, inputs: dict) -> bool:
+    if images is None:
+        return False
+    encoded = inputs.get(ENCODED) or {}
+    return encoded.get("image") is not None or inputs.get(images.family.names[0]) is not None
+
+
+def take_images(
+    images: TransformersImages, input_ids: Tensor, padding: list[int], inputs: dict
+) -> list[Media]:
+    """The images of every row, as transformers lays them over the placeholders of all rows, in order.
+
+    Args:
+        input_ids: [B, L], of which each row's first `padding` columns do not count.
+        inputs: the forward's keyword arguments.
+
+    Raises InvalidArgument if there are more or fewer embeddings than placeholders, as transformers does.
+    """
+    embeddings = _features(images, inputs)
+    places = input_ids == images.token_id
+    if int(places.sum()) != len(embeddings):
+        raise InvalidArgument(
+            f"pixel_values: image features and image tokens do not match, tokens: {int(places.sum())}, features: "
+            f"{len(embeddings)}"
+        )
+    types = inputs.get(TYPES)
+    found, start = [], 0
+    for row, skipped in enumerate(padding):
+        columns = places[row].nonzero()[:, 0]
+        own = embeddings[start : start + len(columns)]
+        start += len(columns)
+        two_way = None if types is None else types[row, columns].tolist()
+        found.append(_row((columns - skipped).tolist(), own, two_way))
+    return found
+
+
+def _row(places: list[int], embeddings: Tensor, two_way: list[int] | None) -> Media:
+    """A span for every run of placeholders."""
+    if not places:
+        return NO_MEDIA
+    spans, items = [], {}
+    for run in spans_of(b"", places, False):
+        own = embeddings[run.offset : run.offset + run.length]
+        key = content_key({"embeddings": own})
+        kinds = two_way and two_way[run.offset : run.offset + run.length]
+        if kinds and len(set(kinds)) != 1:
+            raise InvalidArgument("token_type_ids: they differ within an image")
+        spans += spans_of(key, range(run.start, run.end), bool(kinds and kinds[0] == 1))
+        items[key] = MediaItem(key, run.length, embeddings=own)
+    return Media(tuple(spans), items)
+
+
+def _features(images: TransformersImages, inputs: dict) -> Tensor:
+    encoded = (inputs.get(ENCODED) or {}).get("image")
+    dtype = images.model.get_input_embeddings().weight.dtype
+    if encoded is None:
+        given = {name: inputs[name] for name in images.family.names if inputs.get(name) is not None}
+        with torch.no_grad():
+            return features(images.model, given).to(images.model.device, dtype)
+    return flat(encoded).to(images.model.device, dtype)
