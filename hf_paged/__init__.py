@@ -32,6 +32,7 @@ _HOMES = {
     "EngineClosed": "base.errors",
     "EngineConfig": "base.config",
     "HfPagedError": "base.errors",
+    "ImageLimits": "base.images",
     "InvalidArgument": "base.errors",
     "KernelUnavailable": "base.errors",
     "Logprob": "base.types",

@@ -111,6 +111,10 @@ LOOPED = dict(num_hidden_layers=6, n_input_layers=2, n_output_layers=2, initiali
 LOOP = dict(loop_layer_index_start=1, loop_layer_index_end=2, n_layers_per_attn_res_block=1)
 INKLING = dict(num_hidden_layers=3, sliding_window_size=19, rel_extent=32, unpadded_vocab_size=199)
 MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2]))
+CLIP = dict(model_type="clip_vision_model", num_hidden_layers=2, image_size=8, patch_size=4)
+SIGLIP = dict(image_size=8, patch_size=2)  # 16 patches, which are 4 tokens
+LANGUAGE = dict(model_type="llama", vocab_size=199)
+IMAGE = 190  # the placeholder's token id
 QWEN2_VISION = dict(depth=1, embed_dim=48, num_heads=2, patch_size=4)
 QWEN_VISION = dict(depth=1, num_heads=2, patch_size=4, out_hidden_size=48)
 FULL_LAST = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -165,7 +169,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gemma3",
         dict(
             text_config=dict(query_pre_attn_scalar=12, sliding_window=17, num_hidden_layers=7),
-            vision_config=dict(model_type="siglip_vision_model"),
+            vision_config=dict(model_type="siglip_vision_model", **SIGLIP),
+            mm_tokens_per_image=4,
+            image_token_id=IMAGE,
         ),
     ),
     "gemma3_text": ("gemma3_text", dict(query_pre_attn_scalar=12, sliding_window=17, num_hidden_layers=7)),
@@ -220,11 +226,37 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "granitemoeshared": ("granitemoeshared", dict(shared_intermediate_size=32)),
     "hrm_text": ("hrm_text", dict(num_hidden_layers=2, H_cycles=2, L_cycles=2)),
     "kolibri1": ("kolibri1", dict(layer_types=MIXED)),
+    "idefics3": (
+        "idefics3",
+        dict(text_config=dict(LANGUAGE), vision_config=dict(SIGLIP), scale_factor=2, image_token_id=IMAGE),
+    ),
     "laguna": ("laguna", dict(layer_types=MIXED)),
     "laguna-heads": ("laguna", dict(layer_types=MIXED, num_attention_heads_per_layer=[4, 2, 6])),
     "llama": ("llama", {}),
     "llama-mha-bias": ("llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
     "llama-tied-llama3-rope": ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "llava": (
+        "llava",
+        dict(text_config=dict(LANGUAGE), vision_config=dict(CLIP), image_token_index=IMAGE, image_seq_length=4),
+    ),
+    "llava-mistral": (
+        "llava",
+        dict(
+            text_config=dict(LANGUAGE, model_type="mistral"),
+            vision_config=dict(CLIP),
+            image_token_index=IMAGE,
+            vision_feature_select_strategy="full",
+        ),
+    ),
+    "llava_next": (
+        "llava_next",
+        dict(
+            text_config=dict(LANGUAGE),
+            vision_config=dict(CLIP),
+            image_token_index=IMAGE,
+            image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
+        ),
+    ),
     "llama4": ("llama4", dict(text_config=dict(attention_chunk_size=22, no_rope_layer_interval=2))),
     "llama4_text": ("llama4_text", dict(attention_chunk_size=22, no_rope_layer_interval=2)),
     "llama4_text-temperature": (
@@ -307,6 +339,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             shape_embed_dim=8,
             shape_vocab_size=9,
         ),
+    ),
+    "smolvlm": (
+        "smolvlm",
+        dict(text_config=dict(LANGUAGE), vision_config=dict(SIGLIP), scale_factor=2, image_token_id=IMAGE),
     ),
     "smollm3": ("smollm3", dict(no_rope_layer_interval=2)),
     "smollm3-window": ("smollm3", dict(no_rope_layer_interval=2, use_sliding_window=True)),

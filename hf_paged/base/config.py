@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import InvalidArgument
+from .images import ImageLimits
+from .sizes import parse_bytes
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "fp8", "int8")
 ATTENTION_BACKENDS = ("auto", "cpu", "triton", "reference")
@@ -87,6 +89,7 @@ class EngineConfig:
             one. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
         parallel_timeout: of a model sharded over several processes, most seconds that one waits for another in the middle
             of a step. Then all of them end, with the reason.
+        images: limits on images in prompts, what a step encodes of them and what is kept; see ImageLimits.
     """
 
     block_size: int | None = None
@@ -106,6 +109,7 @@ class EngineConfig:
     speculation: Literal["ngram", "draft"] | Speculation | None = None
     cuda_graphs: bool | None = None
     parallel_timeout: float = 120.0
+    images: ImageLimits = ImageLimits()
 
     def __post_init__(self):
         for name in ("block_size", "max_batch_tokens", "max_num_seqs", "max_model_len", "max_queue"):
@@ -134,6 +138,8 @@ class EngineConfig:
         timeout = self.parallel_timeout
         if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < 1e6:
             raise InvalidArgument(f"parallel_timeout must be a positive number of seconds, got {timeout!r}")
+        if not isinstance(self.images, ImageLimits):
+            raise InvalidArgument(f"images must be an ImageLimits, got {self.images!r}")
         if self.speculation is not None and not isinstance(self.speculation, Speculation):
             object.__setattr__(self, "speculation", Speculation(self.speculation))
 
@@ -166,20 +172,3 @@ def _bytes_or_share(name: str, value: int | float | str) -> int | float:
     if isinstance(value, float):
         raise InvalidArgument(f'{name} must be bytes, a size such as "2GiB" or a share between 0 and 1, got {value!r}')
     return parse_bytes(name, value)
-
-
-def parse_bytes(name: str, value: int | str) -> int:
-    """Bytes from an int or a string such as "512MiB" or "2GB" (decimal and binary units)."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    if isinstance(value, str):
-        text = value.strip().lower()
-        digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
-        unit = text[len(digits) :].strip()
-        try:
-            amount = float(digits) * units[unit]
-        except (ValueError, KeyError):
-            raise InvalidArgument(f'{name} must be bytes or a size such as "2GiB", got {value!r}') from None
-        value = int(amount) if amount == amount and amount not in (float("inf"), float("-inf")) else 0
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidArgument(f"{name} must be a positive number of bytes, got {value!r}")
-    return value

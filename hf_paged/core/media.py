@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .request import MediaSpan, Sequence

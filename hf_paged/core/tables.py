@@ -294,7 +294,10 @@ class BlockTables:
         own, shared = _ceil_div(num_stored, block_size), num_prompt // block_size
         whole = shared + request.n * (own - shared)
         together = max(1, longest_block(request.media))  # tokens that are computed in one step
-        touched = [None if group.span is None else _most_touched(group.span + together - 1, block_size) for group in self.groups]
+        touched = [
+            None if group.span is None else _most_touched(group.span + together - 1, block_size)
+            for group in self.groups
+        ]
         return [whole if most is None else min(whole, request.n * min(own, most)) for most in touched]
 
     def check_integrity(self, sequences: AbstractSequence[Sequence], num_tokens: dict[int, int]) -> None:

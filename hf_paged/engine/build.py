@@ -10,6 +10,7 @@ from hf_paged_kernels import ops
 
 from ..base.config import EngineConfig
 from ..base.errors import KernelUnavailable, UnsupportedOption
+from ..core.media import EncoderBudget
 from ..core.scheduler import GroupSpec, Scheduler
 from ..parallel.team import ranks_on_this_machine
 from ..runtime.graphs import DecodeGraphs, cuda_capture
@@ -17,6 +18,7 @@ from ..runtime.inputs import Inputs, make_inputs
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
 from ..runtime.leading import LeadingRunner
+from ..runtime.media import EncoderOutputs
 from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
 from ..runtime.runner import ModelRunner, PagedModel, as_in_a_step
 from .draft_model import DraftModel
@@ -49,7 +51,9 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
     """
     if config.cuda_graphs:
         if model.team is not None:
-            raise UnsupportedOption("cuda_graphs=True: forwards of a sharded model are not recorded; use cuda_graphs=None")
+            raise UnsupportedOption(
+                "cuda_graphs=True: forwards of a sharded model are not recorded; use cuda_graphs=None"
+            )
         cuda_capture(model.device)
     try:
         kernels = ops.resolve_backend(config.attention_backend, model.device)
@@ -72,7 +76,14 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
         )
 
 
-def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[KVCache, Scheduler]:
+def build_encoder(model: PagedModel, config: EngineConfig) -> EncoderOutputs | None:
+    """What gives an engine the embeddings of images; None for a model that takes none."""
+    return None if model.media is None else EncoderOutputs(model.media.encode, config.images.cache_memory)
+
+
+def build(
+    model: PagedModel, config: EngineConfig, max_model_len: int, encoder: EncoderOutputs | None = None
+) -> tuple[KVCache, Scheduler]:
     """A cache within the configured memory, or a share of what there is, and its scheduler.
 
     States of sequences may take up to half of it, the blocks get the rest. Models with states have no prefix cache:
@@ -116,6 +127,7 @@ def build(model: PagedModel, config: EngineConfig, max_model_len: int) -> tuple[
         prefix_cache=config.prefix_cache and not slots,
         policy=config.policy,
         max_queue=config.max_queue,
+        encoder=None if encoder is None else EncoderBudget(config.images.tokens_per_step, encoder.__contains__),
     )
     return cache, scheduler
 

@@ -23,7 +23,7 @@ from ..runtime.batch import StepContext
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
 from ..runtime.sampler import derive_seed
-from .build import build, build_runner, build_speculator, check_config
+from .build import build, build_encoder, build_runner, build_speculator, check_config
 from .execute import StepExecutor
 from .held import HeldRows
 from .intake import Intake
@@ -62,19 +62,20 @@ class BatchEngine(Jobs, Upkeep):
         self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
         self._abandoned: deque[RequestState] = deque()  # requests nobody waits for
         self.closed = False
+        self._encoder = build_encoder(model, config)
         if model.team is None:
-            self._cache, self._scheduler = build(model, config, self.max_model_len)
+            self._cache, self._scheduler = build(model, config, self.max_model_len, self._encoder)
         else:
             check_config(model, config)
             with model.team.talking, model.team.together("open"):
                 model.team.send(Order.OPEN, encode_config(config, self.max_model_len))
-                self._cache, self._scheduler = build(model, config, self.max_model_len)
+                self._cache, self._scheduler = build(model, config, self.max_model_len, self._encoder)
         self._runner = build_runner(model, config, self._cache, self._scheduler, leads=model.team is not None)
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._requests = OpenRequests(self._scheduler, self._forget)
         self._intake = Intake(model, tokenizer, config, self.max_model_len)
-        self._executor = StepExecutor(self._runner, self._scheduler)
+        self._executor = StepExecutor(self._runner, self._scheduler, self._encoder)
         self._stepper = Stepper(
             model,
             self._executor,
@@ -82,6 +83,7 @@ class BatchEngine(Jobs, Upkeep):
             self._requests,
             self._speculator,
             overlap=model.device.type == "cuda" if config.overlap is None else config.overlap,
+            encoder=self._encoder,
         )
         self.reset_stats()
 

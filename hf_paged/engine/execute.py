@@ -217,10 +217,11 @@ class StepExecutor:
 
     def _encode(self, plan: StepPlan) -> list[tuple[int, torch.Tensor]]:
         """The embeddings of the plan's media, by packed row."""
-        with as_in_a_step(self._runner.cache.device), self._runner.model.unobserved():
-            return self._encoder.gather(
-                plan.media, lambda rows: self._scheduler.sequence(rows.seq_id).request.state.media.items[rows.key]
-            )
+        if self._runner.model.hooked:  # somebody's hooks may make something else of an image each time
+            self._encoder.clear()
+        items = lambda rows: self._scheduler.sequence(rows.seq_id).request.state.media.items[rows.key]  # noqa: E731
+        with as_in_a_step(self._runner.cache.device):
+            return self._encoder.gather(plan.media, items)
 
     def forget(self, state: RequestState) -> None:
         """The request has ended."""

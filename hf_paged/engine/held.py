@@ -87,7 +87,9 @@ class HeldRows:
             engine._look_if_idle()
             numbers = map(engine.model.adapters.number, adapters or [None] * num_rows)
             self._sequences = [
-                self._held.new(f"{self._name}/{row}", cache_salt=cache_salt, adapter=number, media=spans, **self._options)
+                self._held.new(
+                    f"{self._name}/{row}", cache_salt=cache_salt, adapter=number, media=spans, **self._options
+                )
                 for row, (number, spans) in enumerate(zip(numbers, media or [()] * num_rows, strict=True))
             ]
         self._drop = weakref.finalize(self, engine._dropped.append, self._sequences)
@@ -265,7 +267,9 @@ class HeldRows:
         Raises InvalidArgument if the model keeps a state: it cannot be taken back.
         """
         if self._engine.has_state and num_tokens != self.lengths[row]:
-            raise InvalidArgument("rows cannot be truncated: this model's layers keep a state that cannot be taken back")
+            raise InvalidArgument(
+                "rows cannot be truncated: this model's layers keep a state that cannot be taken back"
+            )
         with self._engine._lock:
             self._held.truncate(self._sequences[row], num_tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-PHASES = ("total", "schedule", "draft", "build", "model", "sample", "detokenize")
+PHASES = ("total", "schedule", "draft", "build", "encode", "model", "sample", "detokenize")
 COUNTERS = ("steps", "tokens", "output_tokens")
 
 
@@ -15,6 +15,7 @@ class StepClock:
     schedule    planning, and taking up what was sampled
     draft       guessing tokens
     build       packing the batch and sending it to the device
+    encode      the encoder's forwards on images; on CUDA: starting them
     model       the forward; on CUDA: starting it, and waiting for the device later, sampling included
     sample      sampling (on CUDA: starting it), and reading the results
     detokenize  text, stop strings, criteria

@@ -5,14 +5,16 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..base.config import EngineConfig, parse_bytes
+from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
+from ..base.sizes import parse_bytes
 from ..base.types import AdapterInfo
 from ..runtime.graphs import DecodeGraphs
 
 if TYPE_CHECKING:
     from ..core.scheduler import Scheduler
     from ..runtime.kv_cache import KVCache
+    from ..runtime.media import EncoderOutputs
     from ..runtime.runner import ModelRunner, PagedModel
     from .lock import FairLock
     from .memory import CacheMemory
@@ -26,6 +28,7 @@ class Upkeep:
     model: PagedModel
     config: EngineConfig
     _cache: KVCache
+    _encoder: EncoderOutputs | None
     _lock: FairLock
     _memory: CacheMemory
     _requests: OpenRequests
@@ -108,13 +111,15 @@ class Upkeep:
         """Give the memory of the KV cache and of CUDA graphs back, until `wake_up` or the next step.
 
         Running requests keep their outputs and wait; they go on where they were once their tokens are computed again.
-        Cached prefixes are forgotten.
+        Cached prefixes and encoded images are forgotten.
 
         Raises CacheFull if rows of `generate` under way, or a cache it returned, hold what nobody could compute again.
         """
         with self._between_steps():
             if self._speculator is not None:
                 self._speculator.sleep()
+            if self._encoder is not None:
+                self._encoder.clear()
             self._memory.sleep()
 
     def wake_up(self) -> None:
@@ -133,7 +138,9 @@ class Upkeep:
         with self._lock:
             self._check_open()
             if self._stepping:
-                raise InvalidArgument("the cache cannot change in the middle of a step (in a processor, criterion or hook)")
+                raise InvalidArgument(
+                    "the cache cannot change in the middle of a step (in a processor, criterion or hook)"
+                )
             self._stepping = True
             try:
                 self._release_dropped()
@@ -154,7 +161,8 @@ class Upkeep:
 
         `kv_bytes_in_use` and `kv_bytes_peak` count blocks that running requests hold; `kv_bytes_allocated` is what the
         cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `adapter_bytes` are those of
-        loaded adapters. `cuda_graphs` batch sizes of decode steps are recorded so far, which keep `cuda_graph_bytes`.
+        loaded adapters. `encoded_tokens` are those of images that the encoder computed, `encoder_cache_bytes` what is kept of
+        them. `cuda_graphs` batch sizes of decode steps are recorded so far, which keep `cuda_graph_bytes`.
         `draft_tokens` were guessed, `accepted_tokens` of them were right and `acceptance_rate` is their share (None if
         nothing was guessed). Times are the host's, in seconds, by the phases of `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and waiting for
         the device), `time_draft` what guessing took, the rest is the engine's own (`time_build` packs the batch, and grows
@@ -178,6 +186,8 @@ class Upkeep:
                 "cuda_graphs": len(self.graphs.recorded) if self.graphs else 0,
                 "cuda_graph_bytes": self.graphs.num_bytes if self.graphs else 0,
                 "adapter_bytes": self.model.adapters.num_bytes,
+                "encoded_tokens": self._encoder.encoded_tokens if self._encoder else 0,
+                "encoder_cache_bytes": self._encoder.num_bytes if self._encoder else 0,
                 "state_bytes_allocated": self._cache.states.bytes_allocated,
                 "state_bytes_in_use": slot_size * scheduler["slots_in_use"],
                 "state_bytes_peak": slot_size * scheduler["slots_peak"],
@@ -186,6 +196,8 @@ class Upkeep:
     def reset_stats(self) -> None:
         with self._lock:
             self._stepper.clock.reset()
+            if self._encoder is not None:
+                self._encoder.encoded_tokens = 0
             if self._runner.prefixes is not None:
                 self._runner.prefixes.saved_tokens = 0
             self._scheduler.reset_stats()

@@ -56,7 +56,9 @@ class PagedMixin(Swapped):
 
     def _generate_rows(self, *args, **kwargs):
         if kwargs.get("cache_implementation") == "paged":
-            raise UnsupportedOption("cache_implementation='paged' is transformers' own; leave it out, pages are used anyway")
+            raise UnsupportedOption(
+                "cache_implementation='paged' is transformers' own; leave it out, pages are used anyway"
+            )
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
@@ -99,7 +101,13 @@ class PagedMixin(Swapped):
         return call.on_pages(logits_processor, stopping_criteria, streamer=streamer)
 
     def _beam_search(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus: bool = False, **model_kwargs
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus: bool = False,
+        **model_kwargs,
     ):
         call = _Decoding(self, super()._beam_search, input_ids, generation_config, synced_gpus, model_kwargs)
         run = call.on_stock if call.must_be_stock() else call.on_pages
@@ -192,7 +200,9 @@ class _Decoding:
         `takes_back`: the method drops tokens again that it has computed.
         """
         for self.why, reason in self._reasons(takes_back or self.config.is_assistant):
-            if not self.config.is_assistant:  # else these are guesses for another model, whose masks the caller never saw
+            if (
+                not self.config.is_assistant
+            ):  # else these are guesses for another model, whose masks the caller never saw
                 self.model._hf_paged.note_fallback(self.why, reason)
             return True
         return False
@@ -253,6 +263,8 @@ class _Decoding:
             yield pixels, "images in the middle of a given cache"
         if self.kwargs.get("inputs_embeds") is not None:
             yield pixels, "it is given beside inputs_embeds"
+        if row_adapters.current() is not None:
+            yield pixels, "an adapter of single rows may change what the encoder sees"
         if self.config.prefill_chunk_size is not None:
             yield pixels, "transformers cuts the prompt itself (prefill_chunk_size)"
 

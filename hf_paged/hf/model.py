@@ -54,13 +54,15 @@ class TransformersModel:
         self.adaptations = adaptations
         self.num_layers = text_config(model).num_hidden_layers
         self.layers, self.states, table = probe_layers(model, adaptations, observed.visibility, fusions.backend)
-        self.max_model_len, self.length_limit, self.length_note = model_lengths(model, table or adaptations.max_positions)
+        self.max_model_len, self.length_limit, self.length_note = model_lengths(
+            model, table or adaptations.max_positions
+        )
         parameter = float_parameter(model)
         self.device, self.dtype = parameter.device, parameter.dtype
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._configs = attention_configs(model)
         self.generation = 0
-        self.media = images_of(model)
+        self.media = images_of(model) if team is None else None
         self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
         self._seen: Snapshot | None = None
         self._look()

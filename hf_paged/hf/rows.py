@@ -114,7 +114,9 @@ class RowGeneration:
 
     def _split_processors(self, processors: list) -> tuple[SamplingParams, list]:
         """The last processors become the sampler's where it has the same; the others run on their row, in order."""
-        vocab_size = self.engine.model.vocab_size  # an EOS outside of it, such as -1, never comes: stock's way to say none
+        vocab_size = (
+            self.engine.model.vocab_size
+        )  # an EOS outside of it, such as -1, never comes: stock's way to say none
         native: dict = {}
         for name, (kind, attribute) in reversed(_WARPERS.items()):
             if processors and type(processors[-1]) is kind and not _keeps_more(processors[-1]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import activate
@@ -27,6 +27,8 @@ def check_supported(model: torch.nn.Module) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model: {name} is an encoder-decoder; only decoder-only models have a paged KV cache")
     model_type = getattr(config, "model_type", "")
+    if model_type in supported.AROUND_A_LANGUAGE_MODEL:
+        model_type = text_config(model).model_type
     if model_type not in supported.SUPPORTED:
         reason = supported.REASONS.get(model_type, "this architecture has not been proven equal to stock transformers")
         raise UnsupportedModel(
@@ -74,6 +76,16 @@ def text_config(model: torch.nn.Module):
     return model.config.get_text_config(decoder=True)
 
 
+def encoders_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that see images, sounds and the like, by the configurations they have."""
+    configs = {
+        id(value)
+        for name, value in vars(model.config).items()
+        if name.endswith("_config") and isinstance(value, PreTrainedConfig) and value is not text_config(model)
+    }
+    return [module for module in model.modules() if id(getattr(module, "config", None)) in configs]
+
+
 def has_mrope(model: torch.nn.Module) -> bool:
     """Whether the model's rotary embedding takes three positions a token, which are the same where there is only text."""
     return "mrope_section" in (getattr(text_config(model), "rope_parameters", None) or {})
@@ -88,10 +100,11 @@ def vocab_size(model: torch.nn.Module) -> int:
 
 
 def decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Name -> module of the decoder layers: the first list of as many modules as the model has layers."""
+    """Name -> module of the decoder layers: the first list of as many modules as the language model has layers."""
     count = text_config(model).num_hidden_layers
+    encoders = {id(part) for module in encoders_of(model) for part in module.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count and id(module) not in encoders:
             return {f"{name}.{index}": layer for index, layer in enumerate(module)}
     return {}
 

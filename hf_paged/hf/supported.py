@@ -15,17 +15,20 @@ SUPPORTED = frozenset(
     ernie4_5_moe exaone exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma gemma2 gemma3
     gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt2
     gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
-    iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4_text
-    longcat_flash mamba mamba2 marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2
-    minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder
+    granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax idefics3
+    internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4_text
+    llava llava_next longcat_flash mamba mamba2 marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder
     moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt
-    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl rembert roberta roberta-prelayernorm roc_bert roformer
-    sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta
+    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5_moe_text
+    qwen3_5_text qwen3_moe qwen3_next qwen3_vl rembert roberta roberta-prelayernorm roc_bert roformer sarvam_mla
+    sarvam_moe seed_oss smollm3 smolvlm solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta
     xlm-roberta-xl xmod youtu zamba zamba2 zaya
     """.split()
 )
+
+# Families of SUPPORTED whose language model is of any type, as their checkpoints say: it has to be one of SUPPORTED, too.
+AROUND_A_LANGUAGE_MODEL = frozenset("idefics3 llava llava_next smolvlm".split())
 
 # Settings of listed families that change what their layers keep: model type -> name -> (value, why it is refused).
 REFUSED_SETTINGS = {

@@ -110,8 +110,11 @@ def decode_moves(numbers: np.ndarray) -> tuple[list[int], list[dict[int, int]]]:
 
 
 def encode_config(config: EngineConfig, max_model_len: int) -> np.ndarray:
-    """An engine's configuration and its length in tokens; `decode_config` is its inverse."""
-    text = json.dumps([dataclasses.asdict(config), max_model_len])
+    """An engine's configuration and its length in tokens, for `decode_config`, without what only rank 0 looks at."""
+    fields = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in ("images", "speculation")
+    }
+    text = json.dumps([fields, max_model_len])
     return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
 
 

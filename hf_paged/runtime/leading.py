@@ -28,7 +28,9 @@ class LeadingRunner(ModelRunner):
         self._sampled: torch.Tensor | None = None
         self._positions: torch.Tensor | None = None
 
-    def prepare(self, plan, owner=None, hooks=None, *, rows=(), sampled=None, hidden=False, embeddings=()) -> StepContext:
+    def prepare(
+        self, plan, owner=None, hooks=None, *, rows=(), sampled=None, hidden=False, embeddings=()
+    ) -> StepContext:
         assert not embeddings, "images on a sharded model"
         self._flush()
         self.team.check()

@@ -128,7 +128,9 @@ class EncoderOutputs:
         outputs = self._encode(items)
         for item, output in zip(items, outputs, strict=True):
             if len(output) != item.num_tokens:
-                raise ValueError(f"the encoder gave {len(output)} embeddings for {item.num_tokens} tokens of the prompt")
+                raise ValueError(
+                    f"the encoder gave {len(output)} embeddings for {item.num_tokens} tokens of the prompt"
+                )
         return outputs
 
     def _keep(self, key: bytes, output: Tensor) -> None:

@@ -9,7 +9,8 @@ import hf_paged
 from hf_paged.base import errors
 
 DOCUMENTED = {
-    *("AdapterInfo", "AsyncEngine", "Engine", "EngineConfig", "SamplingParams", "Speculation", "StructuredOutputsParams"),
+    *("AdapterInfo", "AsyncEngine", "Engine", "EngineConfig", "ImageLimits", "SamplingParams"),
+    *("Speculation", "StructuredOutputsParams"),
     *("ClassificationOutput", "ClassifyParams", "EmbedParams", "EmbeddingOutput", "ScoreOutput", "ScoreParams"),
     *("CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"),
     *("current_batch", "engine_of", "explain", "follow", "patch", "unpatch"),

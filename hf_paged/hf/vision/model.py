@@ -53,7 +53,9 @@ class TransformersImages:
         names = self.family.names
         unknown = sorted(name for name in inputs if name not in names and name not in OF_THE_PROMPT)
         if unknown:
-            raise InvalidArgument(f"images: {type(self.model).__name__} takes no {unknown[0]!r}; it takes {', '.join(names)}")
+            raise InvalidArgument(
+                f"images: {type(self.model).__name__} takes no {unknown[0]!r}; it takes {', '.join(names)}"
+            )
         if names[0] not in inputs:
             raise InvalidArgument(f"images: the processor's outputs have no {names[0]!r}")
         found = {name: torch.as_tensor(inputs[name]).cpu() for name in names if name in inputs}
@@ -82,7 +84,9 @@ class TransformersImages:
         found: dict[bytes, Tensor] = {}
         for (num_tokens, *_), group in groups.items():
             device, dtype = self.model.device, self.model.get_input_embeddings().weight.dtype
-            joined = {name: value.to(device) for name, value in self.family.join([item.inputs for item in group]).items()}
+            joined = {
+                name: value.to(device) for name, value in self.family.join([item.inputs for item in group]).items()
+            }
             with evaluating(self.model):
                 output = features(self.model, joined).to(dtype)
             if len(output) != num_tokens * len(group):

@@ -31,7 +31,8 @@ def why_not(images: TransformersImages, input_ids: Tensor, inputs: dict) -> Iter
         if others:
             yield ENCODED, f"{others[0]} is not on pages"
     types = inputs.get(TYPES)
-    if types is not None and images.family.bidirectional:
+    if types is not None and images.family.bidirectional and bool((types == 1).any()):
+        yield TYPES, "tokens of images see each other"
         seen = types == 1
         if seen.shape != input_ids.shape or bool((seen & (input_ids != images.token_id)).any()):
             yield TYPES, "other tokens than those of images see each other"
@@ -44,9 +45,7 @@ def has_images(images: TransformersImages | None, inputs: dict) -> bool:
     return encoded.get("image") is not None or inputs.get(images.family.names[0]) is not None
 
 
-def take_images(
-    images: TransformersImages, input_ids: Tensor, padding: list[int], inputs: dict
-) -> list[Media]:
+def take_images(images: TransformersImages, input_ids: Tensor, padding: list[int], inputs: dict) -> list[Media]:
     """The images of every row, as transformers lays them over the placeholders of all rows, in order.
 
     Args:

@@ -1,0 +1,39 @@
+"""What images a request may bring, and what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .errors import InvalidArgument
+from .sizes import parse_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """Limits on images (`EngineConfig.images`). Whatever exceeds one is refused when the request is added.
+
+    Attributes:
+        max_count: most images of one prompt.
+        max_pixels: most pixels of an image, looked up in its header before anything is decoded.
+        max_bytes: most bytes of an image that comes encoded (PNG, JPEG, ...), as an int or a string such as "20MiB".
+        tokens_per_step: most placeholder tokens whose embeddings one step has encoded. A larger image takes a step of its
+            own.
+        cache_memory: most bytes of embeddings that are kept on the model's device, for further prompts with the same
+            image; as an int or a string.
+
+    Raises InvalidArgument for a value that is none of these.
+    """
+
+    max_count: int = 16
+    max_pixels: int = 1 << 25
+    max_bytes: int | str = 20 << 20
+    tokens_per_step: int = 4096
+    cache_memory: int | str = 256 << 20
+
+    def __post_init__(self):
+        for name in ("max_bytes", "cache_memory"):
+            object.__setattr__(self, name, parse_bytes(f"images: {name}", getattr(self, name)))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidArgument(f"images: {field.name} must be a positive integer, got {value!r}")
