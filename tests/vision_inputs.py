@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_configs import IMAGE
 
-LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3", "gemma3"]
+LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3"]
 SIDE = 8  # pixels of what an encoder sees at once
 SIZES = [(8, 16), (16, 8), (13, 15), (8, 8)]  # height and width of images that LLaVA-NeXT cuts up
 PIXELS = ("pixel_values", "image_sizes", "pixel_attention_mask")
