@@ -89,6 +89,12 @@ def serve(
     enable_adapters: Annotated[
         bool, _option(_ACCESS, "Let requests load adapters, from folders of this machine.", "--enable-adapters")
     ] = False,
+    allowed_media_hosts: Annotated[
+        list[str] | None,
+        _option(
+            _ACCESS, "A host, *.domain, address or network, maybe with :PORT, to fetch images from that requests name; repeatable."
+        ),
+    ] = None,
     page: Annotated[bool, _option(_ACCESS, "A page to chat with, at /.", "--page/--no-page")] = True,
     max_queue: Annotated[int, _option(_BOUNDS, "Most requests waiting; more are answered 429.", min=1)] = 1024,
     stored_responses: Annotated[
@@ -102,6 +108,7 @@ def serve(
     ] = 30,
     header_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's headers must come.")] = 15,
     body_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's body must come.")] = 60,
+    media_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which an image that a request names must come.")] = 10,
     max_connections: Annotated[
         int | None, _option(_BOUNDS, "Most open connections; more are closed. Default: as many as the system allows.", min=1)
     ] = None,
@@ -129,6 +136,8 @@ def serve(
         "body_timeout": body_timeout,
         "enable_adapters": enable_adapters,
         "page": page,
+        "allowed_media_hosts": tuple(allowed_media_hosts or ()),
+        "media_timeout": media_timeout,
         "log_client_address": log_client_address,
     }
     process = {"host": host, "port": port, "uds": uds, "root_path": root_path, "backlog": backlog, "grace": grace}

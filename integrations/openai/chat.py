@@ -134,10 +134,7 @@ class _Run:
         return choice | self._tokens(answer) | _ending(answer.finished)
 
     def _echoed(self) -> str:
-        if not self._body.echo:
-            return ""
-        content = self._body.messages[-1].content
-        return content if isinstance(content, str) else "".join(part.text for part in content or ())
+        return self._body.messages[-1].text if self._body.echo else ""
 
     def _tokens(self, part: Step | Answer) -> dict:
         extras: dict = {}

@@ -27,6 +27,7 @@ from .observation import current
 log = logging.getLogger("hf_paged.server")
 
 RETRY_AFTER = 1  # seconds; what waits in a full queue is usually further by then
+PARTS = frozenset(["text", "image_url", "input_text", "output_text", "input_image"])  # types of a message's parts
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]]*")
 
 
@@ -91,8 +92,9 @@ def answer(error: BaseException) -> JSONResponse:
 
 
 def _field(place: tuple) -> str | None:
-    """The field that pydantic means, without the type it tried for it."""
-    known = [str(part) for part in place if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
+    """The field that pydantic means, without the type it tried for it, or went by in a list of several."""
+    untagged = [part for before, part in zip((None, *place), place) if not (isinstance(before, int) and part in PARTS)]
+    known = [str(part) for part in untagged if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z0-9_]*", part)]
     known = [part for part in known if part not in ("body", "query", "path", "float", "int", "str", "bool")]
     return ".".join(known) or None
 
@@ -112,12 +114,13 @@ def install(app) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        name = _field(first["loc"])
-        message = f"{name}: {first['msg']}" if name else first["msg"]
-        if first["type"] == "extra_forbidden":
+        # of what is wrong with each form that a field may have, that which shows last: most of the form was there
+        shown = max(error.errors(), key=lambda one: len(one["loc"]))
+        name = _field(shown["loc"])
+        message = f"{name}: {shown['msg']}" if name else shown["msg"]
+        if shown["type"] == "extra_forbidden":
             message = f"{name} is not a field this server knows"
-        return answer(Refused(message, param=name, code=first["type"]))
+        return answer(Refused(message, param=name, code=shown["type"]))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

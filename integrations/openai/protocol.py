@@ -114,6 +114,21 @@ class TextPart(Strict):
     text: StrictStr
 
 
+class ImageURL(Strict):
+    """`detail` "low", a smaller image than the one sent, is not to be had here."""
+
+    url: StrictStr
+    detail: Literal["auto", "high"] | None = None
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class FunctionCall(Strict):
     name: StrictStr
     arguments: StrictStr
@@ -160,19 +175,33 @@ class AllowedToolsChoice(Strict):
 
 
 class Message(Strict):
-    """One message of a conversation. Content parts other than text are refused by name.
+    """One message of a conversation. Content parts other than text and images are refused by name.
 
     `reasoning` and `reasoning_content` are two names of one thing: what the assistant thought.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | Many[TextPart] | None = None
+    content: StrictStr | Many[Part] | None = None
     name: StrictStr | None = None
     refusal: StrictStr | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     reasoning: StrictStr | None = None
+
+    @property
+    def text(self) -> str:
+        """All of the content that is text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or () if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> dict[int, ImagePart]:
+        """By their place in the content."""
+        if isinstance(self.content, str):
+            return {}
+        return {place: part for place, part in enumerate(self.content or ()) if isinstance(part, ImagePart)}
 
 
 class ChatCompletionRequest(Generation):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...base.errors import InvalidArgument
 from .auth import check_keys
+from .media_hosts import AllowedHosts
 from .parsing import check_names
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it: no path, not even /
@@ -26,6 +27,8 @@ class Limits:
         logit_bias: entries.
         allowed_token_ids: tokens of that field.
         logprobs: most likely tokens to report beside each.
+        images: of one request.
+        image_bytes: of all images of one request, as they are encoded (PNG, JPEG).
         tools: functions of one request.
         tool_characters: of the schemas and descriptions of all of them.
         adapters: loaded at a time, where requests may load them.
@@ -42,6 +45,8 @@ class Limits:
     logit_bias: int = 1024
     allowed_token_ids: int = 65_536
     logprobs: int = 20
+    images: int = 32
+    image_bytes: int = 32 * 2**20
     tools: int = 128
     tool_characters: int = 256 * 1024
     adapters: int = 64
@@ -71,6 +76,9 @@ class Settings:
             address, what stands before them can tell by it which one has a response.
         enable_adapters: whether requests may load and unload adapters, for which the server reads folders they name.
         page: whether there is a page to chat with, at `/`. Anybody may load it; what it asks needs a key like all else.
+        allowed_media_hosts: where images may be fetched from that requests name by http or https; see
+            `media_hosts.AllowedHosts`. None: images come within requests, as data URLs.
+        media_timeout: seconds in which such an image must have come.
         log_client_address: whether the log tells who asked.
     """
 
@@ -89,17 +97,21 @@ class Settings:
     response_tag: str = ""
     enable_adapters: bool = False
     page: bool = True
+    allowed_media_hosts: tuple[str, ...] = ()
+    media_timeout: float = 10.0
     log_client_address: bool = False
 
     def __post_init__(self):
         check_keys(self.api_keys)
+        AllowedHosts(self.allowed_media_hosts)
         check_names(self.tool_parser, self.reasoning_parser)
         if self.request_chat_templates and sys.platform != "linux":
             raise InvalidArgument("request_chat_templates needs Linux, which bounds the time and memory of a process")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise InvalidArgument(f"request_timeout must be a positive number of seconds, got {self.request_timeout!r}")
-        if not self.body_timeout > 0:
-            raise InvalidArgument(f"body_timeout must be a positive number of seconds, got {self.body_timeout!r}")
+        for name in ("body_timeout", "media_timeout"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
         for name in ("stored_responses", "stored_response_bytes"):
             if getattr(self, name) < 0:
                 raise InvalidArgument(f"{name} must not be negative, got {getattr(self, name)}")

@@ -122,8 +122,12 @@ def _plain_messages(messages: Sequence[Message]) -> list[dict]:
 
 def _plain(message: Message, place: str, names: dict[str, str]) -> dict:
     plain = message.model_dump(exclude_none=True, exclude={"reasoning", "reasoning_content", "tool_calls"})
-    content = message.content
-    plain["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    plain["content"] = message.text
+    for index in message.images:
+        name = f"{place}.content.{index}.image_url"
+        if message.role != "user":
+            raise Refused(f"{name}: images are the user's", param=name, code="invalid_value")
+        raise Refused(f"{name}: this model takes no images", param=name, code="unsupported")
     if plain["role"] == "developer":
         plain["role"] = "system"
     for field in ("tool_calls", "reasoning", "reasoning_content"):

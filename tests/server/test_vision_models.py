@@ -52,10 +52,19 @@ def test_it_answers_chats_with_stocks_tokens(model, url):
 def test_images_are_refused_by_name(url):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     content = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+    with pytest.raises(openai.BadRequestError, match="takes no images") as refusal:
+        client.chat.completions.create(model="vision", messages=[{"role": "user", "content": content}])
+    assert refusal.value.param == "messages.0.content.1.image_url"
+    with pytest.raises(openai.BadRequestError, match="the user's") as refusal:
+        client.chat.completions.create(model="vision", messages=[{"role": "system", "content": content}])
+    content[1]["image_url"]["detail"] = "low"
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(model="vision", messages=[{"role": "user", "content": content}])
-    assert refusal.value.param.startswith("messages.0.content")
+    assert refusal.value.param == "messages.0.content.1.image_url.detail"
     content = [{"type": "input_image", "image_url": PIXEL}]
-    with pytest.raises(openai.BadRequestError) as refusal:
+    with pytest.raises(openai.BadRequestError, match="takes no images") as refusal:
         client.responses.create(model="vision", input=[{"role": "user", "content": content}])
     assert refusal.value.param.startswith("input")
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.responses.create(model="vision", input=[{"role": "system", "content": content}])
+    assert refusal.value.param == "input.0.content.0.image_url"

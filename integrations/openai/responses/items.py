@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import Refused
 from ..protocol import FunctionCall as CalledFunction
-from ..protocol import Message, TextPart, ToolCall
+from ..protocol import ImagePart, ImageURL, Message, TextPart, ToolCall
 from ..service import new_id
 from .protocol import InputMessage, Item, ReasoningItem
 
@@ -13,13 +14,16 @@ _KINDS = {"message": "msg", "function_call": "fc", "function_call_output": "fco"
 
 
 def given(items: str | Sequence[Item]) -> list[dict]:
-    """A request's input in the form it is kept, with an id for every item."""
+    """A request's input in the form it is kept, with an id for every item.
+
+    Raises Refused for an image that is not the user's.
+    """
     if isinstance(items, str):
         items = [InputMessage(role="user", content=items)]
-    return [_kept(item) for item in items]
+    return [_kept(item, f"input.{place}") for place, item in enumerate(items)]
 
 
-def _kept(item: Item) -> dict:
+def _kept(item: Item, place: str) -> dict:
     kept = item.model_dump(exclude_none=True)
     kept.setdefault("id", new_id(_KINDS[item.type], "_"))
     kept.setdefault("status", "completed")
@@ -29,7 +33,12 @@ def _kept(item: Item) -> dict:
         kind = "output_text" if item.role == "assistant" else "input_text"
         if isinstance(item.content, str):
             kept["content"] = [{"type": kind, "text": item.content}]
-        for part in kept["content"]:
+        for index, part in enumerate(kept["content"]):
+            if part["type"] == "input_image":
+                if item.role != "user":
+                    name = f"{place}.content.{index}.image_url"
+                    raise Refused(f"{name}: images are the user's", param=name, code="invalid_value")
+                continue
             part["type"] = kind
             part.pop("logprobs", None)
             if kind == "output_text":
@@ -79,6 +88,10 @@ def _other(item: dict) -> Message:
         output = item["output"]
         text = output if isinstance(output, str) else "".join(part["text"] for part in output)
         return Message(role="tool", tool_call_id=item["call_id"], content=text)
-    return Message(role=item["role"], content=[TextPart(type="text", text=part["text"]) for part in item["content"]])
+    return Message(role=item["role"], content=[_part(part) for part in item["content"]])
 
 
+def _part(part: dict) -> TextPart | ImagePart:
+    if part["type"] == "input_image":
+        return ImagePart(type="image_url", image_url=ImageURL(url=part["image_url"], detail=part["detail"]))
+    return TextPart(type="text", text=part["text"])

@@ -17,6 +17,15 @@ class InputText(Strict):
     text: StrictStr
 
 
+class InputImage(Strict):
+    """`detail` as in chat completions' ImageURL. There are no files here."""
+
+    type: Literal["input_image"]
+    image_url: StrictStr
+    detail: Literal["auto", "high"] = "auto"
+    file_id: None = None
+
+
 class OutputText(Strict):
     """As it was answered. Its log-probabilities and annotations say nothing to the model."""
 
@@ -31,7 +40,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: StrictStr | Many[Annotated[InputText | OutputText, Field(discriminator="type")]]
+    content: StrictStr | Many[Annotated[InputText | InputImage | OutputText, Field(discriminator="type")]]
     id: Id | None = None
     status: Status | None = None
 
