@@ -5,8 +5,8 @@
     hf_paged.unpatch(model)        # and this takes it all back
 
 Names load on first use, so importing hf_paged costs nothing. It makes transformers' `pipeline` know `backend="paged"`
-and its `from_pretrained` load quantized checkpoints with our layers, and PEFT put adapters on these; now, or when
-transformers or PEFT is imported.
+and its `from_pretrained` load quantized checkpoints with our layers, on several ranks, too, and PEFT put adapters on these;
+now, or when transformers or PEFT is imported.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def __dir__():
 
 when_imported("peft.tuners.lora.model", lambda: importlib.import_module(".hf.lora", __name__).install())
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
+when_imported("transformers.distributed.mixin", lambda: importlib.import_module(".hf.plans", __name__))
 when_imported("transformers.quantizers.auto", lambda: importlib.import_module(".hf.quantizers", __name__))
 when_imported(
     "transformers.configuration_utils", lambda: importlib.import_module(".hf.old_checkpoints", __name__).install()

@@ -8,7 +8,7 @@ was measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,12 @@ class Prediction:
 
 
 def predict(sizes: Sizes, device: Device, ranks: int, *, sequences: int, context: int) -> Prediction:
-    """Raises ValueError if heads cannot be dealt out evenly."""
-    if sizes.heads % ranks or sizes.kv_heads % ranks:
+    """Several ranks have the same key/value heads if these are fewer. Raises ValueError if heads cannot be dealt out evenly."""
+    if sizes.heads % ranks or sizes.kv_heads % ranks and ranks % sizes.kv_heads:
         raise ValueError(f"{sizes.heads} heads and {sizes.kv_heads} key/value heads cannot be dealt out to {ranks} ranks")
-    weights = sizes.parameters * sizes.weight_bytes / ranks
-    kv = sizes.kv_bytes_per_token / ranks
+    dealt = replace(sizes, kv_heads=max(sizes.kv_heads, ranks))
+    weights = dealt.parameters * sizes.weight_bytes / ranks
+    kv = dealt.kv_bytes_per_token / ranks
     sums = 2 * sizes.layers + 1
     sent = link_bytes(sequences * (summed_per_token(sizes) + embedded_per_token(sizes)), ranks)
     return Prediction(

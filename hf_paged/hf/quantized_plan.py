@@ -1,7 +1,7 @@
 """Quantized layers in transformers' tensor-parallel plans: what each rank loads of them, and their forward outside of steps.
 
 A plan's styles know plain linear layers only. Those of this file do for quantized layers what the styles of the same name
-do for plain ones; any other module gets the original.
+do for plain ones; any other module gets the original. They stand in for the plan's own while a model is loaded.
 """
 
 from __future__ import annotations
@@ -38,32 +38,49 @@ class QuantizedStyle:
         """A placeholder of which the loader fills this rank's part."""
         if not isinstance(module, QuantLinear):
             return self._plain.shard_param(module, param, mesh)
-        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.distributed.tensor import Shard
 
-        cut = Cut(self._name in INPUTS, mesh.get_local_rank(), mesh.size())
-        dim = dimensions(module.format, module.out_features, module.in_features, cut).get(param)
+        dim = cut_dimension(module, param, self._cut(mesh))
         if dim is not None:
-            placeholder = distribute_tensor(module._parameters[param].data, mesh, [Shard(dim)], src_data_rank=None)
-            module._parameters[param] = nn.Parameter(placeholder, requires_grad=False)
+            put_placeholder(module, param, mesh, [Shard(dim)])
 
     def install_forward(self, module, mesh):
         if not isinstance(module, QuantLinear):
             return self._plain.install_forward(module, mesh)
-        module.cut = Cut(self._name in INPUTS, mesh.get_local_rank(), mesh.size())
-        own, group = module.forward, mesh.get_group()
+        return install_cut(module, self._cut(mesh), self._name, mesh.get_group())
 
-        def forward(input: Tensor) -> Tensor:
-            if torch.is_grad_enabled() and input.requires_grad:
-                raise UnsupportedOption(
-                    "model: quantized layers that are sharded have no gradients; use torch.no_grad()"
-                )
-            if self._name in INPUTS:
-                return _summed(module, input, group)
-            output = own(input)
-            return _gathered(output, group) if self._name in GATHERED else output
+    def _cut(self, mesh) -> Cut:
+        return Cut(self._name in INPUTS, mesh.get_local_rank(), mesh.size())
 
-        module.forward = forward
-        return module
+
+def cut_dimension(layer: QuantLinear, param: str, cut: Cut) -> int | None:
+    """Along which dimension a stored tensor is cut; None if every rank has all of it."""
+    return dimensions(layer.format, layer.out_features, layer.in_features, cut).get(param)
+
+
+def put_placeholder(module: nn.Module, param: str, mesh, placements: list) -> None:
+    """Have a loader fill a rank's part of a parameter that is nothing yet."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = module._parameters[param]
+    placeholder = distribute_tensor(whole.data, mesh, placements, src_data_rank=None)
+    module._parameters[param] = nn.Parameter(placeholder, requires_grad=whole.requires_grad)
+
+
+def install_cut(layer: QuantLinear, cut: Cut, style: str, group) -> QuantLinear:
+    """Make a layer, before it is packed, the part that `cut` says, with a forward as the plan's `style` has it."""
+    layer.cut, own = cut, layer.forward
+
+    def forward(input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            raise UnsupportedOption("model: quantized layers that are sharded have no gradients; use torch.no_grad()")
+        if style in INPUTS:
+            return _summed(layer, input, group)
+        output = own(input)
+        return _gathered(output, group) if style in GATHERED else output
+
+    layer.forward = forward
+    return layer
 
 
 def _summed(layer: QuantLinear, input: Tensor, group) -> Tensor:
@@ -82,24 +99,26 @@ def _gathered(output: Tensor, group) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def plan_quantized(model: nn.Module, size: int) -> None:
-    """Let a model's plan deal out the quantized layers that it has, to `size` ranks.
+def plan_quantized(model: nn.Module, plan: dict[str, str], size: int, others: dict[str, int]) -> None:
+    """Have `plan` deal out the quantized layers of `model` to `size` ranks.
+
+    Args:
+        others: styles that take quantized layers as they are, with the number of parts into which they cut outputs.
 
     Raises UnsupportedOption, naming the layer, for one that cannot be cut as its plan says.
     """
-    plan = dict(model.tp_plan or {})
+    before = dict(plan)
     for name, module in model.named_modules():
         key = tensor_parallel.replace_layer_number_by_wildcard(name)
-        style = plan.get(key, "").removeprefix(PREFIX)
+        style = before.get(key)
         if not isinstance(module, QuantLinear) or not style:
             continue
-        if style not in (*OUTPUTS, *INPUTS):
+        if style not in (*OUTPUTS, *INPUTS, *others):
             raise UnsupportedOption(f"{name}: distributed_config: quantized layers are not sharded as {style!r}")
+        cut = Cut(style in INPUTS, 0, others.get(style, size))
         try:
-            dimensions(module.format, module.out_features, module.in_features, Cut(style in INPUTS, 0, size))
+            dimensions(module.format, module.out_features, module.in_features, cut)
         except UnsupportedOption as error:
             raise UnsupportedOption(f"{name}: {error}") from error
-        plan[key] = PREFIX + style
-        if PREFIX + style not in tensor_parallel.ALL_PARALLEL_STYLES:
-            tensor_parallel.ALL_PARALLEL_STYLES.register(PREFIX + style, QuantizedStyle(style))
-    model.tp_plan = plan
+        if style not in others:
+            plan[key] = PREFIX + style

@@ -28,7 +28,6 @@ from ..quant.formats.gptq import GPTQ
 from ..quant.linear import QuantLinear
 from . import checkpoint as checkpoints
 from . import old_checkpoints
-from .quantized_plan import plan_quantized
 from .weights import local
 
 
@@ -138,10 +137,8 @@ class PackedQuantizer(HfQuantizer):
             if self.is_quantized(module, checkpoint.layers[name]):
                 model.set_submodule(name, make(name, module))
         _check_unconverted(model, checkpoint)
-        if parts > 1:
-            if any(isinstance(module, ExpertLayers) for module in model.modules()):
-                raise UnsupportedOption("distributed_config: quantized experts are not sharded")
-            plan_quantized(model, parts)
+        if parts > 1 and any(isinstance(module, ExpertLayers) for module in model.modules()):
+            raise UnsupportedOption("distributed_config: quantized experts are not sharded")
 
     def update_weight_conversions(self, weight_conversions, *args):
         return super().update_weight_conversions(self._experts.without_merging(weight_conversions), *args)

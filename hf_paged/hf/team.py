@@ -15,6 +15,7 @@ from ..engine.follower import Follower
 from ..parallel.team import Order, Team, digest
 from ..quant.linear import QuantLinear
 from .heads import head_of
+from .shared_heads import has_shared_heads, num_copies
 from .weights import local
 
 OTHER_SIZES = {"fsdp_size": "FSDP", "dp_replicate_size": "FSDP", "pp_size": "pipeline parallelism"}
@@ -32,9 +33,9 @@ def find_team(model: torch.nn.Module, timeout: float) -> Team | None:
             raise UnsupportedModel("model: everything that is sharded of it is quantized, the output embedding too")
         return None
     _check_kind(model)
-    meshes = {parameter.device_mesh for parameter in parameters}
-    mesh = meshes.pop()
-    if meshes or mesh.ndim != 1:
+    meshes = {parameter.device_mesh for parameter in parameters if not has_shared_heads(parameter)}
+    mesh = meshes.pop() if meshes else None
+    if mesh is None or meshes or mesh.ndim != 1:
         raise UnsupportedModel("model: it is sharded over more than one device mesh, or one of several dimensions")
     if mesh.size() == 1:
         return None
@@ -64,10 +65,19 @@ def _check_kind(model: torch.nn.Module) -> None:
 
 def _check_heads(model: torch.nn.Module, size: int) -> None:
     config = model.config.get_text_config(decoder=True)
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, field, None) or size
-        if heads % size:
-            raise UnsupportedModel(f"model: its {heads} heads (config.{field}) cannot be dealt out to {size} ranks evenly")
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or size
+    copies = num_copies(kv_heads, size)
+    if heads % size or copies is None:
+        raise UnsupportedModel(
+            f"model: its {heads} heads (config.num_attention_heads) and {kv_heads} key/value heads "
+            f"(config.num_key_value_heads) cannot be dealt out to {size} ranks evenly"
+        )
+    groups = {module.num_key_value_groups for module in model.modules() if hasattr(module, "num_key_value_groups")}
+    if copies > 1 and groups != {heads // size}:
+        raise UnsupportedModel(
+            f"model: its {kv_heads} key/value heads were torn apart, because it was loaded on {size} ranks before hf_paged "
+            "was imported; import it first"
+        )
 
 
 class SharedCalls:

@@ -28,11 +28,13 @@ MODELS = {
     "qwen2": dict(vocab_size=200),
     "mistral": dict(vocab_size=200),
     "llama tied, one layer": dict(vocab_size=200, tie_word_embeddings=True, num_hidden_layers=1),
+    "qwen2 with one key head": dict(vocab_size=200, num_key_value_heads=1),
+    "gemma3_text with one key head": dict(vocab_size=200, num_key_value_heads=1),
 }
 SIZES = dict(vocab_size=200, hidden_size=128, head_dim=32, intermediate_size=192, num_hidden_layers=2)
 GPTQ = dict(quant_method="gptq", sym=False, desc_act=True)
 CT = dict(quant_method="compressed-tensors", format="pack-quantized")
-QUANTIZED = {  # family, config, what makes a layer [N, K]
+QUANTIZED = {  # family, config, what makes a layer [N, K], other sizes
     "GPTQ 4 bit": ("llama", GPTQ | dict(bits=4, group_size=32), lambda N, K: gptq_layer(N, K, group_size=32)),
     "GPTQ 4 bit, act-order": ("llama", GPTQ | dict(bits=4, group_size=32), lambda N, K: gptq_layer(N, K, group_size=32, act_order=True)),
     "GPTQ 4 bit, a scale a row": ("qwen2", GPTQ | dict(bits=4, group_size=-1), lambda N, K: gptq_layer(N, K, group_size=-1)),
@@ -40,6 +42,9 @@ QUANTIZED = {  # family, config, what makes a layer [N, K]
     "GPTQ 8 bit, act-order": ("qwen3", GPTQ | dict(bits=8, group_size=16), lambda N, K: gptq_layer(N, K, bits=8, act_order=True)),
     "GPTQ 3 bit, act-order": ("gemma3_text", GPTQ | dict(bits=3, group_size=32), lambda N, K: gptq_layer(N, K, bits=3, group_size=32, act_order=True)),
     "GPTQ 2 bit, act-order": ("mistral", GPTQ | dict(bits=2, group_size=64), lambda N, K: gptq_layer(N, K, bits=2, group_size=64, act_order=True)),
+    "GPTQ 4 bit, one key head": (
+        "llama", GPTQ | dict(bits=4, group_size=32), lambda N, K: gptq_layer(N, K, group_size=32), dict(num_key_value_heads=1),
+    ),
     "AWQ": ("llama", dict(quant_method="awq", bits=4, group_size=32, version="gemm"), lambda N, K: awq_layer(N, K, group_size=32)),
     "FP8, a scale each": (
         "llama", dict(quant_method="fp8"), lambda N, K: eight_bit_layer(N, K, block=(None, None), shape=()),
@@ -99,9 +104,9 @@ class Pair:
     def __init__(self, folder: Path, label: str):
         path = folder / label
         if rank() == 0 and label in QUANTIZED:
-            family, config, make = QUANTIZED[label]
+            family, config, make, *more = QUANTIZED[label]
             torch.manual_seed(0)
-            save_quantized(tiny_model(family, **SIZES), path, config, lambda name, N, K: make(N, K))
+            save_quantized(tiny_model(family, **SIZES, **(more[0] if more else {})), path, config, lambda name, N, K: make(N, K))
         elif rank() == 0:
             tiny_model(label.split()[0], **MODELS[label]).save_pretrained(path)
         dist.barrier()
@@ -163,14 +168,15 @@ def refused(kind: type[Exception], name: str, call, *args, **options) -> None:
         raise AssertionError(f"{name} was not refused")
 
 
-def _of_every_model(label: str) -> None:
+def of_every_model(label: str, heads: tuple[int, int] = (2, 1)) -> None:
+    """Of every rank `heads` (query, key/value)."""
     pair = pairs[label]
     options = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
     expected = pair.whole.generate(**ragged(), **options)
     hf_paged.patch(pair.shards)
     try:
         layer = pair.shards._hf_paged.adapter.layers[0]
-        assert (layer.num_heads, layer.num_kv_heads) == (2, 1)
+        assert (layer.num_heads, layer.num_kv_heads) == heads
         # made up, each layer has an order of its own, and those are not merged
         assert pair.shards._hf_paged.fusions.counts["qkv"] or "act-order" in label, "nothing was merged"
         plain = pair.shards.generate(**ragged(), max_new_tokens=NEW, do_sample=False)  # by winners
@@ -183,23 +189,44 @@ def _of_every_model(label: str) -> None:
     assert difference < 1e-4, difference
 
 
-def _of_every_format(label: str) -> None:
+def of_every_format(label: str, heads: tuple[int, int] = (2, 1)) -> None:
     pair = pairs.setdefault(label, Pair(Path(FOLDER[0]), label))
     with torch.no_grad():
         whole, shards = (model(**ragged()).logits for model in (pair.whole, pair.shards))
     assert (whole - shards).abs().max() < 1e-4, (whole - shards).abs().max()
     layer = pair.shards.model.layers[0].self_attn
-    assert (layer.q_proj.out_features, layer.o_proj.in_features) == (64, 64)
-    _of_every_model(label)
+    assert layer.q_proj.out_features == layer.o_proj.in_features == 32 * heads[0]
+    of_every_model(label, heads)
     refused(hf_paged.UnsupportedOption, "a part of a quantized layer", pair.shards.save_pretrained, FOLDER[0])
     del pairs[label]
 
 
 for _label in QUANTIZED:
-    CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: _of_every_format(label)))
+    CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: of_every_format(label)))
 
 for _label in MODELS:
-    CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: _of_every_model(label)))
+    CHECKS.append((f"tokens and logits of {_label}", lambda label=_label: of_every_model(label)))
+
+
+@check
+def shared_heads_outside_of_steps():
+    """A head that both ranks have: gradients, stock's own decoding with a cache of fixed size, files that are saved."""
+    pair = pairs["gemma3_text with one key head"]
+    gradients = []
+    for model in (pair.whole, pair.shards):
+        model(input_ids=prompts()).logits.square().mean().backward()
+        attention = model.model.layers[1].self_attn
+        found = [module.weight.grad for module in (attention.k_proj, attention.v_proj, attention.q_proj, attention.k_norm)]
+        gradients.append([grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in found])
+        model.zero_grad()
+    for whole, shards in zip(*gradients):
+        assert (whole - shards).abs().max() < 1e-4 * whole.abs().max(), (whole, shards)
+    options = dict(max_new_tokens=NEW, do_sample=False, cache_implementation="static", disable_compile=True)
+    assert torch.equal(*(model.generate(**ragged(), **options) for model in (pair.whole, pair.shards)))
+    pair.shards.save_pretrained(Path(FOLDER[0]) / "saved")
+    dist.barrier()
+    again = AutoModelForCausalLM.from_pretrained(Path(FOLDER[0]) / "saved").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in pair.whole.state_dict().items())
 
 
 @check
@@ -453,7 +480,7 @@ def checkpoints_that_are_refused():
         experts = tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=32, num_hidden_layers=1)
         make = lambda name, N, K: gptq_layer(N, K) if "experts" in name else None  # noqa: E731
         save_quantized(experts, folder / "experts", GPTQ | dict(bits=4, group_size=16), make)
-        tiny_model("llama", vocab_size=200, num_key_value_heads=1).save_pretrained(folder / "one head")
+        tiny_model("llama", vocab_size=200, num_attention_heads=3, num_key_value_heads=1).save_pretrained(folder / "3 heads")
         tiny_model("phi3", vocab_size=200).save_pretrained(folder / "phi3")
     dist.barrier()
     sharded = dict(distributed_config=DistributedConfig(tp_size=2))
@@ -461,7 +488,7 @@ def checkpoints_that_are_refused():
     refused(hf_paged.UnsupportedOption, "q_proj: distributed_config: weight_scale_inv", load, folder / "blocks", **sharded)
     refused(hf_paged.UnsupportedOption, "gate_proj: distributed_config: qweight", load, folder / "words", **sharded)
     refused(hf_paged.UnsupportedOption, "quantized experts are not sharded", load, folder / "experts", **sharded)
-    refused(hf_paged.UnsupportedModel, "its 1 heads", hf_paged.patch, load(folder / "one head", **sharded))
+    refused(hf_paged.UnsupportedModel, "its 3 heads", hf_paged.patch, load(folder / "3 heads", **sharded))
     refused(hf_paged.UnsupportedModel, "'phi3'", hf_paged.patch, load(folder / "phi3", **sharded))
 
 

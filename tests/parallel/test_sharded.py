@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from launch import HERE, reports, torchrun
+from launch import HERE, python, reports, torchrun
 
 
 def names() -> list[str]:
@@ -26,6 +26,11 @@ def report(tmp_path_factory) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", names())
 def test_sharded(report, name):
     assert report[name] == [], "\n".join(report[name])
+
+
+def test_four_ranks_with_fewer_key_heads(tmp_path):
+    report = reports("four_ranks.py", folder=tmp_path, start=python)
+    assert len(report) == 3 and not any(report.values()), report
 
 
 @pytest.mark.slow

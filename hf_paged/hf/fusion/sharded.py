@@ -33,7 +33,6 @@ from ...quant.cuts import rounded_jointly
 from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
 from ...runtime.warpers import row_argmax
-from ..quantized_plan import PREFIX
 from ..swap import SHARD, Swapped, reduce_plain
 from ..weights import local, weight_of
 
@@ -211,7 +210,7 @@ def shard_modules(model: nn.Module, team: Team, backend: str) -> Callable[[], No
     changed: list[nn.Module] = []
     plan = getattr(model, "tp_plan", None) or {}
     for name, module in model.named_modules():
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "").removeprefix(PREFIX)
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
         if not style or "forward" not in module.__dict__:
             continue
         made = _form(module, style, team, module.__dict__["forward"], backend)

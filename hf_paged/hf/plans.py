@@ -1,0 +1,56 @@
+"""transformers' tensor-parallel plans, with what they lack: quantized layers, and fewer key/value heads than ranks.
+
+Both would fail with the plan that the model's class has. It is changed while the model is dealt out to the ranks, before
+its weights are read, and is the model's own again afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+
+from torch import nn
+from transformers.distributed import mixin, tensor_parallel
+
+from .quantized_plan import INPUTS, OUTPUTS, PREFIX, QuantizedStyle, plan_quantized
+from .shared_heads import SharedHeads, plan_shared_heads
+
+SHARED_HEADS = PREFIX + "shared_heads"
+
+
+def install() -> None:
+    """Have `from_pretrained` deal out such models, too. Importing hf_paged does it."""
+    original = mixin.DistributedMixin.__dict__["maybe_distribute_model"].__func__
+    if hasattr(original, "hf_paged_original"):
+        return
+    styles = tensor_parallel.ALL_PARALLEL_STYLES
+    for name in (*OUTPUTS, *INPUTS):
+        styles.register(PREFIX + name, QuantizedStyle(name))
+
+    @wraps(original)
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        size = getattr(distributed_config, "tp_size", None) or 1
+        if mesh is None or size == 1:
+            return original(cls, model, distributed_config, mesh)
+        attribute = "_ep_plan" if model.tp_plan is model._ep_plan else "_tp_plan"  # 5.17 has one plan or the other
+        own = dict(model.tp_plan or {})
+        setattr(model, attribute, _completed(model, own, size))
+        try:
+            return original(cls, model, distributed_config, mesh)
+        finally:
+            plan = {key: own[key] if style.startswith(PREFIX) else style for key, style in model.tp_plan.items()}
+            setattr(model, attribute, plan)
+
+    maybe_distribute_model.hf_paged_original = original
+    mixin.DistributedMixin.maybe_distribute_model = classmethod(maybe_distribute_model)
+
+
+def _completed(model: nn.Module, own: dict[str, str], size: int) -> dict[str, str]:
+    """The plan `own` of `model` with styles of ours where it needs them. Raises UnsupportedOption as `plan_quantized`."""
+    plan = dict(own)
+    num_kv_heads = plan_shared_heads(model, plan, size, SHARED_HEADS)
+    tensor_parallel.ALL_PARALLEL_STYLES.register(SHARED_HEADS, SharedHeads(num_kv_heads))
+    plan_quantized(model, plan, size, {SHARED_HEADS: num_kv_heads})
+    return plan
+
+
+install()
