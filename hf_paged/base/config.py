@@ -11,6 +11,7 @@ from .images import ImageLimits
 from .sizes import parse_bytes
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "fp8", "int8")
+POLICIES = ("fcfs", "priority", "fair")
 ATTENTION_BACKENDS = ("auto", "cpu", "triton", "reference")
 SPECULATION = ("ngram", "draft")
 MAX_SPECULATIVE_TOKENS = 64
@@ -73,7 +74,9 @@ class EngineConfig:
         max_num_seqs: most sequences running at once.
         max_model_len: most tokens (prompt and output) of one sequence; default what the model's config allows.
         prefix_cache: reuse KV blocks of equal prefixes; not done for models with layers that keep a state.
-        policy: "fcfs", or "priority" (lower number first, then first come).
+        policy: who runs first. "fcfs": who came first. "priority": lower numbers, every 30 seconds of waiting being worth
+            one level, so that nobody waits for ever. "fair": whose `user` was served fewest tokens. With `prefix_cache`,
+            each lets a request overtake some of its own priority or user, of whose prompt less is cached.
         max_queue: most requests waiting; more raise `QueueFull`. None: unbounded.
         attention_backend: "auto", "cpu" (the C++ kernels), "triton" (CUDA and ROCm) or "reference" (plain torch).
         fuse: run merged projections and fused norm/activation kernels where they are proven equal.
@@ -99,7 +102,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_model_len: int | None = None
     prefix_cache: bool = True
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     max_queue: int | None = None
     attention_backend: str = "auto"
     fuse: bool = True
@@ -127,8 +130,8 @@ class EngineConfig:
         if self.attention_backend not in ATTENTION_BACKENDS:
             known = ", ".join(ATTENTION_BACKENDS)
             raise InvalidArgument(f"attention_backend must be one of {known}, got {self.attention_backend!r}")
-        if self.policy not in ("fcfs", "priority"):
-            raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {self.policy!r}")
+        if self.policy not in POLICIES:
+            raise InvalidArgument(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidArgument(f"seed must be an integer, got {self.seed!r}")
         if self.overlap is not None and not isinstance(self.overlap, bool):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, fields
+from itertools import islice
 
 from .media import EncoderBudget, longest_block, rest_of_block, whole_blocks
+from .overtaking import Overtaking
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
 from .step import StepBuilder
@@ -15,13 +17,14 @@ from .tables import BlockTables
 
 @dataclass(slots=True)
 class Counts:
-    """What a scheduler counts from one `reset` to the next, in tokens and preemptions."""
+    """What a scheduler counts from one `reset` to the next, in tokens, preemptions and requests that overtook others."""
 
     prefix_hit_tokens: int = 0
     prefix_queried_tokens: int = 0
     preemptions: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    overtakes: int = 0
 
     def reset(self) -> None:
         for field in fields(self):
@@ -33,7 +36,6 @@ class Planner:
 
     Args:
         max_batch_tokens, max_num_seqs, max_model_len, whole_prompts: as the scheduler's.
-        by_priority: waiting sequences preempt running ones of a lower class.
         encoder: what a step may have encoded; None: anything.
         new_sequence: `new_sequence(request, index, seq_id)` brings a sibling into being.
         held_blocks: whether held sequences have some of the blocks.
@@ -50,7 +52,6 @@ class Planner:
         max_num_seqs: int,
         max_model_len: int,
         whole_prompts: bool,
-        by_priority: bool,
         encoder: EncoderBudget | None,
         new_sequence: Callable[[Request, int, int], Sequence],
         held_blocks: Callable[[], bool],
@@ -63,11 +64,11 @@ class Planner:
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._whole_prompts = whole_prompts
-        self._by_priority = by_priority
         self._encoder = encoder
         self._new_sequence = new_sequence
         self._held_blocks = held_blocks
         self._empty_held = empty_held
+        self._overtaking = Overtaking(tables, queues.waiting, reach=2 * max_num_seqs)
         self._blocked: tuple[int, int] | None = None  # (seq_id, num_releases) of a sequence that found no blocks
 
     def plan(self, only: Container[int] | None) -> StepBuilder:
@@ -75,10 +76,11 @@ class Planner:
         step = StepBuilder(self._max_batch_tokens, only, len(self._tables.pools))
         if self._encoder is not None:
             self._encoder.renew()
+        self._queues.rerank()
         running = [seq for seq in self._queues.running if step.may_run(seq) and not self._has_its_last(seq)]
         step.decodes = {seq.seq_id for seq in running if seq.num_remaining == 1}
         for seq in running:
-            if self._queues.waiting:
+            if len(self._queues.waiting):
                 self._admit_before(step, seq.order)
             if seq.status is SequenceStatus.RUNNING:  # not preempted by one before it
                 self._advance(step, seq)
@@ -156,31 +158,50 @@ class Planner:
     # -- those that wait
 
     def _admit_before(self, step: StepBuilder, order: tuple[int, int] | None) -> None:
-        """Admit waiting sequences in order while that works: those that rank before `order`, or all."""
-        while step.admitting and step.cursor < len(self._queues.waiting):
-            seq = self._queues.waiting[step.cursor]
-            if order is not None and seq.order > order:
+        """Admit waiting sequences while that works: those that rank before `order`, or all."""
+        if step.walk is None:
+            step.walk = self._queues.waiting.walk()
+        while step.admitting:
+            head = step.walk.head()
+            if head is None or order is not None and head.order > order:
                 return
-            if not step.may_run(seq):
-                step.cursor += 1
-            elif seq.seq_id in step.preempted or seq.num_unknown or step.spare_budget < 1 or not self._admit(step, seq):
+            if not step.may_run(head):
+                step.walk.pass_over(head)
+            elif head.seq_id in step.preempted or head.num_unknown or step.spare_budget < 1 or self._is_blocked(step, head):
                 step.admitting = False  # (preempted with an unknown token, it cannot be recomputed yet)
+            else:
+                step.admitting = self._admit_one(step, head, order)
+
+    def _admit_one(self, step: StepBuilder, head: Sequence, order: tuple[int, int] | None) -> bool:
+        """Admit `head` or whoever may overtake it, or hold one of them back. False: none of them can be."""
+        if self._queues.seats_used < self._max_num_seqs:
+            seq = self._overtaking.choose(step, head, order)
+            if seq is not head and self._admit(step, seq):
+                self._counts.overtakes += seq.status is SequenceStatus.RUNNING
+                return True
+        return self._admit(step, head)
+
+    def _is_blocked(self, step: StepBuilder, head: Sequence) -> bool:
+        """Whether it found no blocks when it was last tried, and none were released since."""
+        return (
+            bool(self._queues.running)
+            and step.only is None
+            and self._blocked == (head.seq_id, self._tables.num_releases)
+        )
 
     def _admit(self, step: StepBuilder, seq: Sequence) -> bool:
         """Seat and schedule the waiting `seq`, or hold it back. False: it lacks seats or blocks."""
         tables = self._tables
-        if self._queues.running and step.only is None and self._blocked == (seq.seq_id, tables.num_releases):
-            return False
         if not self._free_seats(step, seq):
             return False
         num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
         if self._is_coming(step, seq, num_hit):
-            step.cursor += 1
+            step.walk.pass_over(seq)
             return True
         tables.take_hit(seq, num_hit)
         if self._chunk(step, seq)[1] < 1:  # its next image has to wait for the encoder
             tables.release(seq)
-            step.cursor += 1
+            step.walk.pass_over(seq)
             return True
         while not self._fits(step, seq):
             if not self._make_room(step, seq, admitting=True):
@@ -248,11 +269,10 @@ class Planner:
 
     def _victim(self, step: StepBuilder, seq: Sequence, admitting: bool) -> Sequence | None:
         """The running sequence, last in order, that must give its blocks to `seq`; None if there is none."""
-        if step.only is not None:
-            candidates = self._queues.running
-        else:
-            candidates = self._queues.running[-1:]  # if the last does not yield, nobody does
-        return next((other for other in reversed(candidates) if self._yields(step, other, seq, admitting)), None)
+        candidates = reversed(self._queues.running)
+        if step.only is None and not admitting:
+            candidates = islice(candidates, 1)  # if the last does not yield, nobody does
+        return next((other for other in candidates if self._yields(step, other, seq, admitting)), None)
 
     def _yields(self, step: StepBuilder, other: Sequence, seq: Sequence, admitting: bool) -> bool:
         """Whether the running `other` may be preempted for `seq`: never if it is part of this step already.
@@ -263,8 +283,8 @@ class Planner:
             return False
         if not step.may_run(other):
             return True
-        if admitting:  # a newcomer takes only from a lower class, or equals would push each other out
-            return self._by_priority and other.order[0] > seq.order[0]
+        if admitting:
+            return self._queues.waiting.takes_from(seq, other)
         return other.order > seq.order
 
     def _fork(self, step: StepBuilder, leader: Sequence) -> None:
@@ -283,6 +303,7 @@ class Planner:
             return
         request.first_scheduled = time.monotonic()
         seq.num_cached_tokens = seq.num_computed
+        self._queues.waiting.computed(request, len(seq.token_ids) - seq.num_computed)
         if self._tables.prefix_cache and request.reads_prefix_cache:
             self._counts.prefix_hit_tokens += seq.num_computed
             self._counts.prefix_queried_tokens += len(seq.token_ids)

@@ -40,7 +40,7 @@ class MediaSpan:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One prompt and what to do with it. The scheduler fills `sequences` and `first_scheduled`.
+    """One prompt and what to do with it. The scheduler fills `sequences`, `first_scheduled` and `rank`.
 
     Attributes:
         request_id: unique among the unfinished requests of a scheduler.
@@ -51,6 +51,7 @@ class Request:
         stop_token_ids: tokens that end a completion and are named as its `stop_reason`.
         eos_token_ids: tokens that end a completion; empty when EOS is to be ignored.
         priority: lower runs first under the "priority" policy.
+        user: whose request it is, for the "fair" policy. None: one that names nobody.
         arrival: seconds on the `time.monotonic` clock.
         deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.
@@ -65,6 +66,7 @@ class Request:
         state: the engine's own state; opaque here.
         sequences: the completions so far. The leader alone until the prompt is computed, then `n`.
         first_scheduled: seconds on the `time.monotonic` clock; None while it has never run.
+        rank: what a policy ranks it by, if that is settled when it comes.
     """
 
     request_id: str
@@ -75,6 +77,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     priority: int = 0
+    user: str | None = None
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     cache_salt: str | bytes | None = None
@@ -86,6 +89,7 @@ class Request:
     state: object = None
     sequences: list[Sequence] = field(default_factory=list)
     first_scheduled: float | None = None
+    rank: int = 0
 
     @property
     def reads_prefix_cache(self) -> bool:

@@ -4,9 +4,9 @@
               ^------ preempted, rolled back ------'
 
 `schedule` makes a StepPlan, `add_drafts` may add guessed tokens to it, and `commit` (or, if the forward failed,
-`rollback`) ends it. Calls come from one thread. All sequences are ranked by the policy, first come first served or by
-priority. A step walks down that order; whoever lacks blocks takes them from the last in order, so the first always
-advances and all finish.
+`rollback`) ends it. Calls come from one thread. All sequences are ranked by the policy: first come first served, by
+priority, or by what their users were served. A step walks down that order; whoever lacks blocks takes them from the last
+in order, so the first always advances and all finish.
 
 The next plan can be made before anybody knows what this one sampled: see `UnderWay`.
 """
@@ -14,25 +14,27 @@ The next plan can be made before anybody knows what this one sampled: see `Under
 from __future__ import annotations
 
 import dataclasses
-import heapq
-from collections.abc import Container, Mapping
+import time
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
-from ..base.errors import CacheFull, InvalidArgument, QueueFull, RequestTooLarge
+from ..base.errors import InvalidArgument, QueueFull
 from .held import HeldSequences
-from .media import EncoderBudget, check_media, longest_block
+from .intake import Deadlines, check_request
+from .media import EncoderBudget
 from .plan import StepPlan
 from .planner import Counts, Planner
+from .policies import make_policy
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
-from .resize import make_room, why_too_large
 from .tables import BlockTables, GroupSpec
 from .under_way import UnderWay
+from .upkeep import SchedulerUpkeep
 
 __all__ = ["GroupSpec", "Scheduler"]
 
 
-class Scheduler:
+class Scheduler(SchedulerUpkeep):
     """Continuous batching over paged blocks.
 
     Args:
@@ -47,9 +49,10 @@ class Scheduler:
         whole_prompts: compute every prompt in one step, even where it exceeds the token budget: for layers whose state
             can only be taken up by a single token. Not for sliding groups, which could not hold it.
         prefix_cache: share blocks of equal prefixes; not for models that keep a state.
-        policy: "fcfs", or "priority": lower numbers first, and waiting sequences preempt running ones of a higher one.
+        policy: "fcfs", "priority" or "fair"; see `core.policies`.
         max_queue: most sequences waiting; `add` raises QueueFull beyond. None: unbounded.
         encoder: what a step may have encoded of the requests' media; None: they have none, or nobody counts.
+        clock: nanoseconds; what "priority" tells the time by.
 
     Attributes:
         requests: unfinished requests by id.
@@ -73,9 +76,8 @@ class Scheduler:
         policy: str = "fcfs",
         max_queue: int | None = None,
         encoder: EncoderBudget | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
     ):
-        if policy not in ("fcfs", "priority"):
-            raise InvalidArgument(f"policy must be 'fcfs' or 'priority', got {policy!r}")
         assert max_batch_tokens >= 1 and max_num_seqs >= 1
         assert not whole_prompts or all(group.window is None for group in groups)
         self.max_batch_tokens = max_batch_tokens
@@ -84,10 +86,10 @@ class Scheduler:
         self.max_queue = max_queue
         self.whole_prompts = whole_prompts
         self.requests: dict[str, Request] = {}
-        self._by_priority = policy == "priority"
         self._prefix_cache = prefix_cache
+        self._policy = make_policy(policy, clock)
         self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache, max_slots)
-        self._queues = Queues()
+        self._queues = Queues(self._policy)
         self._counts = Counts()
         self._planner = Planner(
             self._tables,
@@ -97,7 +99,6 @@ class Scheduler:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             whole_prompts=whole_prompts,
-            by_priority=self._by_priority,
             encoder=encoder,
             new_sequence=self._new_sequence,
             held_blocks=lambda: self.held.holds_blocks,
@@ -108,11 +109,17 @@ class Scheduler:
         )
         self._sequences: dict[int, Sequence] = {}
         self._ended: dict[int, Sequence] = {}  # of requests dropped since the last `schedule`
-        self._deadlines: list[tuple[float, int, Request]] = []  # heap; ended requests leave it lazily
+        self._deadlines = Deadlines(self.requests)
         self._next_seq_id = 0
         self._num_steps = 0
         self._under_way = UnderWay(
-            self._sequences, self._tables, self._planner, self._counts, end=self._end, max_model_len=max_model_len
+            self._sequences,
+            self._tables,
+            self._planner,
+            self._counts,
+            self._policy,
+            end=self._end,
+            max_model_len=max_model_len,
         )
 
     # -- requests in
@@ -125,14 +132,22 @@ class Scheduler:
             RequestTooLarge: it could never run.
             QueueFull: `max_queue` sequences wait already.
         """
-        self._check(request)
+        if request.request_id in self.requests:
+            raise InvalidArgument(f"request_id {request.request_id!r} is in use")
+        check_request(
+            request,
+            self._tables,
+            max_batch_tokens=self.max_batch_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
         self.check_room()
         seq_id = self._take_id(request.n)
+        self._policy.enter(request)
         leader = self._new_sequence(request, 0, seq_id)
         leader.pending_forks = request.n - 1
         self.requests[request.request_id] = request
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, seq_id, request))
+        self._deadlines.add(request, seq_id)
         self._queues.wait(leader)
 
     def check_room(self, count: int = 1) -> None:
@@ -148,39 +163,6 @@ class Scheduler:
     def _take_step(self) -> int:
         self._num_steps += 1
         return self._num_steps
-
-    def _check(self, request: Request) -> None:
-        """Refuse what is wrong or could never run."""
-        num_prompt, n, most = len(request.prompt_token_ids), request.n, self.max_model_len
-        if request.request_id in self.requests:
-            raise InvalidArgument(f"request_id {request.request_id!r} is in use")
-        if not num_prompt:
-            raise InvalidArgument("prompt is empty; give at least one token")
-        if n < 1 or n > self.max_num_seqs:
-            raise InvalidArgument(f"n must be between 1 and max_num_seqs ({self.max_num_seqs}), got {n}")
-        if request.max_tokens < 0 or n > 1 and not request.max_tokens:
-            raise InvalidArgument(f"max_tokens must be at least 1 (or 0 with an n of 1), got {request.max_tokens}")
-        longest = most - bool(request.max_tokens)
-        if num_prompt > longest:
-            raise RequestTooLarge(
-                f"prompt has {num_prompt} tokens, but with max_model_len {most} it can have at most {longest}; "
-                "shorten it or raise max_model_len"
-            )
-        check_media(request.media, num_prompt)
-        whole = longest_block(request.media)
-        if whole > self.max_batch_tokens:
-            raise RequestTooLarge(
-                f"an image of {whole} tokens, which see each other and are computed together, exceeds max_batch_tokens "
-                f"({self.max_batch_tokens}); raise it, or use smaller images"
-            )
-        if self.has_state and n > self._tables.slots.max_blocks:
-            raise RequestTooLarge(
-                f"n {n} takes {n} state slots, but the cache holds at most {self._tables.slots.max_blocks}; "
-                "raise kv_cache_memory, or lower n"
-            )
-        reason = why_too_large(self._tables, request, self.max_blocks, most)
-        if reason is not None:
-            raise RequestTooLarge(reason)
 
     # -- one step
 
@@ -277,14 +259,7 @@ class Scheduler:
 
     def expired(self, now: float) -> list[Request]:
         """Unfinished requests whose deadline has passed at `now` (`time.monotonic` clock). They go on until ended."""
-        passed = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            entry = heapq.heappop(self._deadlines)
-            if self.requests.get(entry[2].request_id) is entry[2]:
-                passed.append(entry)
-        for entry in passed:
-            heapq.heappush(self._deadlines, entry)
-        return [request for _, _, request in passed]
+        return self._deadlines.expired(now)
 
     def _end(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Finish `seq`, free what it held, drop the request if it was its last."""
@@ -298,86 +273,15 @@ class Scheduler:
             ended.status, ended.finish_reason, ended.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
         if request.finished:
             del self.requests[request.request_id]
+            self._policy.leave(request)
             for ended in request.sequences:
                 self._ended[ended.seq_id] = self._sequences.pop(ended.seq_id)
 
     def _new_sequence(self, request: Request, index: int, seq_id: int) -> Sequence:
-        order = (request.priority if self._by_priority else 0, seq_id)
-        seq = Sequence(seq_id, request, index, order, len(self._tables.pools))
+        seq = Sequence(seq_id, request, index, self._policy.order(request, seq_id), len(self._tables.pools))
         request.sequences.append(seq)
         self._sequences[seq_id] = seq
         return seq
-
-    # -- weights and hooks
-
-    def share_prefixes(self, allowed: bool) -> None:
-        """Switch the prefix cache off and on again: while it is off, no block is found or published.
-
-        Does nothing to a scheduler made without one. Whatever is to be forgotten takes `reset_prefix_cache`.
-        """
-        self._tables.prefix_cache = allowed and self._prefix_cache
-
-    def reset_prefix_cache(self) -> None:
-        """The weights changed: no later request may find a block computed so far.
-
-        Running sequences keep their keys and values, computed under the old weights, and publish no more blocks;
-        `recompute_all` makes them start over too.
-        """
-        self._tables.clear_cache()
-        self.held.stop_publishing()
-        for seq in self._queues.running:
-            seq.publishable = False
-
-    def recompute_all(self) -> None:
-        """`reset_prefix_cache`, and all running sequences recompute everything under the new weights.
-
-        Plans that are under way are rolled back. Outputs so far are kept. Not counted as preemption.
-        """
-        self.take_back()
-        self.reset_prefix_cache()
-        for seq in list(self._queues.running):
-            self._planner.send_back(seq)
-
-    # -- the size of the cache
-
-    def oversized(self, max_blocks: list[int]) -> list[tuple[Request, str]]:
-        """Unfinished requests that could never run with `max_blocks` blocks a group, each with what to say of it."""
-        reasons = (
-            (request, why_too_large(self._tables, request, max_blocks, self.max_model_len))
-            for request in self.requests.values()
-        )
-        return [(request, reason) for request, reason in reasons if reason is not None]
-
-    def resize(self, max_blocks: list[int]) -> list[dict[int, int]]:
-        """Change the number of blocks a group may have, between two steps.
-
-        Blocks in use are kept, and move where they must; as long as they are too many, held sequences that can do without
-        are emptied and running ones preempted, last in order first. Whatever is `oversized` must have been ended.
-
-        Returns per group which blocks' contents have to go where, {old: new}.
-
-        Raises CacheFull, and changes nothing, if held sequences need more.
-        """
-        self._under_way.take_back()
-        make_room(self._tables, self.held, self._planner, max_blocks)
-        return self._tables.resize(max_blocks, [*self._sequences.values(), *self.held])
-
-    def empty(self, num_blocks: list[int]) -> None:
-        """Take all blocks and states from everybody, and begin anew with so many blocks a group.
-
-        As `recompute_all`; held sequences that can do without are emptied.
-
-        Raises CacheFull, and changes nothing, if held sequences have blocks that nobody could compute again.
-        """
-        if self.held.keeps_any:
-            raise CacheFull(
-                "rows of generate, or a cache it returned, hold keys and values that cannot be computed again; let it end, "
-                "or delete the cache, first"
-            )
-        self.recompute_all()
-        while self.held.empty_one():
-            pass
-        self._tables.reset(num_blocks)
 
     # -- looking in
 
@@ -389,7 +293,7 @@ class Scheduler:
     @property
     def max_blocks(self) -> list[int]:
         """Blocks that each group may have."""
-        return [pool.max_blocks for pool in self._tables.pools]
+        return self._tables.max_blocks
 
     @property
     def max_slots(self) -> int:
@@ -440,6 +344,7 @@ class Scheduler:
             "slots_total": slots.max_blocks,
             "slots_peak": slots.peak_in_use,
             **dataclasses.asdict(self._counts),
+            **self._policy.stats(),
         }
 
     def reset_stats(self) -> None:

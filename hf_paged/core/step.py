@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping
 
 from .media import MediaRows, media_rows
 from .plan import StepPlan
+from .policy import Walk
 from .request import Sequence
 from .tables import BlockTables, TableChanges
 
@@ -22,7 +23,8 @@ class StepBuilder:
         preempted: sequences preempted while planning; they are not admitted again at once.
         prefills: (sequence, tokens in the cache after the step) of prompts that need further steps.
         forked: siblings that come into being with this step.
-        cursor: how many waiting sequences were looked at and passed over.
+        walk: the step's way along the waiting sequences; None until there is one.
+        ranked: by kind of request, what `Overtaking` found out.
         admitting: whether further waiting sequences may be looked at.
         changes: what happened to the block pools.
         drafts: seq_id -> its draft tokens.
@@ -34,13 +36,14 @@ class StepBuilder:
         "budget",
         "busy",
         "changes",
-        "cursor",
         "decodes",
         "drafts",
         "forked",
         "only",
         "preempted",
         "prefills",
+        "ranked",
+        "walk",
     )
 
     def __init__(self, budget: int, only: Container[int] | None, num_groups: int):
@@ -51,7 +54,8 @@ class StepBuilder:
         self.preempted: set[int] = set()
         self.prefills: list[tuple[Sequence, int]] = []
         self.forked: list[Sequence] = []
-        self.cursor = 0
+        self.walk: Walk | None = None
+        self.ranked: dict[object, list[tuple[int, Sequence]]] = {}
         self.admitting = True
         self.changes = TableChanges(num_groups)
         self.drafts: dict[int, list[int]] = {}

@@ -7,6 +7,7 @@ copies slots: a sequence whose slot is shared reads it and writes another.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence as AbstractSequence
 
@@ -81,23 +82,47 @@ class BlockTables:
         self.prefix_cache = prefix_cache
         self.num_releases = 0
         self._sliding = [index for index, group in enumerate(groups) if group.span is not None]
+        self._whole = next((index for index, group in enumerate(groups) if group.span is None), 0)
 
     @property
     def has_state(self) -> bool:
         """Whether sequences keep a recurrent state. It can be forked, but not taken back by some tokens."""
         return self.slots.max_blocks > 0
 
+    @property
+    def max_blocks(self) -> list[int]:
+        """Blocks that each group may have."""
+        return [pool.max_blocks for pool in self.pools]
+
     # -- prefix cache
 
     def longest_hit(self, seq: Sequence) -> int:
-        """Leading blocks of `seq` that the prefix cache holds. At least one token is left to compute."""
-        num_tokens = len(seq.token_ids)
-        self._extend_keys(seq, num_tokens // self.block_size)
-        most = num_tokens - 1
+        """Leading blocks of `seq` that the prefix cache holds."""
+        self._extend_keys(seq, len(seq.token_ids) // self.block_size)
+        return longest_hit(self.pools, self.groups, seq.block_keys, self._most_hit(seq), self.block_size)
+
+    def num_cached(self, seq: Sequence) -> int:
+        """About `longest_hit`, found with few lookups: as if a block that is cached had all those before it cached, too."""
+        pool, keys, most = self.pools[self._whole], seq.block_keys, self._most_hit(seq)
+        if most and not keys:
+            self._extend_keys(seq, 1)
+        if not most or pool.lookup(keys[0]) is None:
+            return 0
+        known = 1
+        while known < most:
+            probe = min(2 * known, most)
+            self._extend_keys(seq, probe)
+            if pool.lookup(keys[probe - 1]) is None:
+                return bisect_left(range(probe), True, lo=known, key=lambda index: pool.lookup(keys[index]) is None)
+            known = probe
+        return known
+
+    def _most_hit(self, seq: Sequence) -> int:
+        """Blocks it may take from the prefix cache. At least one token is left to compute."""
+        most = len(seq.token_ids) - 1
         if seq.request.max_cached_tokens is not None:
             most = min(most, seq.request.max_cached_tokens)
-        most //= self.block_size
-        return longest_hit(self.pools, self.groups, seq.block_keys, most, self.block_size)
+        return most // self.block_size
 
     def take_hit(self, seq: Sequence, num_blocks: int) -> None:
         """Start the empty `seq` with its first `num_blocks` blocks from the prefix cache."""

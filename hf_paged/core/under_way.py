@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from .plan import StepPlan
 from .planner import Counts, Planner
+from .policy import Policy
 from .request import Sequence, SequenceStatus, append_tokens
 from .step import StepBuilder
 from .tables import BlockTables
@@ -48,6 +49,7 @@ class UnderWay:
         tables: BlockTables,
         planner: Planner,
         counts: Counts,
+        policy: Policy,
         *,
         end: Callable[[Sequence, str, int | None], None],
         max_model_len: int,
@@ -56,6 +58,7 @@ class UnderWay:
         self._tables = tables
         self._planner = planner
         self._counts = counts
+        self._policy = policy
         self._end = end
         self._max_model_len = max_model_len
         self._planned: _Step | None = None
@@ -126,6 +129,7 @@ class UnderWay:
                 self._settle_drafts(seq, num_known, len(drafts[seq.seq_id]), num_accepted)
             if taken:
                 advanced.append(seq)
+                self._policy.output(seq.request, len(seq.token_ids) - num_known)
             if verdict is not None:
                 self._end(seq, *verdict)
             elif taken and seq.num_computed == len(seq.token_ids):  # by the step launched since

@@ -20,14 +20,18 @@ def checked_params(params: SamplingParams, tokenizer, vocab_size: int) -> list[l
     return encode_bad_words(tokenizer, params.bad_words) if params.bad_words else []
 
 
-def check_options(deadline, priority, cache_salt, policy: str) -> None:
-    """Raise InvalidArgument for a wrong deadline, priority or salt."""
+def check_options(deadline, priority, user, cache_salt, policy: str) -> None:
+    """Raise InvalidArgument for a wrong deadline, priority, user or salt."""
     if deadline is not None and (not isinstance(deadline, (int, float)) or not deadline > 0):
         raise InvalidArgument(f"deadline must be a positive number of seconds, got {deadline!r}")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise InvalidArgument(f"priority must be an integer, got {priority!r}")
     if priority and policy != "priority":
-        raise InvalidArgument("priority has no effect under policy 'fcfs'; use EngineConfig(policy='priority')")
+        raise InvalidArgument(f"priority has no effect under policy {policy!r}; use EngineConfig(policy='priority')")
+    if user is not None and not isinstance(user, str):
+        raise InvalidArgument(f"user must be a string, got {user!r}")
+    if user is not None and policy != "fair":
+        raise InvalidArgument(f"user has no effect under policy {policy!r}; use EngineConfig(policy='fair')")
     if cache_salt is not None and not isinstance(cache_salt, (str, bytes)):
         raise InvalidArgument(f"cache_salt must be a string or bytes, got {type(cache_salt).__name__}")
 

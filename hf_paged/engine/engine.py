@@ -96,6 +96,7 @@ class BatchEngine(Jobs, Upkeep):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        user: str | None = None,
         deadline: float | None = None,
         cache_salt: str | None = None,
         adapter: str | None = None,
@@ -113,6 +114,7 @@ class BatchEngine(Jobs, Upkeep):
                 is to bring a `result` and no tokens.
             request_id: any string that is not in use; made up if None.
             priority: with policy "priority", lower numbers run first.
+            user: with policy "fair", whose share it is served from. Requests without one are one user's together.
             deadline: seconds from now after which the request ends with DeadlineExceeded.
             cache_salt: requests share cached prefixes only with requests of the same salt.
             adapter: the name of a loaded adapter; None: the model as it is.
@@ -136,6 +138,7 @@ class BatchEngine(Jobs, Upkeep):
             params,
             request_id=request_id,
             priority=priority,
+            user=user,
             deadline=deadline,
             cache_salt=cache_salt,
             adapter=adapter,

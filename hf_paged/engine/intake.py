@@ -59,6 +59,7 @@ class Intake:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        user: str | None = None,
         deadline: float | None = None,
         cache_salt: str | None = None,
         adapter: str | None = None,
@@ -82,10 +83,11 @@ class Intake:
         check_head(params, self._model)
         pairs = isinstance(params, ClassifyParams)
         text, ids = prompt_tokens(prompt, self._tokenizer, self._model.vocab_size, pairs=pairs)
-        check_options(deadline, priority, cache_salt, self._config.policy)
+        check_options(deadline, priority, user, cache_salt, self._config.policy)
         common = dict(
             request_id=new_request_id() if request_id is None else request_id,
             priority=priority,
+            user=user,
             arrival=arrival,
             deadline=None if deadline is None else arrival + deadline,
             cache_salt=cache_salt,

@@ -22,8 +22,8 @@ Work = list[tuple]  # (prompt, its SamplingParams or what a task takes), in orde
 class Jobs:
     """What BatchEngine does with lists of prompts. They are requests like any other, in the same steps.
 
-    `options` of the tasks are those of `add` for each request: `priority`, `deadline`, `cache_salt`, `adapter`,
-    `forward_hooks`.
+    `options` of the tasks are those of `add` for each request: `priority`, `user`, `deadline`, `cache_salt`,
+    `adapter`, `forward_hooks`.
     """
 
     _intake: Intake
@@ -118,7 +118,7 @@ class Jobs:
         functions = {name: options.pop(name) for name in ("forward_hooks",) if name in options}
         if functions:
             options["hooks"] = self.hooks(**functions)
-        unknown = options.keys() - {"priority", "deadline", "cache_salt", "hooks"}
+        unknown = options.keys() - {"priority", "user", "deadline", "cache_salt", "hooks"}
         if unknown:
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
         return [result_of(output) for output in self._run(work, progress, [adapter] * len(work), **options)]

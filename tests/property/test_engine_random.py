@@ -70,7 +70,7 @@ def numbers(result) -> list[float]:
 @settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(request_strategy, min_size=2, max_size=9),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(["fcfs", "priority", "fair"]),
     budget=st.sampled_from([16, 40, 256]),
     seats=st.sampled_from([3, 5, 16]),
     memory_tokens=st.sampled_from([240, 400, 4000]),
@@ -105,6 +105,7 @@ def test_random_traffic(name, requests, policy, budget, seats, memory_tokens, ov
                 prompt,
                 params_of(request),
                 priority=request["priority"] if policy == "priority" else 0,
+                user=f"user {request['priority']}" if policy == "fair" else None,
                 cache_salt=request["salt"],
                 on_output=lambda output: results.__setitem__(output.request_id, output),
             )

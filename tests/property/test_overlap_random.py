@@ -145,13 +145,14 @@ class Traffic:
             del self.aborts[request_id]
         self.engine.check_integrity()
 
-    def run(self, priorities: bool) -> None:
+    def run(self, policy: str) -> None:
         for place, (request, prompt) in enumerate(self.jobs):
             self.engine.submit(
                 list(prompt),
                 request["params"],
                 request_id=str(place),
-                priority=request["priority"] if priorities else 0,
+                priority=request["priority"] if policy == "priority" else 0,
+                user=f"user {request['priority']}" if policy == "fair" else None,
                 cache_salt=request["salt"],
                 hooks=hooks_of(request, prompt, faulty=True),
                 on_output=lambda output: self.results.__setitem__(int(output.request_id), output),
@@ -180,7 +181,7 @@ class Traffic:
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(REQUESTS, min_size=2, max_size=7),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(["fcfs", "priority", "fair"]),
     budget=st.sampled_from([16, 40, 256]),
     seats=st.sampled_from([3, 5, 16]),
     memory_tokens=st.sampled_from([240, 400, 4000]),
@@ -198,7 +199,7 @@ def test_random_traffic_with_overlap_gives_the_same_outputs(name, requests, poli
     expected = alone(name, jobs)
     with Engine(model(name), tiny_tokenizer(VOCAB), config) as engine:
         traffic = Traffic(engine, jobs)
-        traffic.run(policy == "priority")
+        traffic.run(policy)
         assert engine.stats()["kv_bytes_in_use"] == 0 and not engine._stepper._in_flight
     poisoned = {prompt for request, prompt in jobs if request["fault"] in ("launch", "result")}
     for place, (output, (request, prompt)) in enumerate(zip(expected, jobs)):

@@ -9,6 +9,7 @@ With `overlap` the tokens of a step are told only after the next one was planned
 results are read late; now and then a step turns out only then to have failed.
 """
 
+import itertools
 import zlib
 from dataclasses import dataclass
 from random import Random
@@ -104,6 +105,7 @@ class World:
             eos_token_ids=frozenset([EOS]),
             stop_token_ids=frozenset([STOP]),
             priority=priority,
+            user=[None, "a", "b"][priority],
             cache_salt=salt,
             max_cached_tokens=most_cached,
         )
@@ -436,7 +438,7 @@ CONFIGS = st.fixed_dictionaries(
         max_batch_tokens=st.sampled_from([1, 2, 5, 8, 16, 64]),
         max_num_seqs=st.integers(1, 6),
         prefix_cache=st.sampled_from([True, True, True, False]),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair"]),
         guesses=st.sampled_from([0, 3, 9]),
         overlap=st.booleans(),
     )
@@ -457,6 +459,7 @@ def make_world(
         max_slots=max_slots,
         whole_prompts=whole_prompts,
         prefix_cache=prefix_cache and not max_slots,
+        clock=itertools.count(step=12_000_000_000).__next__,  # every few requests a level of priority is worth less
         **limits,
     )
     guesses = 0 if max_slots or overlap else guesses  # a state cannot be taken back; guesses follow known tokens
@@ -512,7 +515,7 @@ def test_heavy_traffic_on_scarce_blocks(seed):
         max_batch_tokens=random.choice([1, 4, 8, 16, 64]),
         max_num_seqs=random.randint(2, 7),
         prefix_cache=random.random() < 0.85,
-        policy=random.choice(["fcfs", "priority"]),
+        policy=random.choice(["fcfs", "priority", "fair"]),
         guesses=random.choice([0, 2, 5, 12]),
         overlap=random.random() < 0.5,
     )
@@ -534,7 +537,7 @@ def test_heavy_traffic_on_scarce_state_slots(seed):
         max_batch_tokens=random.choice([1, 4, 8, 16, 64]),
         max_num_seqs=random.randint(2, 7),
         prefix_cache=False,
-        policy=random.choice(["fcfs", "priority"]),
+        policy=random.choice(["fcfs", "priority", "fair"]),
         guesses=0,
         overlap=random.random() < 0.5,
     )

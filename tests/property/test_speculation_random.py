@@ -115,6 +115,7 @@ def run(name, jobs, requests, config, expected, source) -> dict:
                 params,
                 request_id=str(place),
                 priority=request["priority"] if config.policy == "priority" else 0,
+                user=f"user {request['priority']}" if config.policy == "fair" else None,
                 cache_salt=request["salt"],
                 on_output=lambda output: results.__setitem__(int(output.request_id), output),
             )
@@ -134,7 +135,7 @@ def run(name, jobs, requests, config, expected, source) -> dict:
 @settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(REQUESTS, min_size=2, max_size=7),
-    policy=st.sampled_from(["fcfs", "priority"]),
+    policy=st.sampled_from(["fcfs", "priority", "fair"]),
     budget=st.sampled_from([16, 40, 256]),
     seats=st.sampled_from([3, 5, 16]),
     memory_tokens=st.sampled_from([240, 400, 4000]),
