@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as AbstractSequence
 
 from ..base.config import EngineConfig
 from ..base.errors import EngineClosed, InvalidArgument, ParallelError, QueueFull
@@ -20,6 +21,7 @@ from ..core.request import Sequence
 from ..parallel.encoding import encode_config
 from ..parallel.team import Order
 from ..runtime.batch import StepContext
+from ..runtime.media import Media
 from ..runtime.packed import Owner
 from ..runtime.runner import PagedModel
 from ..runtime.sampler import derive_seed
@@ -44,14 +46,16 @@ class BatchEngine(Jobs, Upkeep):
 
     Args:
         model: the model, as `runtime.runner.PagedModel`.
-        tokenizer: needed for text prompts, text outputs, stop strings and bad words; None for token ids only.
+        tokenizer: needed for text prompts, text outputs, stop strings and bad words; None for token ids only. A processor,
+            which has a tokenizer, for text prompts with images.
         config: see EngineConfig.
         draft_engine: with speculation "draft", the engine of the draft model. It is only used here, not closed.
     """
 
     def __init__(self, model: PagedModel, tokenizer, config: EngineConfig, draft_engine: BatchEngine | None = None):
         self.model = model
-        self.tokenizer = tokenizer
+        self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
+        self.tokenizer = tokenizer if self.processor is None else tokenizer.tokenizer
         self.config = config
         self.max_model_len = config.max_model_len or model.max_model_len
         if self.max_model_len > model.length_limit:
@@ -74,7 +78,7 @@ class BatchEngine(Jobs, Upkeep):
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._requests = OpenRequests(self._scheduler, self._forget)
-        self._intake = Intake(model, tokenizer, config, self.max_model_len)
+        self._intake = Intake(model, self.tokenizer, self.processor, config, self.max_model_len)
         self._executor = StepExecutor(self._runner, self._scheduler, self._encoder)
         self._stepper = Stepper(
             model,
@@ -103,6 +107,7 @@ class BatchEngine(Jobs, Upkeep):
         logits_processors: Iterable[Callable] = (),
         stopping_criteria: Iterable[Callable] = (),
         forward_hooks: Mapping[str, Callable] | None = None,
+        images: AbstractSequence | Mapping | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> str:
         """Submit a request and return its id.
@@ -125,11 +130,15 @@ class BatchEngine(Jobs, Upkeep):
                 of a tuple, its first tensor. The output embedding has only the rows whose logits are needed. Such a
                 request shares no cached prefix with others, so its functions see every token. (Those of a request that
                 was preempted are computed, and seen, again.)
+            images: those of the prompt, in the order of its placeholders: PIL images, arrays [H, W, C] or encoded bytes
+                (PNG, JPEG, ...) beside text, or beside messages with parts {"type": "image"}; beside token ids, what the
+                processor made of them (a mapping with `pixel_values` and the like). `EngineConfig.images` limits them.
             on_output: called with the RequestOutput after every step that changed it, in the stepping thread.
 
         Raises:
-            InvalidArgument, RequestTooLarge: the request is wrong or could never run; the message names the argument.
-            UnsupportedOption: the model has no head for it.
+            InvalidArgument, RequestTooLarge: the request is wrong or could never run; the message names the argument. So it
+                is with an image that cannot be decoded, or exceeds a limit.
+            UnsupportedOption: the model has no head for it, or takes no images.
             QueueFull: `max_queue` requests wait already.
             EngineClosed: the engine is closed.
         """
@@ -143,6 +152,7 @@ class BatchEngine(Jobs, Upkeep):
             cache_salt=cache_salt,
             adapter=adapter,
             hooks=self.hooks(logits_processors, stopping_criteria, forward_hooks),
+            images=images,
             on_output=on_output,
         )
         return state.request.request_id
@@ -165,6 +175,13 @@ class BatchEngine(Jobs, Upkeep):
     def prepare(self, prompt: Prompt, params: SamplingParams | TaskParams | None = None, **options) -> RequestState:
         """The first half of `submit`, which waits for nobody: tokens, checks, grammars."""
         return self._intake.request(prompt, params, **options)
+
+    def read_images(self, text: str, images: AbstractSequence, *, add_special_tokens: bool = True) -> tuple[list[int], Media]:
+        """Token ids, and what `prepare` takes as `media`, of a text with placeholders for images: `add`'s first part.
+
+        For callers that render chat templates themselves. Errors are those of `add`.
+        """
+        return self._intake.images.of_text(text, images, add_special_tokens=add_special_tokens)
 
     def admit(self, *states: RequestState) -> None:
         """The second half of `submit`, for requests that are all taken or none.

@@ -15,7 +15,8 @@ from ..runtime.constraint import Constraints
 from ..runtime.media import NO_MEDIA, Media
 from ..runtime.runner import PagedModel
 from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
-from .prompts import checked_ids, prompt_tokens, text_continuations
+from .images import Images, images_of_messages
+from .prompts import checked_ids, is_messages, prompt_tokens, render_chat, text_continuations
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
 from .tasks import TaskParams, check_head, make_task
 
@@ -26,13 +27,15 @@ class Intake:
     """Makes the requests of one engine.
 
     Args:
+        processor: for prompts with images; None: there is none.
         max_model_len: most tokens of one sequence.
     """
 
-    def __init__(self, model: PagedModel, tokenizer, config: EngineConfig, max_model_len: int):
+    def __init__(self, model: PagedModel, tokenizer, processor, config: EngineConfig, max_model_len: int):
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._max_model_len = max_model_len
         self._constraints = Constraints(tokenizer, model.vocab_size)
+        self.images = Images(processor, model.media, config.images, model.name, model.vocab_size)
 
     def hooks(
         self,
@@ -64,13 +67,14 @@ class Intake:
         cache_salt: str | None = None,
         adapter: str | None = None,
         hooks: RowHooks = NO_HOOKS,
+        images=None,
         media: Media = NO_MEDIA,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> RequestState:
         """A request that the scheduler does not know yet. Arguments and errors are those of `Engine.add`.
 
         Args:
-            media: the images of a prompt given as token ids.
+            media: the images of a prompt given as token ids, read before (instead of `images`).
         """
         arrival = time.monotonic()
         params = SamplingParams() if params is None else params
@@ -82,7 +86,9 @@ class Intake:
             raise InvalidArgument(f"request_id must be a string, got {request_id!r}")
         check_head(params, self._model)
         pairs = isinstance(params, ClassifyParams)
-        text, ids = prompt_tokens(prompt, self._tokenizer, self._model.vocab_size, pairs=pairs)
+        text, ids, media = self._prompt(prompt, images, media, pairs=pairs)
+        if media.spans and adapter is not None:
+            raise UnsupportedOption("adapter: requests with images run without one, as it may change what the encoder sees")
         check_options(deadline, priority, user, cache_salt, self._config.policy)
         common = dict(
             request_id=new_request_id() if request_id is None else request_id,
@@ -104,6 +110,28 @@ class Intake:
         state.callback = on_output
         state.media = media
         return state
+
+    def _prompt(self, prompt, images, media: Media, *, pairs: bool) -> tuple[str | None, list[int], Media]:
+        """(text or None, token ids, media) of a prompt as users give it."""
+        size, processor = self._model.vocab_size, self.images.processor
+        chat = is_messages(prompt) and (processor is not None or images is not None)
+        if chat:
+            prompt, images = images_of_messages(prompt, images)
+            template = processor if getattr(processor, "chat_template", None) else self._tokenizer
+            prompt = render_chat(_in_parts(prompt) if template is processor else prompt, template)
+        if isinstance(prompt, str) and (images or chat):
+            special = not (chat and prompt.startswith(self._tokenizer.bos_token or "\0"))  # as transformers' processors do
+            if images:
+                return prompt, *self.images.of_text(prompt, images, add_special_tokens=special)
+            ids = checked_ids(self._tokenizer(prompt, add_special_tokens=special)["input_ids"], size)
+            self.images.check_none(ids)
+            return prompt, ids, media
+        text, ids = prompt_tokens(prompt, self._tokenizer, size, pairs=pairs)
+        if images:
+            media = self.images.of_ids(ids, images)
+        elif text is not None:
+            self.images.check_none(ids)
+        return text, ids, media
 
     def _generating(
         self, params: SamplingParams, text: str | None, ids: list[int], hooks: RowHooks, common: dict
@@ -184,3 +212,13 @@ class Intake:
         asked = [ScoreParams(continuation=one).continuation for one in given]
         text, ids = prompt_tokens(prompt, self._tokenizer, self._model.vocab_size)
         return ids, [ScoreParams(continuation=tokens) for tokens in self.continuations(text, ids, asked)]
+
+
+def _in_parts(messages: list[dict]) -> list[dict]:
+    """Messages whose contents are lists of parts, as templates of processors take them."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message, dict) and isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]

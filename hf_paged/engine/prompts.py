@@ -12,10 +12,10 @@ def prompt_tokens(prompt, tokenizer, vocab_size: int, *, pairs: bool = False) ->
     """
     if pairs and isinstance(prompt, tuple) and prompt and isinstance(prompt[0], str):
         return None, _pair(prompt, tokenizer, vocab_size)
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)):
+    if isinstance(prompt, str) or is_messages(prompt):
         if tokenizer is None:
             raise InvalidArgument("prompt is text, but the engine has no tokenizer; give token ids or a tokenizer")
-        text = prompt if isinstance(prompt, str) else _render_chat(prompt, tokenizer)
+        text = prompt if isinstance(prompt, str) else render_chat(prompt, tokenizer)
         ids = tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
         return text, checked_ids(ids, vocab_size)
     return None, checked_ids(prompt, vocab_size)
@@ -57,7 +57,15 @@ def text_continuations(prompt: str | None, ids: list[int], texts: list[str], tok
     return found
 
 
-def _render_chat(messages: list[dict], tokenizer) -> str:
+def is_messages(prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def render_chat(messages: list[dict], tokenizer) -> str:
+    """The text of chat messages, by the template of a tokenizer or processor.
+
+    Raises InvalidArgument if there is none, or it does not like the messages.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidArgument("prompt is a list of messages, but the tokenizer has no chat template")
     try:

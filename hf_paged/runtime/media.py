@@ -49,6 +49,11 @@ NO_MEDIA = Media()
 class MediaModel(Protocol):
     """What the engine needs of a model that takes images; the hf room provides it for transformers models."""
 
+    @property
+    def token_id(self) -> int:
+        """The placeholder's."""
+        ...
+
     def read(self, token_ids: list[int], inputs: Mapping[str, object]) -> Media:
         """The images of a prompt.
 
