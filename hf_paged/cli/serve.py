@@ -43,7 +43,7 @@ def serve(
     max_model_len: Annotated[int | None, _option(_ENGINE, "Most tokens of a sequence. Default: the model's limit.")] = None,
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
-    policy: Annotated[str, _option(_ENGINE, "fcfs, or priority: requests with a lower number first.")] = "fcfs",
+    policy: Annotated[str, _option(_ENGINE, "Who runs first: fcfs; priority (lower numbers); or fair (users served least).")] = "fcfs",
     adapter: Annotated[
         list[str] | None, _option(_ENGINE, "A PEFT adapter, as NAME=FOLDER: a model's name for clients; repeatable.")
     ] = None,

@@ -86,7 +86,8 @@ class _Run:
         tokenizer = self._service.tokenizer
         if not body.add_special_tokens:
             prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else p for p in prompts]
-        return jobs_of(prompts, params, body, request_id=self._id, adapter=self._adapter)
+        user = self._service.share(body)
+        return jobs_of(prompts, params, body, request_id=self._id, user=user, adapter=self._adapter)
 
     async def chunks(self) -> AsyncIterator[dict]:
         """In the form of openai's Completion."""

@@ -161,6 +161,7 @@ class Conversation:
             params=params,
             request_id=request_id,
             priority=generation.priority,
+            user=service.share(generation),
             cache_salt=generation.cache_salt,
             adapter=adapter,
         )

@@ -38,10 +38,18 @@ _GAUGES = (
 _COUNTERS = (
     ("steps", "Steps of the engine.", "steps"),
     ("num_preemptions", "Sequences that had to give their blocks back.", "preemptions"),
+    ("num_overtakes", "Requests that went before others because of a cached prefix.", "overtakes"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
     ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", "prefix_queried_tokens"),
     ("spec_decode_num_draft_tokens", "Tokens guessed ahead.", "draft_tokens"),
     ("spec_decode_num_accepted_tokens", "Tokens guessed ahead that were right.", "accepted_tokens"),
+)
+
+# What the policy "fair" tells, too.
+_FAIR_GAUGES = (
+    ("num_users", "Users with requests.", "users"),
+    ("num_users_waiting", "Users with requests waiting.", "users_waiting"),
+    ("user_service_gap_tokens", "How far apart those are by what they were served, in weighted tokens.", "service_gap"),
 )
 
 
@@ -213,9 +221,14 @@ class _EngineNumbers(Collector):
 
     def collect(self):
         stats = self._engine.engine.stats()
-        for kind, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+        policy = self._engine.engine.config.policy
+        gauges = _GAUGES + _FAIR_GAUGES if policy == "fair" else _GAUGES
+        for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, _COUNTERS)):
             for name, text, key in metrics:
                 yield self._family(kind, name, text, stats[key])
+        family = GaugeMetricFamily(PREFIX + "scheduling_policy", "Who runs first.", labels=["model_name", "policy"])
+        family.add_metric([self._model_name, policy], 1)
+        yield family
         share = stats["kv_bytes_in_use"] / stats["kv_bytes_limit"] if stats["kv_bytes_limit"] else 0.0
         yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of the KV cache in use; 1 is all.", share)
 

@@ -59,6 +59,7 @@ class Observation:
         route: the path as the app declares it; None where no route takes it.
         error: code of the error that it was answered with.
         timeout: what its header X-Request-Timeout says.
+        key: digest of the API key that came with it.
     """
 
     request_id: str
@@ -66,6 +67,7 @@ class Observation:
     path: str
     client: str | None
     timeout: str | None
+    key: bytes | None
     headers: list[tuple[bytes, bytes]]
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None

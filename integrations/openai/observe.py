@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .auth import key_of
 from .errors import answer
 from .metrics import Metrics
 from .observation import Observation, observing
@@ -66,6 +67,7 @@ class Observe:
             path=scope["path"],
             client=scope["client"][0] if scope.get("client") else None,
             timeout=None if timeout is None else timeout.decode("latin-1"),
+            key=key_of(scope),
             headers=scope["headers"],
         )
 

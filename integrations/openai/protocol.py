@@ -25,7 +25,10 @@ Metadata = Annotated[
 
 
 class Unread(Strict):
-    """What says nothing to a model, and of which a server like this keeps nothing."""
+    """What says nothing to a model, and of which a server like this keeps nothing.
+
+    `safety_identifier` and `user` tell whose share of the engine a request is served from (`Service.share`).
+    """
 
     user: StrictStr | None = None
     metadata: Metadata | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import time
 import uuid
@@ -87,6 +88,20 @@ class Service:
             raise Refused(message, param="model", status=404, code="model_not_found")
         return name
 
+    def share(self, body) -> str | None:
+        """Whose share of the engine a request is served from, under the policy "fair"; None: that of all who name nobody.
+
+        With several API keys each key has one share, whatever its requests say. Else every `safety_identifier`, or
+        `user`, has one. Names may be long, so the engine gets their digests.
+        """
+        if self.engine.engine.config.policy != "fair":
+            return None
+        observation = current()
+        if len(self.settings.api_keys) > 1 and observation is not None and observation.key is not None:
+            return observation.key.hex()
+        name = getattr(body, "safety_identifier", None) or body.user
+        return None if name is None else hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
     def check_length(self, name: str, text: str) -> None:
         """Raise Refused for a text too long for any sequence, before time goes into cutting it into tokens."""
         most = self.max_model_len * self.settings.limits.characters_per_token
@@ -150,6 +165,7 @@ class Service:
             job.params,
             request_id=job.request_id,
             priority=job.priority,
+            user=job.user,
             cache_salt=job.cache_salt,
             adapter=job.adapter,
             deadline=seconds_left(self.settings.request_timeout),
@@ -176,15 +192,17 @@ class Job:
     params: SamplingParams | EmbedParams | ClassifyParams
     request_id: str
     priority: int = 0
+    user: str | None = None
     cache_salt: str | None = None
     adapter: str | None = None
 
 
-def jobs_of(prompts: list, params, body, *, request_id: str, adapter: str | None) -> list[Job]:
+def jobs_of(prompts: list, params, body, *, request_id: str, user: str | None, adapter: str | None) -> list[Job]:
     """One for each prompt of a request.
 
     Args:
         body: the request, which has a `priority` and a `cache_salt`.
+        user: see `Service.share`.
         request_id: of the request; with several prompts the place of each is added.
     """
     return [
@@ -193,6 +211,7 @@ def jobs_of(prompts: list, params, body, *, request_id: str, adapter: str | None
             params=params,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{place}",
             priority=body.priority,
+            user=user,
             cache_salt=body.cache_salt,
             adapter=adapter,
         )

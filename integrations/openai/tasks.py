@@ -77,7 +77,8 @@ class TaskRun:
         if not texts:
             raise Refused(f"{field} is empty", param=field, code="invalid_value")
         prompts = await asyncio.to_thread(self._tokens, texts, field)
-        jobs = jobs_of(prompts, params, self._body, request_id=self.id, adapter=self._adapter)
+        user = self._service.share(self._body)
+        jobs = jobs_of(prompts, params, self._body, request_id=self.id, user=user, adapter=self._adapter)
         try:
             wholes = await self._service.finished(jobs, self.usage)
         except RequestTooLarge as error:

@@ -57,6 +57,12 @@ def test_tasks(names, tmp_path, capsys):
     assert isinstance(names["results"]["story"], str) and names["results"]["vector"].embedding.shape == (48,)
 
 
+def test_scheduling(names):
+    names |= dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320))
+    run("scheduling.md", names)
+    assert len(names["finished"]) == 7
+
+
 def test_quantization(names, capsys):
     run("quantization.md", names)
     printed = capsys.readouterr().out

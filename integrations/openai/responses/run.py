@@ -21,7 +21,7 @@ from .writer import Writer
 # Fields that a Generation calls the same.
 _SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
-    *("stop", "min_tokens", "ignore_eos", "priority", "cache_salt"),
+    *("stop", "min_tokens", "ignore_eos", "priority", "cache_salt", "user", "safety_identifier"),
 )
 _OUR_NAMES = {  # of a chat completion's fields
     "messages": "input",
