@@ -115,6 +115,7 @@ CLIP = dict(model_type="clip_vision_model", num_hidden_layers=2, image_size=8, p
 SIGLIP = dict(image_size=8, patch_size=2)  # 16 patches, which are 4 tokens
 LANGUAGE = dict(model_type="llama", vocab_size=199)
 IMAGE = 190  # the placeholder's token id
+QWEN_TOKENS = dict(image_token_id=IMAGE, vision_start_token_id=191, vision_end_token_id=192, video_token_id=193)
 QWEN2_VISION = dict(depth=1, embed_dim=48, num_heads=2, patch_size=4)
 QWEN_VISION = dict(depth=1, num_heads=2, patch_size=4, out_hidden_size=48)
 FULL_LAST = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -318,18 +319,24 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "phimoe-full": ("phimoe", dict(sliding_window=None)),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True)),
-    "qwen2_5_vl": ("qwen2_5_vl", dict(text_config=MROPE, vision_config=dict(QWEN_VISION, fullatt_block_indexes=[0]))),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        dict(text_config=MROPE, vision_config=dict(QWEN_VISION, fullatt_block_indexes=[0]), **QWEN_TOKENS),
+    ),
     "qwen2_moe": ("qwen2_moe", dict(num_key_value_heads=4)),
     "qwen2_moe-window": ("qwen2_moe", dict(use_sliding_window=True, max_window_layers=3)),
-    "qwen2_vl": ("qwen2_vl", dict(text_config=MROPE, vision_config=QWEN2_VISION)),
+    "qwen2_vl": ("qwen2_vl", dict(text_config=MROPE, vision_config=QWEN2_VISION, **QWEN_TOKENS)),
     "qwen2_vl-window": (
         "qwen2_vl",
-        dict(text_config=dict(MROPE, use_sliding_window=True), vision_config=QWEN2_VISION),
+        dict(text_config=dict(MROPE, use_sliding_window=True), vision_config=QWEN2_VISION, **QWEN_TOKENS),
     ),
     "qwen3-window": ("qwen3", dict(use_sliding_window=True)),
     "qwen3_moe": ("qwen3_moe", dict(norm_topk_prob=True)),
     "qwen3_moe-window": ("qwen3_moe", dict(use_sliding_window=True)),
-    "qwen3_vl": ("qwen3_vl", dict(text_config=MROPE, vision_config=dict(QWEN_VISION, deepstack_visual_indexes=[0]))),
+    "qwen3_vl": (
+        "qwen3_vl",
+        dict(text_config=MROPE, vision_config=dict(QWEN_VISION, deepstack_visual_indexes=[0]), **QWEN_TOKENS),
+    ),
     "roc_bert": (
         "roc_bert",
         dict(

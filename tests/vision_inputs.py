@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from tiny_configs import IMAGE
 
-LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3"]
+LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_vl-window", "qwen2_5_vl", "qwen3_vl"]
 SIDE = 8  # pixels of what an encoder sees at once
 SIZES = [(8, 16), (16, 8), (13, 15), (8, 8)]  # height and width of images that LLaVA-NeXT cuts up
+GRIDS = [(1, 4, 4), (1, 2, 6), (1, 6, 4), (1, 2, 2)]  # time, height and width of Qwen's images, in patches
 PIXELS = ("pixel_values", "image_sizes", "pixel_attention_mask")
 
 
@@ -24,6 +25,9 @@ def picture(label: str, seed: int) -> dict:
         height, width = SIZES[seed % len(SIZES)]
         patches = 1 + {(8, 16): 2, (16, 8): 2}.get((height, width), 4 if height > 8 else 2)
         return dict(pixel_values=random(1, patches, 3, SIDE, SIDE), image_sizes=torch.tensor([[height, width]]))
+    if label.startswith("qwen"):
+        grid = torch.tensor([GRIDS[seed % len(GRIDS)]])
+        return dict(pixel_values=random(int(grid.prod()), 3 * 2 * 4 * 4), image_grid_thw=grid)
     return dict(pixel_values=random(1, 3, SIDE, SIDE))
 
 
@@ -84,4 +88,6 @@ def batch(model, label: str, rows: list[list]) -> dict:
     inputs = dict(input_ids=ids, attention_mask=mask, **joined(label, [images for _, images in made]))
     if label == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
+    if label.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return inputs

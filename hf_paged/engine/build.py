@@ -138,7 +138,7 @@ def _free_budget(model: PagedModel, config: EngineConfig, cache: KVCache, limits
         sharing = 1 if model.team is None else ranks_on_this_machine(model.team.size)
         return int(free_memory() * (config.kv_cache_share or CPU_FRACTION)) // sharing
     return kv_budget(
-        ModelRunner(model, cache, _inputs(config, cache, limits), backend=config.attention_backend),
+        ModelRunner(model, cache, _inputs(model, config, cache, limits), backend=config.attention_backend),
         CudaMeter(model.device),
         config.kv_cache_share or CUDA_FRACTION,
         graphs=wants_graphs(config, model),
@@ -167,12 +167,13 @@ def first_blocks(device: torch.device, most: list[int]) -> list[int]:
     return most if device.type == "cuda" else [min(count, INITIAL_CPU_BLOCKS) for count in most]
 
 
-def _inputs(config: EngineConfig, cache: KVCache, limits: Limits) -> Inputs:
+def _inputs(model: PagedModel, config: EngineConfig, cache: KVCache, limits: Limits) -> Inputs:
     return make_inputs(
         len(cache.groups),
         block_size=cache.block_size,
         device=cache.device,
         backend=config.attention_backend,
+        shifts_positions=model.media is not None and model.media.shifts_positions,
         **limits._asdict(),
     )
 
@@ -185,7 +186,7 @@ def build_runner(
     Args:
         leads: the model is sharded, and the other ranks are to run what this runner does.
     """
-    inputs = _inputs(config, cache, limits_of(scheduler))
+    inputs = _inputs(model, config, cache, limits_of(scheduler))
     graphs = None
     if wants_graphs(config, model):
         graphs = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs)

@@ -16,7 +16,7 @@ from ..core.request import Sequence
 from ..core.scheduler import Scheduler
 from ..runtime.adapters import groups_of
 from ..runtime.batch import SequenceHooks
-from ..runtime.media import EncoderOutputs
+from ..runtime.media import EncoderOutputs, position_shifts
 from ..runtime.packed import Owner
 from ..runtime.pending import PendingSamples
 from ..runtime.runner import ModelRunner, as_in_a_step, on_device
@@ -185,6 +185,9 @@ class StepExecutor:
         if plan.media:
             options["embeddings"] = self._encode(plan)
             mark = clock.lap("encode", mark)
+        if self._encoder is not None:
+            media_of = lambda seq_id: self._scheduler.sequence(seq_id).request.state.media  # noqa: E731
+            options["shifts"] = position_shifts(plan, media_of)
         parts, offset = [], len(place)
         if self._runner.finds_winners and due and not spans and want_winners(sample_rows):
             context = self._runner.prepare(plan, self._owner, hooks, **options)

@@ -89,8 +89,15 @@ class PagedMixin(Swapped):
         call.check_inputs()
         call.leave_out_empty()
         shift_free = self._hf_paged.adaptations.shift_free
+        images = self._hf_paged.adapter.media
         if rows_suffice(
-            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, shift_free=shift_free
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            shift_free=shift_free,
+            images=images,
         ):
             rows = RowGeneration(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
             start = _start.get()
@@ -280,8 +287,14 @@ class _Decoding:
                 new = self.config.max_length - self.input_ids.shape[1]
                 if mask.shape[1] + new >= flaw.columns:
                     yield "attention_mask", flaw.reason
-        if positions is not None and positions.dim() != 2 and not (has_mrope(self.model) and _is_text_only(positions)):
+        if positions is not None and positions.dim() != 2 and not self._has_place_for(positions):
             yield "position_ids", f"it has {positions.dim()} dimensions"
+
+    def _has_place_for(self, positions: torch.Tensor) -> bool:
+        """Whether positions of more than 2 dimensions are those of M-RoPE. Ranks are told of one a token."""
+        if not has_mrope(self.model) or positions.dim() != 3 or len(positions) not in (1, 3, 4):
+            return False
+        return self.model._hf_paged.adapter.team is None or _is_text_only(positions)
 
     def on_stock(self, logits_processor, stopping_criteria, **options):
         pages = cache_of(self.kwargs)
@@ -304,7 +317,7 @@ class _Decoding:
         for name in [name for name, value in self.kwargs.items() if name not in kept and _is_empty(name, value)]:
             del self.kwargs[name]
         positions = self.kwargs.get("position_ids")
-        if positions is not None and positions.dim() == 3:
+        if positions is not None and positions.dim() == 3 and _is_text_only(positions) and not self._image_names:
             self.kwargs["position_ids"] = positions[0]
 
     def check_inputs(self) -> None:

@@ -26,6 +26,7 @@ from .selfcheck import Observed
 from .sequence_hooks import sequence_hooks
 from .spec import model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
+from .vision.deepstack import deepened
 from .vision.model import images_of
 from .watch import Snapshot, without_hooks
 from .weights import float_parameter
@@ -84,7 +85,7 @@ class TransformersModel:
         if context.adapters is not None:
             context.adapters.take_logit_rows(rows)
         with self._running(context):
-            self._body(position_ids=context.position_ids, use_cache=False, **self._inputs(context))
+            self._body(position_ids=_told(context), use_cache=False, **self._inputs(context))
             states = context.hidden[rows]
             return states if self._head.classifier is None else self.module.score(states)
 
@@ -111,7 +112,7 @@ class TransformersModel:
         with self._running(context):
             if "inputs_embeds" not in options:
                 options |= self._inputs(context)
-            output = self.module(position_ids=context.position_ids, use_cache=False, **options)
+            output = self.module(position_ids=_told(context), use_cache=False, **options)
         if not self._keeps_logits:
             output.logits = output.logits[:, rows]
         return output
@@ -122,7 +123,7 @@ class TransformersModel:
             return {"input_ids": context.input_ids}
         embeds = self.module.get_input_embeddings()(context.input_ids)
         for first, rows in context.embeddings:
-            embeds[0, first : first + len(rows)] = rows
+            embeds[0, first : first + len(rows)] = rows[:, : embeds.shape[-1]]
         return {"inputs_embeds": embeds}
 
     @contextmanager
@@ -138,6 +139,7 @@ class TransformersModel:
             activate(context),
             sequence_hooks(self.module, context),
             keeping_hidden(self._body, context),
+            deepened(self.module, context),
         ):
             yield
 
@@ -238,3 +240,8 @@ class TransformersModel:
             raise UnsupportedModel(
                 f"model moved from {self.device} to {device} while patched; unpatch it, move it, patch it again"
             )
+
+
+def _told(context: StepContext) -> torch.Tensor:
+    """The positions that the model is given."""
+    return context.position_ids if context.rope_positions is None else context.rope_positions

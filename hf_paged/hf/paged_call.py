@@ -11,7 +11,8 @@ from ..runtime.media import Media
 from .names import CACHE_NAME, CACHE_NAMES
 from .paged_cache import PagedCache
 from .vision.model import TransformersImages
-from .vision.rows import has_images, input_names, take_images
+from .vision.positions import OF_THE_POSITIONS, planes_of
+from .vision.rows import count_themselves, has_images, input_names, take_images
 
 _IGNORED = {"use_cache", "return_dict", "tokenizer"}  # newer transformers hand on the tokenizer of stop strings
 _FORWARDED = {"output_hidden_states"}
@@ -37,18 +38,21 @@ def paged_call(
     Args:
         input_ids: [B, T]; or `inputs_embeds` [B, T, H].
         attention_mask: [B, width + T], zeros on the left only.
-        position_ids: [B or 1, T]; by default the columns' numbers, as in transformers.
+        position_ids: [B or 1, T]; by default the columns' numbers, as in transformers. Of M-RoPE [P, B or 1, T]: the same in
+            all planes, three planes, or the text's in front of three.
         logits_to_keep: logits of the last so many columns are computed and returned; 0: of all.
     """
     images = cache.engine.model.media
-    known = _IGNORED | _FORWARDED | (input_names(images) if has_images(images, options) else set())
+    known = _IGNORED | _FORWARDED
+    if images is not None and (has_images(images, options) or images.shifts_positions):
+        known = known | (input_names(images) if has_images(images, options) else OF_THE_POSITIONS)
     for name, value in options.items():
         if name not in known and value is not None and value is not False:
             raise UnsupportedOption(f"{name} is not supported by a forward on pages")
     given = input_ids if inputs_embeds is None else inputs_embeds
     call = _Call(cache, given, attention_mask, position_ids, logits_to_keep, bool(options.get("output_hidden_states")))
     if has_images(images, options):
-        call.take_images(images, input_ids, options)
+        call.take_images(images, input_ids, options | {"position_ids": position_ids})
     return call.run()
 
 
@@ -64,6 +68,7 @@ class _Call:
         # of a row's columns in this call, the first that is no padding
         self.first = [min(max(0, count - cache.width), self.columns) for count in self.padding]
         self.positions = self._positions(position_ids)
+        self.count_themselves = self.positions is None  # rows with the same tokens and images have the same positions
         self.computed_from = list(self.first)  # the first column that is computed: later where the prefix cache helps
         self.media: list[Media] | None = None  # of each row
 
@@ -71,6 +76,10 @@ class _Call:
         """The columns bring images, whose embeddings stand for their placeholders."""
         if self.cache.rows is not None or input_ids is None:
             raise UnsupportedOption(f"{images.family.names[0]}: images come with the first token ids of a cache only")
+        if images.shifts_positions:
+            if options["position_ids"] is None:
+                raise UnsupportedOption("position_ids: where there are images, they are needed")
+            self.count_themselves = count_themselves(images, input_ids, self.first, options["position_ids"])
         self.media = take_images(images, input_ids, self.first, options)
 
     def _padding(self, mask) -> list[int]:
@@ -88,14 +97,16 @@ class _Call:
         return padding
 
     def _positions(self, position_ids) -> torch.Tensor | None:
-        """[B, T] if they are not the rows' own count, else None."""
+        """[P, B, T], of one plane or three, if they are not the rows' own count, else None."""
         width, columns = self.cache.width, self.columns
         own = torch.arange(width, width + columns)[None] - torch.tensor(self.padding)[:, None]
         if position_ids is None:
             if not any(self.padding) or self.cache.engine.model.adaptations.shift_free:
                 return None
-            return torch.arange(width, width + columns).expand(self.batch, columns)
-        given = position_ids.cpu().expand(self.batch, columns)
+            return torch.arange(width, width + columns).expand(1, self.batch, columns)
+        given = planes_of(position_ids.cpu()).expand(-1, self.batch, columns)
+        if bool((given == given[:1]).all()):
+            given = given[:1]
         return None if bool(((given == own) | (own < 0)).all()) else given
 
     def run(self) -> CausalLMOutputWithPast:
@@ -106,7 +117,7 @@ class _Call:
         if fresh:
             computed, shown = self._distinct()
             media = None if self.media is None else [self.media[row].spans for row in computed]
-            rows = cache.open(computed, publish=self.embeds is None and self.positions is None, media=media)
+            rows = cache.open(computed, publish=self.embeds is None and self.count_themselves, media=media)
             rows.labels = computed
             self._use_prefix_cache(rows, computed)
         elif self.batch != len(cache.rows):
@@ -128,7 +139,7 @@ class _Call:
         places: dict[tuple, int] = {}
         computed, shown = [], []
         for row in range(self.batch):
-            positions = () if self.positions is None else tuple(self.positions[row].tolist())
+            positions = () if self.count_themselves else tuple(self.positions[:, row].flatten().tolist())
             adapter = None if self.cache.adapters is None else self.cache.adapters[row]
             media = () if self.media is None else self.media[row].spans
             key = (adapter, self.first[row], tuple(self.ids[row]), positions, media)
@@ -139,7 +150,7 @@ class _Call:
         return computed, shown
 
     def _use_prefix_cache(self, rows, computed: list[int]) -> None:
-        if self.hidden_states or self.embeds is not None or self.positions is not None:
+        if self.hidden_states or self.embeds is not None or not self.count_themselves:
             return
         for index, row in enumerate(computed):
             needed = self.ids[row][self.first[row] : self.columns - self.keep + 1]
@@ -168,8 +179,12 @@ class _Call:
                 own = items[span.key].embeddings
                 context.embeddings.append((span.row, own[span.offset : span.offset + span.count]))
         if self.positions is not None:
-            parts = [self.positions[row, column : column + span.count] for span, row, column in where]
-            context.position_ids = torch.cat(parts)[None].to(context.position_ids)
+            parts = [self.positions[:, row, column : column + span.count] for span, row, column in where]
+            positions = torch.cat(parts, 1).to(context.position_ids)
+            if len(positions) == 1:
+                context.position_ids = positions
+            else:
+                context.rope_positions = positions[:, None]
         rows = []
         for span, _, column in where:
             skipped = max(0, self.columns - self.keep - column)

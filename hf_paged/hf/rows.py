@@ -15,7 +15,7 @@ from ..engine.request_state import RowHooks, new_request_id
 from . import row_adapters
 from .paged_cache import begun
 from .paged_call import cache_of
-from .vision.rows import has_images, take_images
+from .vision.rows import count_themselves, has_images, take_images
 
 # The sampler's own forms of stock's last processors, in the order stock applies them: type and attribute.
 _WARPERS = {
@@ -41,12 +41,13 @@ _CRITERIA = tuple(
 )
 
 
-def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift_free: bool) -> bool:
+def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift_free: bool, images) -> bool:
     """Whether rows that go their own way give what stock gives.
 
     Not if the caller is shown what happens at every step, brings callables (they see the whole batch in stock), or if
     finished rows go on: stock samples on where a row ended by another criterion than EOS and no EOS is set.
     `shift_free`: the model sees differences of positions only, so that it does not matter where a row is counted from.
+    `images`: what the model does with images; None if it takes none.
     """
     cache = cache_of(model_kwargs)
     if (
@@ -68,6 +69,8 @@ def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift
         return False
     padding = left_padding(input_ids, model_kwargs.get("attention_mask"))
     positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 3:
+        return images is not None and count_themselves(images, input_ids, padding, positions)
     return (shift_free and positions is None) or _counts_itself(positions, padding, input_ids)
 
 

@@ -39,6 +39,8 @@ class StepContext:
         input_ids: [1, T] new tokens of all sequences, one after another.
         positions: [T] their places in their own sequences.
         position_ids: [1, T] the numbers the model is told: the positions, or a caller's own.
+        rope_positions: [P, 1, T] what a model with M-RoPE is told instead, where images have moved them: the same in three
+            planes, or one in each; None: it is told `position_ids`.
         rows: [R] packed rows whose logits whoever planned the step wants.
         num_rows: how many of `rows` they are; the others are padding.
         recording: the number of sequences the step is padded to, to run as a recorded forward; None: as it is.
@@ -63,7 +65,7 @@ class StepContext:
     __slots__ = (
         *("plan", "input_ids", "positions", "position_ids", "rows", "num_rows", "metadata", "states", "shared", "owner"),
         *("recording", "logit_rows", "packed", "hooks", "adapters", "needs_hidden", "hidden", "calls", "backend", "_layers"),
-        *("announce", "local_logits", "embeddings"),
+        *("announce", "local_logits", "embeddings", "rope_positions"),
     )
 
     def __init__(
@@ -89,6 +91,7 @@ class StepContext:
         self.input_ids = inputs.input_ids
         self.positions = inputs.positions
         self.position_ids = inputs.positions[None]
+        self.rope_positions = None if inputs.rope_positions is None else inputs.rope_positions[:, None]
         self.rows = inputs.rows
         self.num_rows = len(inputs.rows)
         self.recording: int | None = None

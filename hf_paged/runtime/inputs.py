@@ -21,6 +21,7 @@ from hf_paged_kernels.inputs import InputBuffers, PackedSizes, prepare_inputs
 
 from ..core.plan import StepPlan
 from .states import StateGroup, state_groups
+from .transfer import to_device
 
 _MIN_PACKED = 1 << 14  # entries of a staging buffer to begin with
 _MAX_FIRST_WIDTH = 4096  # blocks a table row has room for to begin with, whatever the model's length
@@ -38,6 +39,7 @@ class StepInputs:
         copies: per block group the blocks to copy first, int64 [n, 2] of (source, destination); None if there are none.
         states: what `states.StepStates` is made of: groups of sequences, and for each int64 [S, 3] of (first packed row,
             slot to read, slot to write).
+        rope_positions: int64 [P, T], the positions that the model is told where images have moved them; None: `positions`.
     """
 
     input_ids: Tensor
@@ -46,13 +48,19 @@ class StepInputs:
     metadata: list[ops.AttentionMetadata]
     copies: list[Tensor | None]
     states: list[tuple[StateGroup, Tensor]]
+    rope_positions: Tensor | None = None
 
 
 class Inputs(Protocol):
     """Makes the StepInputs of one cache. They are valid until the next ones are made."""
 
     def prepare(
-        self, plan: StepPlan, rows: Sequence[int], sampled: Tensor | None, padded: int | None = None
+        self,
+        plan: StepPlan,
+        rows: Sequence[int],
+        sampled: Tensor | None,
+        padded: int | None = None,
+        shifts: np.ndarray | None = None,
     ) -> StepInputs:
         """The inputs of `plan`.
 
@@ -60,6 +68,7 @@ class Inputs(Protocol):
             rows: packed rows whose logits are wanted.
             sampled: int64, on the device: what token ids below 0 stand for, -1 - i for entry i. Without it they stay.
             padded: add sequences of one token that is read and written nowhere, up to so many; all others have one too.
+            shifts: see `media.position_shifts`; of one plane if the step is padded.
         """
         ...
 
@@ -73,8 +82,14 @@ def make_inputs(
     max_batch_tokens: int,
     max_num_seqs: int,
     max_model_len: int,
+    shifts_positions: bool = False,
 ) -> Inputs:
-    """The way that suits a device and its attention kernels. The last three are what most steps stay within."""
+    """The way that suits a device and its attention kernels.
+
+    Args:
+        max_batch_tokens, max_num_seqs, max_model_len: what most steps stay within.
+        shifts_positions: there may be `shifts`.
+    """
     backend = ops.resolve_backend(backend, device)
     if device.type == "cpu" and backend != "triton":
         return HostInputs(block_size, device)
@@ -87,6 +102,7 @@ def make_inputs(
         num_tokens=max(max_batch_tokens, max_num_seqs),
         num_seqs=max_num_seqs,
         width=width,
+        shifts_positions=shifts_positions,
     )
 
 
@@ -98,7 +114,12 @@ class HostInputs:
         self._device = device
 
     def prepare(
-        self, plan: StepPlan, rows: Sequence[int], sampled: Tensor | None, padded: int | None = None
+        self,
+        plan: StepPlan,
+        rows: Sequence[int],
+        sampled: Tensor | None,
+        padded: int | None = None,
+        shifts: np.ndarray | None = None,
     ) -> StepInputs:
         assert padded is None, "padding is for CUDA graphs"
         num_new = np.asarray(plan.num_new, dtype=np.int64)
@@ -127,6 +148,7 @@ class HostInputs:
             ],
             copies=[self._tensor(pairs) if pairs else None for pairs in plan.copies],
             states=[(group, self._tensor(group.entries)) for group in state_groups(plan)],
+            rope_positions=None if shifts is None else self._tensor(positions + shifts),
         )
 
     def _tensor(self, values, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -150,7 +172,7 @@ class StagedInputs:
 
     def __init__(
         self, num_groups: int, *, block_size: int, device: torch.device, backend: str, num_tokens: int, num_seqs: int,
-        width: int,
+        width: int, shifts_positions: bool = False,
     ):  # fmt: skip
         self.generation = 0
         self._num_groups = num_groups
@@ -160,9 +182,16 @@ class StagedInputs:
         self._staging = _Staging(device)
         self._room = (num_tokens, num_seqs, num_tokens, width)  # tokens, sequences, rows, blocks a table
         self._buffers: InputBuffers | None = None
+        self._shifts_positions = shifts_positions
+        self._rope_positions: Tensor | None = None  # [tokens], of padded steps
 
     def prepare(
-        self, plan: StepPlan, rows: Sequence[int], sampled: Tensor | None, padded: int | None = None
+        self,
+        plan: StepPlan,
+        rows: Sequence[int],
+        sampled: Tensor | None,
+        padded: int | None = None,
+        shifts: np.ndarray | None = None,
     ) -> StepInputs:
         sizes, parts, longest = _pack(plan, rows)
         groups = state_groups(plan)
@@ -184,6 +213,8 @@ class StagedInputs:
             inputs = self._views(*counts, sizes.longest_new, longest, _num_decodes(plan))
         else:
             inputs = self.static(padded)
+        if self._shifts_positions:
+            inputs.rope_positions = self._moved(inputs.positions, shifts, padded is not None)
         extras = iter(sent[sum(map(len, parts)) :].split([len(extra) for extra in (*copies, *states)]))
         inputs.copies = [pairs.view(-1, 2).long() if len(pairs) else None for _, pairs in zip(copies, extras)]
         inputs.states = [(group, entries.view(-1, 3).long()) for group, entries in zip(groups, extras)]
@@ -195,7 +226,21 @@ class StagedInputs:
         Lengths are bounds: no number of this step is in it.
         """
         width = self._buffers.block_table.shape[2]
-        return self._views(num_seqs, num_seqs, num_seqs, 1, width * self._block_size, num_seqs)
+        inputs = self._views(num_seqs, num_seqs, num_seqs, 1, width * self._block_size, num_seqs)
+        if self._shifts_positions:
+            inputs.rope_positions = self._rope_positions[None, :num_seqs]
+        return inputs
+
+    def _moved(self, positions: Tensor, shifts: np.ndarray | None, padded: bool) -> Tensor | None:
+        """[P, T] positions with their shifts; those of a padded step in the buffer that does not move."""
+        moved = None if shifts is None else positions[: shifts.shape[1]] + to_device(shifts, torch.int64, self._device)
+        if not padded:
+            return moved
+        target = self._rope_positions[: len(positions)]
+        target.copy_(positions)
+        if moved is not None:
+            target[: moved.shape[1]].copy_(moved[0])
+        return target[None]
 
     def _views(
         self, num_seqs: int, num_tokens: int, num_rows: int, longest_new: int, longest: int, num_decodes: int
@@ -238,6 +283,8 @@ class StagedInputs:
             block_table=new(self._num_groups, num_seqs, width, dtype=torch.int32),
             slot_mapping=new(self._num_groups, num_tokens),
         )
+        if self._shifts_positions:
+            self._rope_positions = new(num_tokens)
         self.generation += 1
 
 

@@ -29,9 +29,9 @@ class LeadingRunner(ModelRunner):
         self._positions: torch.Tensor | None = None
 
     def prepare(
-        self, plan, owner=None, hooks=None, *, rows=(), sampled=None, hidden=False, embeddings=()
+        self, plan, owner=None, hooks=None, *, rows=(), sampled=None, hidden=False, embeddings=(), shifts=None
     ) -> StepContext:
-        assert not embeddings, "images on a sharded model"
+        assert not embeddings and shifts is None, "images on a sharded model"
         self._flush()
         self.team.check()
         context = super().prepare(plan, owner, hooks, rows=rows, sampled=sampled, hidden=hidden)

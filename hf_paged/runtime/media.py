@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ..core.media import MediaRows
+from ..core.plan import StepPlan
 from ..core.request import MediaSpan
 
 
@@ -37,13 +39,38 @@ class Media:
     Attributes:
         spans: where their tokens stand; see `Request.media`.
         items: by the key of the spans.
+        shifts: int64 [P, tokens of the prompt], by how much the positions that the model is told, in each of P planes, differ
+            from the tokens' places; tokens after the prompt have its last one's. None: they do not.
     """
 
     spans: tuple[MediaSpan, ...] = ()
     items: Mapping[bytes, MediaItem] = field(default_factory=dict)
+    shifts: np.ndarray | None = None
 
 
 NO_MEDIA = Media()
+
+
+def position_shifts(plan: StepPlan, media_of: Callable[[int], Media]) -> np.ndarray | None:
+    """int64 [P, T]: the shifts of a step's packed rows. One plane where all are the same, None where there is none.
+
+    Args:
+        media_of: by seq_id, the images of its prompt.
+    """
+    found, row = None, 0
+    for seq_id, new, begin in zip(plan.seq_ids, plan.num_new, plan.num_context, strict=True):
+        shifts = media_of(seq_id).shifts
+        if shifts is not None:
+            if found is None:
+                found = np.zeros((len(shifts), plan.num_tokens), dtype=np.int64)
+            own = shifts[:, begin : begin + new]
+            known = own.shape[1]
+            found[:, row : row + known] = own
+            found[:, row + known : row + new] = shifts[:, -1:]
+        row += new
+    if found is None or not found.any():
+        return None
+    return found[:1] if (found == found[:1]).all() else found
 
 
 class MediaModel(Protocol):
@@ -52,6 +79,11 @@ class MediaModel(Protocol):
     @property
     def token_id(self) -> int:
         """The placeholder's."""
+        ...
+
+    @property
+    def shifts_positions(self) -> bool:
+        """Whether images move the positions of what follows them: see `Media.shifts`."""
         ...
 
     def read(self, token_ids: list[int], inputs: Mapping[str, object]) -> Media:

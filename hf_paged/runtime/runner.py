@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from hf_paged_kernels import ops
@@ -185,6 +186,7 @@ class ModelRunner:
         sampled: torch.Tensor | None = None,
         hidden: bool = False,
         embeddings: Sequence[tuple[int, torch.Tensor]] = (),
+        shifts: np.ndarray | None = None,
     ) -> StepContext:
         """Grow the cache, copy blocks, pack the batch. It is valid until the next one is prepared.
 
@@ -195,14 +197,15 @@ class ModelRunner:
             sampled: int64, on the device: what token ids below 0 in the plan stand for, -1 - i for entry i.
             hidden: `forward` leaves the hidden states of all rows in the context.
             embeddings: those of the plan's `media`, as (first packed row, [count, H]).
+            shifts: see `media.position_shifts`.
         """
         hooks = hooks or SequenceHooks()
         with as_in_a_step(self.cache.device):  # what is made here outlives the call, whatever mode the caller is in
             self._order.follow(sampled)
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
-            size = None if hidden else self._recording(plan, rows, hooks)
-            inputs = self._inputs.prepare(plan, rows, sampled, size)
+            size = None if hidden else self._recording(plan, rows, hooks, shifts)
+            inputs = self._inputs.prepare(plan, rows, sampled, size, shifts)
             if self.prefixes is not None and size is None:  # a recorded forward is the same whatever is shared
                 self.prefixes.announce(plan, inputs.metadata)
             self.cache.copy_blocks(inputs.copies)
@@ -213,11 +216,13 @@ class ModelRunner:
             context.adapters = self.model.adapters.for_forward(plan)
         return context
 
-    def _recording(self, plan: StepPlan, rows: Sequence[int], hooks: SequenceHooks) -> int | None:
+    def _recording(
+        self, plan: StepPlan, rows: Sequence[int], hooks: SequenceHooks, shifts: np.ndarray | None
+    ) -> int | None:
         """The number of sequences to pad a step to, if it is one that a recorded forward can run."""
         count = len(plan.seq_ids)
         decodes = plan.num_tokens == count and 0 < len(rows) <= count
-        special = hooks.functions or plan.adapters or plan.media
+        special = hooks.functions or plan.adapters or plan.media or (shifts is not None and len(shifts) > 1)
         if self.graphs is None or not decodes or special or self.model.why_unrecordable is not None:
             return None
         return self.graphs.size_for(count, self._valid_for)
@@ -239,6 +244,7 @@ class ModelRunner:
         sampled: torch.Tensor | None = None,
         hidden: bool = False,
         embeddings: Sequence[tuple[int, torch.Tensor]] = (),
+        shifts: np.ndarray | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`prepare` and `forward` where not all sequences may run together: those of each group do, one after another.
 
@@ -261,6 +267,7 @@ class ModelRunner:
                 sampled=sampled,
                 hidden=hidden,
                 embeddings=[(where[row], values) for row, values in embeddings if row in where],
+                shifts=None if shifts is None else shifts[:, packed],
             )
             result = self.forward(context)
             if logits is None:

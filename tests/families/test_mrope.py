@@ -1,4 +1,4 @@
-"""Models with M-RoPE: text runs on pages whatever form its inputs have, images visibly on transformers' own path."""
+"""Models with M-RoPE: text and images run on pages, with stock's tokens, wherever the images move the positions."""
 
 from __future__ import annotations
 
@@ -89,10 +89,61 @@ def with_image(seed: int) -> dict:
     )
 
 
-def test_images_run_on_transformers_own_path_and_say_so(patched):
-    options = dict(with_image(1), max_new_tokens=12, do_sample=False)
+GREEDY = dict(max_new_tokens=12, do_sample=False)
+
+
+def on_pages(model, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return model.generate(**options)
+
+
+def test_images_run_on_pages(patched):
+    first, second = (dict(with_image(seed), **GREEDY) for seed in (1, 2))
+    theirs = stock(patched, **first)
+    assert not torch.equal(theirs, stock(patched, **second))
+    assert torch.equal(on_pages(patched, **first), theirs)
+
+
+def test_a_prompt_that_ends_in_an_image_goes_on_in_every_plane(patched):
+    inputs = padded([20, 21, START, *[IMAGE] * 6])
+    grid = torch.tensor([[1, 4, 6]])
+    pixels = torch.randn(24, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(3))
+    options = dict(
+        inputs, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=(inputs["input_ids"] == IMAGE).int(), **GREEDY
+    )
+    assert torch.equal(on_pages(patched, **options), stock(patched, **options))
+
+
+@pytest.mark.parametrize("change", ["all moved", "an image stretched", "the text between moved"])
+def test_positions_of_the_callers_own(patched, change):
+    """They are not the images' own, so nobody else may have what was computed with them."""
+    options = dict(with_image(1), **GREEDY)
+    positions, _ = patched.model.get_rope_index(**{k: v for k, v in options.items() if k not in GREEDY})
+    own = dict(options, position_ids=torch.cat([positions[:1] * 0 + torch.arange(10), positions]))
+    if change == "all moved":
+        own["position_ids"][1:] += torch.tensor([3, 5, 7])[:, None, None]
+    elif change == "an image stretched":
+        own["position_ids"][1:, :, 4:7] *= 2
+    else:
+        own["position_ids"][1:, :, -2:] += 3
+    expected = [stock(patched, **each) for each in (options, own)]
+    assert torch.equal(*expected) == (change == "all moved"), "only differences count"
+    for _ in range(2):
+        assert torch.equal(on_pages(patched, **own), expected[1])
+        assert torch.equal(on_pages(patched, **options), expected[0])
+
+
+def test_videos_run_on_transformers_own_path_and_say_so(patched):
+    inputs = padded([20, 21, START, *[193] * 4, END, 22])
+    options = dict(
+        inputs,
+        pixel_values_videos=torch.randn(PATCHES, 3 * 2 * 4 * 4),
+        video_grid_thw=torch.tensor([[1, 4, 4]]),
+        mm_token_type_ids=2 * (inputs["input_ids"] == 193).int(),
+        **GREEDY,
+    )
     theirs = stock(patched, **options)
-    assert not torch.equal(theirs, stock(patched, **with_image(2), max_new_tokens=12, do_sample=False))
     with pytest.warns(UserWarning, match="not on pages"):
         assert torch.equal(patched.generate(**options), theirs)
     hf_paged.patch(patched, strict=True)
@@ -100,7 +151,21 @@ def test_images_run_on_transformers_own_path_and_say_so(patched):
         patched.generate(**options)
 
 
-@pytest.mark.filterwarnings("ignore:.*not on pages")
+def test_equal_images_of_another_shape_are_told_apart(patched):
+    """Their embeddings are the same, but not where they stand."""
+    engine = hf_paged.engine_of(patched)
+    answers = []
+    for grid in ([1, 4, 8], [1, 8, 4]):
+        inputs = padded([*range(20, 36), START, *[IMAGE] * 8, END, *range(40, 60)])
+        types = (inputs["input_ids"] == IMAGE).int()
+        pixels = torch.zeros(32, 3 * 2 * 4 * 4)
+        options = dict(inputs, pixel_values=pixels, image_grid_thw=torch.tensor([grid]), mm_token_type_ids=types, **GREEDY)
+        answers.append((options, on_pages(patched, **options)))
+        assert engine.stats()["prefix_hit_tokens"] <= 16
+    for options, answer in answers:
+        assert torch.equal(stock(patched, **options), answer)
+
+
 def test_the_positions_of_an_image_do_not_reach_the_text_after_it(patched):
     """The model keeps the offset of the last call with an image, which only a call that goes on from it may use."""
     text = dict(TEXT, max_new_tokens=8, do_sample=False)

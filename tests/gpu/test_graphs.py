@@ -10,8 +10,10 @@ import torch
 from quantized_checkpoints import eight_bit_layer, save_quantized
 from quantized_models import quantized
 from recording import Recorder
+from tiny_configs import MROPE
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
+from vision_inputs import batch
 
 import hf_paged
 from hf_paged import Engine, EngineConfig, InvalidArgument, SamplingParams, UnsupportedOption
@@ -58,6 +60,8 @@ def poisoned(monkeypatch):
                 getattr(self._buffers, name).zero_()
             self._buffers.seq_lens.fill_(9)
             self._buffers.cu_seqlens.fill_(3)
+            if self._rope_positions is not None:
+                self._rope_positions.fill_(77)
         return prepare(self, *args, **kwargs)
 
     monkeypatch.setattr(StagedInputs, "prepare", poison_first)
@@ -121,6 +125,24 @@ def test_tokens_are_stocks(device, recorders, family):
         assert tokens(engine.generate(jobs[:2], greedy(5))) == [row[:5] for row in expected[:2]]
         assert recorder.num_records == 3, "a size was recorded again"
         assert "so far for 1, 2, 4" in str(hf_paged.explain(model))
+
+
+def test_images_move_the_positions_of_recorded_steps(device, recorders):
+    """One row has its tokens where they are, the others behind images of several shapes."""
+    text = dict(MROPE, vocab_size=320, num_hidden_layers=1)
+    model = tiny_model("qwen2_vl", text_config=text).to(device)
+    rows = [[*range(20, 33)], [50, [1], *range(60, 64)], [[2], 70, [4], 71]]
+    inputs = {name: value.to(device) for name, value in batch(model, "qwen2_vl", rows).items()}
+    options = dict(inputs, max_new_tokens=6, do_sample=False)
+    expected = model.generate(**options)
+    hf_paged.patch(model, config=config())
+    assert torch.equal(model.generate(**options), expected)
+    assert recorders[0].num_replays >= 4
+    again = dict(batch(model, "qwen2_vl", [[*range(20, 50)]]), max_new_tokens=6, do_sample=False)
+    again = {name: value.to(device) if torch.is_tensor(value) else value for name, value in again.items()}
+    mine = model.generate(**again)
+    hf_paged.unpatch(model)
+    assert torch.equal(mine, model.generate(**again)), "shifts of an earlier step are left"
 
 
 def test_fused_layers_are_recorded_too(device, recorders):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,9 +15,9 @@ BLOCK = 16
 CPU = torch.device("cpu")
 
 
-def staged(device, *, groups: int = 2, tokens: int = 64, seqs: int = 8, width: int = 8) -> StagedInputs:
+def staged(device, *, groups: int = 2, tokens: int = 64, seqs: int = 8, width: int = 8, **options) -> StagedInputs:
     return StagedInputs(
-        groups, block_size=BLOCK, device=device, backend="triton", num_tokens=tokens, num_seqs=seqs, width=width
+        groups, block_size=BLOCK, device=device, backend="triton", num_tokens=tokens, num_seqs=seqs, width=width, **options
     )
 
 
@@ -110,6 +111,28 @@ def test_buffers_stay_where_they_are_and_grow_when_they_must(device):
         tables[0][:] = [5] * (-(-large.num_new[0] // BLOCK))
     assert_equal(inputs.prepare(large, range(20), None), host.prepare(large, range(20), None), large)
     assert inputs.generation == 2
+
+
+def test_positions_that_images_have_moved(device):
+    rng = random.Random(6)
+    inputs, host = staged(device, shifts_positions=True), HostInputs(BLOCK, CPU)
+    pointers = set()
+    for step in range(6):
+        plan = random_plan(rng, decodes=step % 2 == 1)
+        shifts = np.random.default_rng(step).integers(-5, 5, (1 if step % 2 else 3, plan.num_tokens))
+        mine, expected = (one.prepare(plan, [0], None, shifts=shifts) for one in (inputs, host))
+        assert_equal(mine, expected, plan)
+        assert torch.equal(mine.rope_positions.cpu(), expected.rope_positions)
+        assert torch.equal(expected.rope_positions, expected.positions + torch.from_numpy(shifts))
+        assert inputs.prepare(plan, [0], None).rope_positions is None
+        if step % 2:
+            for given in (shifts, None):
+                padded = inputs.prepare(plan, [0], None, padded=8, shifts=given).rope_positions
+                moved = host.prepare(plan, [0], None).positions + (0 if given is None else torch.from_numpy(given[0]))
+                assert padded[:, : plan.num_tokens].tolist() == [moved.tolist()]
+                assert torch.equal(inputs.static(8).rope_positions, padded)
+                pointers.add(padded.data_ptr())
+    assert len(pointers) == 1
 
 
 def test_padded_for_a_graph(device):

@@ -39,15 +39,21 @@ class Family:
 
 
 def features(model: torch.nn.Module, inputs: Inputs) -> Tensor:
-    """[N, H]: the embeddings of all images of `inputs`, as the model's own forward lays them over its placeholders."""
+    """[N, H]: the embeddings of all images of `inputs`, as the model's own forward lays them over its placeholders.
+
+    With deepstack.py's further features, [N, (1 + K) H].
+    """
     return flat(model.base_model.get_image_features(**inputs, return_dict=True))
 
 
 def flat(output) -> Tensor:
     """[N, H] of what `get_image_features` returned: a tensor, or a list with one for each image or row."""
-    pooled = output.pooler_output
-    parts = [pooled] if isinstance(pooled, Tensor) else pooled
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    rows = []
+    for layer in layers:
+        parts = [layer] if isinstance(layer, Tensor) else layer
+        rows.append(torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]))
+    return torch.cat(rows, -1) if len(rows) > 1 else rows[0]
 
 
 def _each(model: torch.nn.Module, inputs: Inputs) -> list[Inputs]:
@@ -92,12 +98,33 @@ def _grid_lengths(model: torch.nn.Module, parts: list[Inputs]) -> list[int]:
     return [len(one) for one in packed]
 
 
+def _by_grid(model: torch.nn.Module, inputs: Inputs) -> list[Inputs]:
+    """Patches [P, D] of all images in a row, and the grids [N, 3] of patches (time, height, width) that each has."""
+    counts = inputs["image_grid_thw"].prod(-1).tolist()
+    if sum(counts) != len(inputs["pixel_values"]):
+        raise InvalidArgument(f"images: image_grid_thw tells of {sum(counts)} patches, pixel_values has {len(inputs['pixel_values'])}")
+    grids = inputs["image_grid_thw"].split(1)
+    return [
+        dict(pixel_values=pixels, image_grid_thw=grid)
+        for pixels, grid in zip(inputs["pixel_values"].split(counts), grids, strict=True)
+    ]
+
+
+def _merged_lengths(model: torch.nn.Module, parts: list[Inputs]) -> list[int]:
+    side = model.config.vision_config.spatial_merge_size
+    return [int(part["image_grid_thw"].prod()) // side**2 for part in parts]
+
+
 _TILED = Family(("pixel_values", "pixel_attention_mask"), _tiles, dim=1)
+_MERGED = Family(("pixel_values", "image_grid_thw"), _by_grid, lengths=_merged_lengths)
 
 FAMILIES: dict[str, Family] = {
     "gemma3": Family(("pixel_values",), _each, bidirectional=True),
     "idefics3": _TILED,
     "llava": Family(("pixel_values",), _each),
     "llava_next": Family(("pixel_values", "image_sizes"), _grids, lengths=_grid_lengths),
+    "qwen2_5_vl": _MERGED,
+    "qwen2_vl": _MERGED,
+    "qwen3_vl": _MERGED,
     "smolvlm": _TILED,
 }

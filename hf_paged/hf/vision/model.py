@@ -13,6 +13,7 @@ from ...core.request import MediaSpan
 from ...runtime.media import Media, MediaItem
 from ..swap import evaluating
 from .families import FAMILIES, Family, features
+from .positions import counts_images, prompt_positions, shifts_of
 
 # What processors return beside images, and what is in the prompt already.
 OF_THE_PROMPT = frozenset("input_ids attention_mask token_type_ids mm_token_type_ids".split())
@@ -24,6 +25,7 @@ class TransformersImages:
     def __init__(self, model: torch.nn.Module, family: Family):
         self.model = model
         self.family = family
+        self.shifts_positions = counts_images(model)
 
     @property
     def token_id(self) -> int:
@@ -49,7 +51,11 @@ class TransformersImages:
             items[item.key] = item
             spans += spans_of(item.key, places[start : start + length], self.family.bidirectional)
             start += length
-        return Media(tuple(spans), items)
+        shifts = None
+        if self.shifts_positions and parts:
+            grids = torch.cat([part["image_grid_thw"] for part in parts])
+            shifts = shifts_of(prompt_positions(self.model, token_ids, self.token_id, grids))
+        return Media(tuple(spans), items, shifts)
 
     def _tensors(self, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         names = self.family.names

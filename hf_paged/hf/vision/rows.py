@@ -11,6 +11,7 @@ from ...base.errors import InvalidArgument
 from ...runtime.media import NO_MEDIA, Media, MediaItem
 from .families import features, flat
 from .model import TransformersImages, content_key, spans_of
+from .positions import OF_THE_POSITIONS, go_on, planes_of, seen_from, shifts_of
 
 ENCODED = "mm_encoder_outputs"  # what newer transformers encodes before it decodes
 TYPES = "token_type_ids"
@@ -20,7 +21,8 @@ def input_names(images: TransformersImages | None) -> frozenset[str]:
     """Keyword arguments of a forward that bring images."""
     if images is None:
         return frozenset()
-    return frozenset((*images.family.names, ENCODED, *([TYPES] if images.family.bidirectional else [])))
+    beside = OF_THE_POSITIONS if images.shifts_positions else [TYPES] if images.family.bidirectional else []
+    return frozenset((*images.family.names, ENCODED, *beside))
 
 
 def why_not(images: TransformersImages, input_ids: Tensor, inputs: dict) -> Iterator[tuple[str, str]]:
@@ -50,7 +52,7 @@ def take_images(images: TransformersImages, input_ids: Tensor, padding: list[int
 
     Args:
         input_ids: [B, L], of which each row's first `padding` columns do not count.
-        inputs: the forward's keyword arguments.
+        inputs: the forward's keyword arguments. Where images move positions, `position_ids` are among them.
 
     Raises InvalidArgument if there are more or fewer embeddings than placeholders, as transformers does.
     """
@@ -68,24 +70,40 @@ def take_images(images: TransformersImages, input_ids: Tensor, padding: list[int
         own = embeddings[start : start + len(columns)]
         start += len(columns)
         two_way = None if types is None else types[row, columns].tolist()
-        found.append(_row((columns - skipped).tolist(), own, two_way))
+        positions = planes_of(inputs["position_ids"])[:, row, skipped:] if images.shifts_positions else None
+        found.append(_row((columns - skipped).tolist(), own, two_way, positions))
     return found
 
 
-def _row(places: list[int], embeddings: Tensor, two_way: list[int] | None) -> Media:
+def count_themselves(images: TransformersImages, input_ids: Tensor, padding: list[int], position_ids: Tensor) -> bool:
+    """Whether the positions of every row are what its images make them, so that it does not matter what else is given.
+
+    Args:
+        position_ids: [3 or 4, B, L].
+    """
+    if position_ids.shape[1:] != input_ids.shape:
+        return False
+    places, planes = input_ids == images.token_id, planes_of(position_ids)
+    return all(go_on(planes[:, row, skipped:], places[row, skipped:]) for row, skipped in enumerate(padding))
+
+
+def _row(places: list[int], embeddings: Tensor, two_way: list[int] | None, positions: Tensor | None) -> Media:
     """A span for every run of placeholders."""
     if not places:
         return NO_MEDIA
     spans, items = [], {}
     for run in spans_of(b"", places, False):
         own = embeddings[run.offset : run.offset + run.length]
-        key = content_key({"embeddings": own})
+        named = {"embeddings": own}
+        if positions is not None:
+            named["positions"] = seen_from(positions, run)
+        key = content_key(named)
         kinds = two_way and two_way[run.offset : run.offset + run.length]
         if kinds and len(set(kinds)) != 1:
             raise InvalidArgument("token_type_ids: they differ within an image")
         spans += spans_of(key, range(run.start, run.end), bool(kinds and kinds[0] == 1))
         items[key] = MediaItem(key, run.length, embeddings=own)
-    return Media(tuple(spans), items)
+    return Media(tuple(spans), items, None if positions is None else shifts_of(positions))
 
 
 def _features(images: TransformersImages, inputs: dict) -> Tensor:
