@@ -126,6 +126,7 @@ def grouped_linear(
     activation: str | None = None,
     scale: Tensor | None = None,
     max_rows: int | None = None,
+    partial: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Row s of the result is x[s // k] @ weight[experts[s]].T + bias[experts[s]]; gated; times scale[s].
@@ -137,7 +138,8 @@ def grouped_linear(
         experts: int [S], each below E.
         activation: as in `linear`.
         scale: [S]; None for none.
-        max_rows: the most entries of `experts` that are equal; None: S. If there are more, their results may be NaN.
+        max_rows: the most entries of `experts` below E that are equal; None: S. If there are more, their results may be NaN.
+        partial: `experts` may be E, too, for an expert that is not there: such rows are zeros. Not of quantized weights.
 
     Returns:
         [S, N] or [S, I] in x's dtype, with a scale in that to which both promote.
@@ -148,9 +150,12 @@ def grouped_linear(
         raise ValueError(f"scale has shape {list(scale.shape)}, experts {list(experts.shape)}")
     options = dict(activation=activation, scale=scale, max_rows=max_rows)
     if isinstance(weight, QuantizedWeight):
+        if partial:
+            raise ValueError("partial: quantized experts are all there")
         run = _quantized(backend, x.device)
         run = run if run.supports_grouped(x, weight, experts, bias, activation) else _dequantizing
         return run.grouped_linear(x, weight, experts, bias, **options)
+    options["partial"] = partial
     if supports_grouped_linear(x, weight, experts, bias, activation=activation, backend=backend):
         return _kernels("moe", "triton", x.device)[0].grouped_linear(x, weight, experts, bias, **options)
     return _kernels("moe", "reference", x.device)[0].grouped_linear(x, weight, experts, bias, **options)
@@ -185,6 +190,7 @@ def moe_experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     after: Callable[[Tensor], Tensor] | None = None,
+    partial: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over a token's experts e of w_e * after(down_e(activation(gate_e(x)) * up_e(x))).
@@ -192,16 +198,17 @@ def moe_experts(
     Args:
         x: [T, H].
         gate_up: [E, 2 I, H]; down: [E, H, I]; each contiguous along one of its last two dimensions.
-        experts, router_weights: [T, k]; the experts of a token differ.
+        experts, router_weights: [T, k]; the experts of a token differ, but for those that `partial` allows.
         activation: as in `linear`, or a function from all that gate_up gives, [S, N], to what down takes, [S, I].
         gate_up_bias: [E, 2 I]; down_bias: [E, H].
         after: a function of rows [S, H]; None for none.
+        partial: as in `grouped_linear`; such experts are to have a router weight of 0.
 
     Returns:
         [T, H] in x's dtype. Summed in fp32, in one order.
     """
     pairs, scale = experts.reshape(-1), router_weights.reshape(-1)
-    options = dict(max_rows=len(x), backend=backend)
+    options = dict(max_rows=len(x), partial=partial, backend=backend)
     if isinstance(activation, str):
         hidden = grouped_linear(x, gate_up, pairs, gate_up_bias, activation=activation, **options)
     else:

@@ -31,13 +31,14 @@ def install() -> None:
         size = getattr(distributed_config, "tp_size", None) or 1
         if mesh is None or size == 1:
             return original(cls, model, distributed_config, mesh)
-        attribute = "_ep_plan" if model.tp_plan is model._ep_plan else "_tp_plan"  # 5.17 has one plan or the other
-        own = dict(model.tp_plan or {})
+        by_experts = distributed_config.enable_expert_parallel and not hasattr(distributed_config, "ep_size")
+        attribute = "_ep_plan" if by_experts else "_tp_plan"  # 5.17 has one plan or the other
+        own = dict(getattr(model, attribute) or {})
         setattr(model, attribute, _completed(model, own, size))
         try:
             return original(cls, model, distributed_config, mesh)
         finally:
-            plan = {key: own[key] if style.startswith(PREFIX) else style for key, style in model.tp_plan.items()}
+            plan = {key: own[key] if style.startswith(PREFIX) else style for key, style in getattr(model, attribute).items()}
             setattr(model, attribute, plan)
 
     maybe_distribute_model.hf_paged_original = original

@@ -14,18 +14,19 @@ from ..base.errors import InvalidArgument, ParallelError, UnsupportedModel, Unsu
 from ..engine.follower import Follower
 from ..parallel.team import Order, Team, digest
 from ..quant.linear import QuantLinear
+from .fusion.sharded import WHOLE_EXPERTS, parallel_plan
 from .heads import head_of
 from .shared_heads import has_shared_heads, num_copies
 from .weights import local
 
 OTHER_SIZES = {"fsdp_size": "FSDP", "dp_replicate_size": "FSDP", "pp_size": "pipeline parallelism"}
-MODELS = frozenset("llama qwen2 qwen3 qwen3_moe mistral gemma3_text".split())
+MODELS = frozenset("llama qwen2 qwen3 qwen3_moe mistral mixtral gemma3_text".split())
 
 
 def find_team(model: torch.nn.Module, timeout: float) -> Team | None:
     """The ranks that hold the shards of `model`, if it is sharded. All of them call this at the same time.
 
-    Raises UnsupportedModel for a model that is sharded in another way than by a tensor-parallel plan.
+    Raises UnsupportedModel for a model that is sharded in another way than by plans for tensors and experts.
     """
     parameters = [parameter for parameter in model.parameters() if local(parameter) is not parameter]
     if not parameters:
@@ -33,9 +34,9 @@ def find_team(model: torch.nn.Module, timeout: float) -> Team | None:
             raise UnsupportedModel("model: everything that is sharded of it is quantized, the output embedding too")
         return None
     _check_kind(model)
-    meshes = {parameter.device_mesh for parameter in parameters if not has_shared_heads(parameter)}
-    mesh = meshes.pop() if meshes else None
-    if mesh is None or meshes or mesh.ndim != 1:
+    meshes = [parameter.device_mesh for parameter in parameters if not has_shared_heads(parameter)]
+    mesh = meshes[0] if meshes else None
+    if mesh is None or mesh.ndim != 1 or any(not torch.equal(other.mesh, mesh.mesh) for other in meshes):
         raise UnsupportedModel("model: it is sharded over more than one device mesh, or one of several dimensions")
     if mesh.size() == 1:
         return None
@@ -50,8 +51,8 @@ def _check_kind(model: torch.nn.Module) -> None:
     for field, name in OTHER_SIZES.items():
         if (getattr(config, field, None) or 1) > 1:
             raise UnsupportedModel(f"model: it is sharded by {name} ({field}); only tensor parallelism runs on pages")
-    if (getattr(config, "ep_size", None) or 1) > 1 or getattr(config, "enable_expert_parallel", False):
-        raise UnsupportedModel("model: it is sharded by experts; load it with a tensor-parallel plan alone")
+    if getattr(model.config, "_experts_implementation", None) == "deepgemm_megamoe":
+        raise UnsupportedModel("model: experts_implementation='deepgemm_megamoe' exchanges tokens itself; load it with another")
     if model.config.model_type not in MODELS:
         raise UnsupportedModel(
             f"model: sharded models of type {model.config.model_type!r} have not been proven equal to stock transformers; "
@@ -64,6 +65,8 @@ def _check_kind(model: torch.nn.Module) -> None:
 
 
 def _check_heads(model: torch.nn.Module, size: int) -> None:
+    if set(parallel_plan(model).values()) <= WHOLE_EXPERTS:  # attention is whole on every rank
+        return
     config = model.config.get_text_config(decoder=True)
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or size
     copies = num_copies(kv_heads, size)

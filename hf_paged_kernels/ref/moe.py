@@ -17,11 +17,14 @@ def grouped_linear(
     activation: str | None = None,
     scale: Tensor | None = None,
     max_rows: int | None = None,
+    partial: bool = False,
 ) -> Tensor:
     """See `fused.grouped_linear`: expert by expert, those that are asked for."""
     x = x.repeat_interleave(len(experts) // len(x), dim=0)
     result = x.new_zeros(len(experts), weight.shape[1])
     for expert in experts.unique().tolist():
+        if partial and expert == len(weight):
+            continue
         rows = experts == expert
         result[rows] = F.linear(x[rows], weight[expert], None if bias is None else bias[expert])
     if activation is not None:

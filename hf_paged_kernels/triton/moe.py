@@ -70,12 +70,14 @@ def pairs_of_tile(starts, order, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl
 @triton.jit
 def _grouped_linear_kernel(
     x, weight, experts, bias, scale, out, num_pairs, per_row, N, K, x_stride, w_expert, w_n, w_k, up, bias_expert,
-    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
+    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, EXPERTS: tl.constexpr, BY_EXPERT: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     GATED: tl.constexpr = ACTIVATION is not None
     expert, mine, num_rows = pairs_of_expert(experts, num_pairs, BY_EXPERT, PAIRS)
+    if EXPERTS is not None:  # only so many of those asked for are there
+        num_rows = tl.where(expert < EXPERTS, num_rows, 0)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     if num_rows <= tl.program_id(2) * BLOCK_M:
         return
@@ -139,6 +141,7 @@ def grouped_linear(
     activation: str | None = None,
     scale: Tensor | None = None,
     max_rows: int | None = None,
+    partial: bool = False,
 ) -> Tensor:
     """See `fused.grouped_linear`; only for what `supports` says. fp32 is computed as fp32."""
     num_pairs, (num_experts, N, K) = len(experts), weight.shape
@@ -147,7 +150,7 @@ def grouped_linear(
         x = x.contiguous()
     narrow = scale is None or scale.dtype == x.dtype
     dtype = x.dtype if narrow else torch.promote_types(x.dtype, scale.dtype)
-    out = torch.empty(num_pairs, N, dtype=dtype, device=x.device)
+    out = (torch.zeros if partial else torch.empty)(num_pairs, N, dtype=dtype, device=x.device)
     places = min(num_pairs, num_experts)
     columns, depth = tile(N, K, x.dtype, activation is not None, x.device, times=places)
     block = 16 if num_pairs <= 8 * num_experts or is_amd(x.device) else 32
@@ -155,6 +158,7 @@ def grouped_linear(
     launch(_grouped_linear_kernel, grid, x, weight, experts.contiguous(), bias,
            None if scale is None else scale.contiguous(), out, num_pairs, num_pairs // len(x), N, K, x.stride(0),
            *weight.stride(), N * weight.stride(1), 0 if bias is None else bias.stride(0), ACTIVATION=activation,
-           EVEN_K=K % depth == 0, BY_EXPERT=num_experts <= num_pairs, PAIRS=max(16, triton.next_power_of_2(num_pairs)),
-           BLOCK_M=block, BLOCK_N=columns, BLOCK_K=depth, num_warps=4, num_stages=stages(x.device))  # fmt: skip
+           EVEN_K=K % depth == 0, EXPERTS=num_experts if partial else None, BY_EXPERT=num_experts <= num_pairs,
+           PAIRS=max(16, triton.next_power_of_2(num_pairs)), BLOCK_M=block, BLOCK_N=columns, BLOCK_K=depth, num_warps=4,
+           num_stages=stages(x.device))  # fmt: skip
     return out

@@ -103,6 +103,28 @@ def test_a_row_has_the_same_bits_alone_and_in_company(device, dtype):
         assert torch.equal(layer.run(), together[rows])
 
 
+@pytest.mark.parametrize("num_experts", [4, 60])  # programs for experts, and for pairs
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_experts_of_which_some_are_elsewhere(device, num_experts, backend):
+    """Two halves of the experts add up to all of them, with biases; a token may have no expert here at all."""
+    layer = Layer(device, tokens=6, top_k=3, num_experts=num_experts, dtype=torch.float32)
+    layer.experts[2], layer.experts[4] = torch.arange(3), torch.arange(num_experts - 3, num_experts)
+    bias, half = torch.randn(num_experts, 48, device=device), num_experts // 2
+    options = dict(activation="silu", after=lambda rows: rows + 1)
+    whole = fused.moe_experts(
+        layer.x, layer.gate_up, layer.down, layer.experts, layer.router, down_bias=bias, backend="reference", **options
+    )
+    parts = []
+    for first in (0, half):
+        mine = (layer.experts >= first) & (layer.experts < first + half)
+        here = slice(first, first + half)
+        parts.append(fused.moe_experts(
+            layer.x, layer.gate_up[here], layer.down[here], torch.where(mine, layer.experts - first, half), layer.router * mine,
+            down_bias=bias[here], partial=True, backend=backend, **options,
+        ))  # fmt: skip
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
+
+
 def test_more_pairs_than_the_kernel_is_for(device):
     layer = Layer(device, tokens=MAX_PAIRS // 2 + 1, top_k=2, H=16, size=16)
     assert torch.equal(layer.run("triton"), layer.run("reference"))

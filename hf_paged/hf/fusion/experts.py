@@ -19,7 +19,8 @@ from ..swap import Swapped, can_swap
 from ..switch import Switch
 from .base import Fusions
 from .mlp import ACTIVATIONS
-from .proof import error, random_rows
+from .proof import error, proven, random_rows
+from .sharded import WholeExperts, is_sharded, local_parameters
 
 NAME = "hf_paged"
 # `with paged_experts(configs):` they name our function as their experts implementation.
@@ -43,7 +44,7 @@ def _own(module):
     name = paged_experts.original(module.config)
     if name in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[name]
-    return type(module).forward.__wrapped__  # its class's own, "eager"
+    return _class_of(module).forward.__wrapped__  # its class's own, "eager"
 
 
 def _takes(module, hidden_states: Tensor, top_k_index: Tensor) -> bool:
@@ -59,7 +60,8 @@ def _run(module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tens
     return fused.moe_experts(
         hidden_states, weight, down, top_k_index, top_k_weights, activation=activation_of(module), gate_up_bias=bias,
         down_bias=module.down_proj_bias if module.has_bias else None,
-        after=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None, backend="triton",
+        after=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        partial=isinstance(module, WholeExperts), backend="triton",
     )  # fmt: skip
 
 
@@ -99,8 +101,10 @@ def fuse_experts(model: nn.Module, fusions: Fusions) -> None:
         return
     modules = [module for module in model.modules() if is_experts(module)]
     for module in modules:
-        reason = _why_not(module)
-        if reason is not None:
+        with local_parameters(module):
+            reason = _why_not(module)
+        if not proven(reason is None):
+            reason = reason or "those of another rank do not run on the kernel"
             fusions.notes[type(module).__name__] = reason
             return
     fusions.expert_configs = list({id(module.config): module.config for module in modules}.values())
@@ -110,12 +114,15 @@ def fuse_experts(model: nn.Module, fusions: Fusions) -> None:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether this module's forward asks the experts interface what to run."""
-    return hasattr(type(module).forward, "__wrapped__") and hasattr(module, "is_transposed")
+    return hasattr(_class_of(module).forward, "__wrapped__") and hasattr(module, "is_transposed")
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class that transformers made, of sharded experts, too."""
+    return type(module)._hf_paged_base if is_sharded(module) else type(module)
 
 
 def _why_not(module: nn.Module) -> str | None:
-    if getattr(module, "_is_expert_parallel", False):
-        return "its experts are spread over devices"
     weight, _ = _first(module)
     x = random_rows(weight.shape[2], weight)
     top_k = min(2, len(weight))

@@ -8,7 +8,8 @@ is set aside and called outside of steps, so the model trains, saves and runs by
 - Those split by rows ("rowwise": each rank has some of the inputs) sum their products over the ranks, then add the bias.
 - A head whose outputs are to be gathered gathers them, or leaves each rank its part, of which `SplitHead` finds the largest.
 - Embeddings split by vocabulary look up what they have and sum.
-- Experts run on their local parts and sum.
+- Experts run on their local parts and sum: parts of every expert, or whole experts of which each rank has some. The router
+  runs on every rank.
 
 Modules of any other style keep transformers' forward in a step, too.
 """
@@ -39,6 +40,9 @@ from ..weights import local, weight_of
 COLUMNS = ("colwise",)
 HEADS = ("colwise_gather_output", "colwise_rep")
 ROWS = ("rowwise",)
+ROUTER = "ep_router"
+EXPERTS = ("moe_tp_experts", "ep_dispatch_experts")
+WHOLE_EXPERTS = {ROUTER, "grouped_gemm", *EXPERTS}  # all that plans for experts alone are made of
 
 
 @dataclass(eq=False)
@@ -130,14 +134,36 @@ class PlainModule(Sharded):
         return super().forward(hidden_states) if shard.runs else shard.forward(hidden_states)
 
 
-class SplitExperts(Sharded):
+class Router(Sharded):
+    """In a step it names experts of all ranks, on all of them alike."""
+
     def forward(self, *args, **kwargs):
         shard = self.__dict__[SHARD]
+        return super().forward(*args, **kwargs) if shard.runs else shard.forward(*args, **kwargs)
+
+
+class SplitExperts(Sharded):
+    """A part of every expert."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        shard = self.__dict__[SHARD]
         if not shard.runs:
-            return shard.forward(*args, **kwargs)
+            return shard.forward(hidden_states, top_k_index, top_k_weights)
         with local_parameters(self):
-            output = super().forward(*args, **kwargs)
+            output = super().forward(hidden_states, top_k_index, top_k_weights)
         return shard.team.all_reduce(output)
+
+
+class WholeExperts(SplitExperts):
+    """`num_experts` of the experts, in the order of the ranks. Those of others are number `num_experts`, and count nothing."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        shard = self.__dict__[SHARD]
+        if shard.runs:
+            mine = top_k_index // self.num_experts == shard.team.rank
+            top_k_index = torch.where(mine, top_k_index % self.num_experts, self.num_experts)
+            top_k_weights = top_k_weights.masked_fill(~mine, 0.0)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
 @dataclass(eq=False)
@@ -178,6 +204,15 @@ class SplitHead:
         return tokens.long(), peaks.to(logits.dtype)
 
 
+def parallel_plan(model: nn.Module) -> dict[str, str]:
+    """Style of every module and weight that transformers has sharded, by its name with * for numbers of layers."""
+    plan = dict(getattr(model, "tp_plan", None) or {})
+    size = getattr(getattr(model.config, "distributed_config", None), "ep_size", None)  # 5.17 has none: one plan or the other
+    if (size or 1) > 1:
+        plan |= model.ep_plan
+    return plan
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether a form of this file runs in place of the module's own."""
     return isinstance(module, Sharded)
@@ -208,7 +243,7 @@ def _class_of(mixin: type, plain: type) -> type:
 def shard_modules(model: nn.Module, team: Team, backend: str) -> Callable[[], None]:
     """Put the local forms in place of transformers' forwards. Returns what takes that back."""
     changed: list[nn.Module] = []
-    plan = getattr(model, "tp_plan", None) or {}
+    plan = parallel_plan(model)
     for name, module in model.named_modules():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
         if not style or "forward" not in module.__dict__:
@@ -233,8 +268,11 @@ def _form(module: nn.Module, style: str, team: Team, forward: Callable, backend:
     """(mixin, what it needs to know) of a module's local form; None if there is none."""
     if style == "replicated_with_grad_allreduce" and len(inspect.signature(type(module).forward).parameters) == 2:
         return PlainModule, Shard(team, forward)
-    if style == "moe_tp_experts":
-        return SplitExperts, Shard(team, forward)
+    if style == ROUTER:
+        return Router, Shard(team, forward)
+    if style in EXPERTS:
+        weight = next(module.parameters())
+        return WholeExperts if len(local(weight)) < len(weight) else SplitExperts, Shard(team, forward)
     if style == "embedding_rowwise" and isinstance(module, nn.Embedding) and module.max_norm is None:
         sizes = _rows(module, team)
         return VocabEmbedding, VocabShard(team, forward, rows=(sum(sizes[: team.rank]), sizes[team.rank]))
