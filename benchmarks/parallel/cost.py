@@ -62,9 +62,9 @@ LLAMA_70B = Sizes(
 H100 = Device(memory=80e9, bandwidth=3.35e12, link=450e9, latency=10e-6)
 
 
-def summed_per_token(sizes: Sizes) -> int:
-    """Bytes that a rank gives to sums for one token: two a layer, after attention and after the MLP."""
-    return 2 * sizes.layers * sizes.hidden * sizes.activation_bytes
+def summed_per_token(sizes: Sizes, sums: int = 2) -> int:
+    """Bytes that a rank gives to sums for one token: two a layer, after attention and after the MLP or experts."""
+    return sums * sizes.layers * sizes.hidden * sizes.activation_bytes
 
 
 def embedded_per_token(sizes: Sizes) -> int:

@@ -1,6 +1,6 @@
 """What goes between the ranks of a sharded model, and what each holds, counted on this machine.
 
-    torchrun --nproc-per-node 2 benchmarks/run.py parallel.traffic MODEL
+    torchrun --nproc-per-node 2 benchmarks/run.py parallel.traffic MODEL [--expert-parallel]
 
 prints, for a prompt and for decode steps, the bytes and calls of every kind beside those of cost.py, the time of a step,
 and how much memory each rank took to load its shards.
@@ -57,13 +57,14 @@ def measure(engine, sequences: int, prompt: int, tokens: int) -> tuple[dict, dic
 def report(engine, sequences: int, prompt: int, tokens: int) -> None:
     model, team = engine.model, engine.model.team
     sizes = sizes_of(model.module)
+    attention_is_whole = model.layers[0].num_heads == sizes.heads  # only experts are dealt out
     split = hasattr(model.module.get_input_embeddings().weight, "placements")
     first, later, seconds = measure(engine, sequences, prompt, tokens)
     for name, step, count in (("prompts", first, sequences * prompt), ("decode", later, sequences)):
         planned = {
-            "all_reduce": count * summed_per_token(sizes),
+            "all_reduce": count * summed_per_token(sizes, 1 if attention_is_whole else 2),
             "embedding": count * embedded_per_token(sizes) * split,
-            "winners": sequences * WINNER,
+            "winners": sequences * WINNER * model.finds_winners,
         }
         for kind, bytes_planned in planned.items():
             print(f"{name}: {count} tokens: {kind}: {step.get(kind, 0)} bytes in {step.get(f'calls {kind}', 0)} calls, "
@@ -78,9 +79,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--expert-parallel", action="store_true")
     options = parser.parse_args()
     ranks, before = int(os.environ["WORLD_SIZE"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model, _ = load_model(options.model, num_ranks=ranks, progress=False)
+    model, _ = load_model(options.model, num_ranks=ranks, progress=False, expert_parallel=options.expert_parallel)
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
     print(f"rank {dist.get_rank()}: loading took {taken:.0f} MiB more at its peak; the whole model has {whole:.0f} MiB", flush=True)

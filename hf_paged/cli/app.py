@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import serve
-from .common import Device, DraftModel, Dtype, Model, Quantization, Speculation, Threads, guard
+from .common import Device, DraftModel, Dtype, ExpertParallel, Model, Quantization, Speculation, Threads, guard
 
 app = typer.Typer(
     name="hf-paged",
@@ -66,6 +66,7 @@ def generate(
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     quantization: Quantization = None,
+    expert_parallel: ExpertParallel = False,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -79,6 +80,7 @@ def generate(
         sampling["structured_outputs"] = form
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
+    loading |= {"expert_parallel": expert_parallel}
     raise typer.Exit(run_generate(prompt or [], file, chat, sampling, json_lines, loading))
 
 
@@ -94,6 +96,7 @@ def chat(
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     quantization: Quantization = None,
+    expert_parallel: ExpertParallel = False,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -104,6 +107,7 @@ def chat(
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
+    loading |= {"expert_parallel": expert_parallel}
     run_chat(prompt, system, sampling, loading)
 
 
@@ -143,6 +147,7 @@ def run_batch(
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     quantization: Quantization = None,
+    expert_parallel: ExpertParallel = False,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -154,13 +159,18 @@ def run_batch(
     engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
+    loading |= {"expert_parallel": expert_parallel}
     most = max_concurrency or 2 * max_num_seqs
     raise typer.Exit(run(requests, results, most, {"model_name": model_name}, loading))
 
 
 @app.command()
 def explain(
-    model: Model = None, quantization: Quantization = None, dtype: Dtype = None, device: Device = None
+    model: Model = None,
+    quantization: Quantization = None,
+    expert_parallel: ExpertParallel = False,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Show what the engine would run for each layer of a model, and the reason for any slower path."""
     import hf_paged
@@ -168,6 +178,7 @@ def explain(
     from .common import open_engine
 
     loading = {"model": model, "dtype": dtype, "device": device, "threads": None, "progress": False}
+    loading |= {"expert_parallel": expert_parallel}
     with open_engine(quantization=quantization, **loading) as (patched, _, _):
         typer.echo(str(hf_paged.explain(patched)))
 

@@ -35,6 +35,10 @@ Quantization = Annotated[
     str | None,
     _option("Round the linear layers' weights to int4, int8 or fp8 after loading. Checkpoints are loaded as they are."),
 ]
+ExpertParallel = Annotated[
+    bool,
+    _option("Of a mixture of experts on several ranks, each has whole experts rather than a part of every one."),
+]
 Threads = Annotated[int | None, _option("CPU threads. Default: torch's own.", min=1)]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -120,11 +124,13 @@ def load(
     threads: int | None,
     progress: bool,
     ranks: int = 1,
+    expert_parallel: bool = False,
 ):
     """The model, unpatched, and its tokenizer.
 
     Args:
         ranks: how many processes load it together, each its shards.
+        expert_parallel: each its experts.
     """
     dtype = dtype_name(dtype)
     import torch
@@ -136,7 +142,12 @@ def load(
         torch.set_num_threads(threads)
     try:
         return load_model(
-            model, dtype=dtype and getattr(torch, dtype), device=device, progress=progress and not rank(), num_ranks=ranks
+            model,
+            dtype=dtype and getattr(torch, dtype),
+            device=device,
+            progress=progress and not rank(),
+            num_ranks=ranks,
+            expert_parallel=expert_parallel,
         )
     except (RuntimeError, AssertionError) as error:  # no such device (torch asserts), or too little memory
         raise UserError(one_line(error)) from error
@@ -164,7 +175,7 @@ def open_engine(
     config = hf_paged.EngineConfig(speculation=speculation, **(engine or {}))  # a mistake shows before the weights are read
     check_kind(quantization)
     model, tokenizer = load(**loading, ranks=num_ranks())
-    draft = None if draft_model is None or rank() else load(**loading | {"model": draft_model})[0]
+    draft = None if draft_model is None or rank() else load(**loading | {"model": draft_model, "expert_parallel": False})[0]
     if rank():
         config = config.replace(speculation=None)  # rank 0 guesses
     hf_paged.patch(model, config, tokenizer=tokenizer, draft_model=draft, quantization=quantization)

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, DraftModel, Dtype, Quantization, Speculation, Threads, UserError, follow_rank_0, open_engine
+from .common import (
+    Device,
+    DraftModel,
+    Dtype,
+    ExpertParallel,
+    Quantization,
+    Speculation,
+    Threads,
+    UserError,
+    follow_rank_0,
+    open_engine,
+)
 
 SPINS = "1000"  # some microseconds
 ENVIRONMENT = "HF_PAGED"  # what its variables begin with
@@ -59,6 +70,7 @@ def serve(
     speculation: Speculation = None,
     draft_model: DraftModel = None,
     quantization: Quantization = None,
+    expert_parallel: ExpertParallel = False,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -148,6 +160,7 @@ def serve(
     engine |= {"max_batch_tokens": max_batch_tokens, "kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
+    loading |= {"expert_parallel": expert_parallel}
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     own = {"adapters": _folders(adapter or []), "chat_template": template}
     raise typer.Exit(_run(api_key or [], api_key_file, otlp_endpoint, own, settings, process, loading))

@@ -39,6 +39,7 @@ def load_model(
     device: torch.device | str | None = None,
     progress: bool = True,
     num_ranks: int = 1,
+    expert_parallel: bool = False,
 ):
     """A model in eval mode, of the kind that the checkpoint was saved as, and its tokenizer (padding on the left).
 
@@ -52,6 +53,7 @@ def load_model(
         progress: show progress bars on stderr.
         num_ranks: processes that load the model at the same time, each its shards (torchrun or `accelerate launch` has
             started them); `device` is then each one's own.
+        expert_parallel: each of them has whole experts, rather than a part of every expert.
 
     Returns:
         (model, tokenizer)
@@ -68,11 +70,11 @@ def load_model(
     source = str(default_model_folder(progress=progress)) if name is None else name
     options = {"dtype": "auto" if dtype is None else dtype}
     if num_ranks > 1:
-        from transformers.distributed import DistributedConfig
-
         if device is not None:
             raise ValueError("device: of a model on several ranks each has its own; leave it out")
-        options["distributed_config"] = DistributedConfig(tp_size=num_ranks)
+        options["distributed_config"] = distributed_config(num_ranks, expert_parallel)
+    elif expert_parallel:
+        raise ValueError("expert_parallel: experts are dealt out to several ranks, and this process is alone")
     elif device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _transformers_progress(progress):
@@ -88,6 +90,17 @@ def load_model(
     if device is not None:
         model.to(device)
     return model.eval(), tokenizer
+
+
+def distributed_config(num_ranks: int, expert_parallel: bool = False):
+    """How transformers is to deal out a model. Version 5.17 has a plan for experts that leaves everything else whole."""
+    from transformers.distributed import DistributedConfig
+
+    if not expert_parallel:
+        return DistributedConfig(tp_size=num_ranks)
+    if hasattr(DistributedConfig, "ep_size"):
+        return DistributedConfig(tp_size=num_ranks, ep_size=num_ranks)
+    return DistributedConfig(tp_size=num_ranks, enable_expert_parallel=True)
 
 
 def _auto_class(source: str):

@@ -13,6 +13,7 @@ from ..base.types import AdapterInfo
 from ..engine.build import wants_graphs
 from ..quant.packed import Packed
 from .attention import drops_softcap
+from .fusion.sharded import WholeExperts
 from .quantize.targets import left_plain
 from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
@@ -176,6 +177,8 @@ def explain_patch(model, patch, config) -> Explanation:
         limits.append("no prefix cache: a prefix is of no use without the states at its end")
     if adapter.team is not None:
         limits.append(f"sharded: heads, sizes and memory are those of one of {adapter.team.size} ranks")
+        if any(isinstance(module, WholeExperts) for module in model.modules()):
+            limits.append("every expert is on one of the ranks")
     if patch.scatter is not None:
         limits.append(
             "its own layers round what they are given to few bits, so tokens may differ where choices are close: its own "

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import hf_paged
 from hf_paged import Engine, EngineConfig, SamplingParams
+from hf_paged.hf.build import distributed_config
 
 MODELS = {
     "llama": dict(vocab_size=200),
@@ -28,6 +29,9 @@ MODELS = {
     "qwen2": dict(vocab_size=200),
     "mistral": dict(vocab_size=200),
     "llama tied, one layer": dict(vocab_size=200, tie_word_embeddings=True, num_hidden_layers=1),
+    "mixtral": dict(vocab_size=200),
+    "qwen3_moe by experts": dict(vocab_size=200),
+    "mixtral by experts": dict(vocab_size=200),
     "qwen2 with one key head": dict(vocab_size=200, num_key_value_heads=1),
     "gemma3_text with one key head": dict(vocab_size=200, num_key_value_heads=1),
 }
@@ -112,7 +116,7 @@ class Pair:
         dist.barrier()
         self.whole = AutoModelForCausalLM.from_pretrained(path).eval()
         self.shards = AutoModelForCausalLM.from_pretrained(
-            path, distributed_config=DistributedConfig(tp_size=dist.get_world_size())
+            path, distributed_config=distributed_config(dist.get_world_size(), "by experts" in label)
         ).eval()
         for model in (self.whole, self.shards):
             model.generation_config.pad_token_id = 0
@@ -171,6 +175,8 @@ def refused(kind: type[Exception], name: str, call, *args, **options) -> None:
 def of_every_model(label: str, heads: tuple[int, int] = (2, 1)) -> None:
     """Of every rank `heads` (query, key/value)."""
     pair = pairs[label]
+    if attention_is_whole(label):
+        heads = (4, 2)
     options = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
     expected = pair.whole.generate(**ragged(), **options)
     hf_paged.patch(pair.shards)
@@ -187,6 +193,11 @@ def of_every_model(label: str, heads: tuple[int, int] = (2, 1)) -> None:
     assert torch.equal(full.sequences, expected.sequences)
     difference = max(float((a - b).abs().max()) for a, b in zip(full.logits, expected.logits, strict=True))
     assert difference < 1e-4, difference
+
+
+def attention_is_whole(label: str) -> bool:
+    """Older transformers deal out experts alone, or everything but whole experts."""
+    return "by experts" in label and not hasattr(DistributedConfig, "ep_size")
 
 
 def of_every_format(label: str, heads: tuple[int, int] = (2, 1)) -> None:
@@ -433,6 +444,31 @@ def bytes_of_a_step():
         assert step.get("embedding", 0) == embedding_is_split * num_tokens * size * 4
         assert step["winners"] == 16 and "logits" not in step
         assert step["calls orders"] == 1
+
+
+@check
+def whole_experts():
+    """Half of the experts on each rank; two sums a layer as ever, or one where attention is whole on every rank."""
+    for label in ("qwen3_moe by experts", "mixtral by experts"):
+        pair, whole = pairs[label], attention_is_whole(label)
+
+        def work(engine):
+            assert "every expert is on one of the ranks" in hf_paged.explain(engine.model.module).limits
+            team = engine.model.team
+            team.traffic.clear()
+            engine.generate(prompts(1).tolist(), SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
+            return dict(team.traffic)
+
+        assert pair.shards.model.layers[0].mlp.experts.num_experts == 2 == pair.whole.config.num_local_experts // 2
+        step = pair.led(work)
+        if step is not None:
+            sums = (1 if whole else 2) * 3
+            assert (step["calls all_reduce"], step["all_reduce"]) == (sums, sums * 20 * 48 * 4), step
+            assert ("winners" in step) == (not whole) and "logits" not in step
+        before = pair.shards.model.layers[0].mlp.experts
+        with torch.no_grad():
+            assert (pair.shards(**ragged()).logits - pair.whole(**ragged()).logits).abs().max() < 1e-4
+        assert type(before) is type(pair.whole.model.layers[0].mlp.experts)
 
 
 @check

@@ -11,6 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import hf_paged
 from hf_paged import Engine, SamplingParams
+from hf_paged.hf.build import load_model
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,22 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_generate(folder):
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    tiny_model("qwen3_moe", vocab_size=300).save_pretrained(folder)
+    tiny_tokenizer(300).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "experts"])
+def test_generate(kind, request):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder = request.getfixturevalue(kind)
     prompts = ["the rain", "a hat and a tent"]
     options = [part for prompt in prompts for part in ("--prompt", prompt)]
+    options += ["--expert-parallel"] if kind == "experts" else []
     done = torchrun("-m", "hf_paged", "generate", str(folder), *options, "--max-tokens", "12", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -34,6 +46,11 @@ def test_generate(folder):
         outputs = engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0.0))
     assert [line["text"] for line in lines] == [output.outputs[0].text for output in outputs]
     assert not hf_paged.hf.patch.is_patched(model)
+
+
+def test_experts_are_dealt_out_to_several_ranks(experts):
+    with pytest.raises(ValueError, match="expert_parallel: .* this process is alone"):
+        load_model(str(experts), expert_parallel=True)
 
 
 def test_what_runs_in_one_process_says_so(folder):
