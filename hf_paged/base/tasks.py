@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -61,6 +61,8 @@ class ScoreParams:
         given = self.continuation
         if not isinstance(given, str):
             try:
+                if isinstance(given, bytes | Mapping | Set):
+                    raise TypeError
                 given = tuple(given.tolist() if hasattr(given, "tolist") else given)
             except TypeError:
                 kind = type(given).__name__

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ..base.errors import InvalidArgument, RequestTooLarge
 from ..base.sampling_params import SamplingParams
 from .text import encode_bad_words
+
+MAX_NAME = 4096  # characters of a user's, characters or bytes of a salt
+MAX_DEADLINE = 1e9  # seconds
 
 
 def checked_params(params: SamplingParams, tokenizer, vocab_size: int) -> list[list[int]]:
@@ -22,18 +25,24 @@ def checked_params(params: SamplingParams, tokenizer, vocab_size: int) -> list[l
 
 def check_options(deadline, priority, user, cache_salt, policy: str) -> None:
     """Raise InvalidArgument for a wrong deadline, priority, user or salt."""
-    if deadline is not None and (not isinstance(deadline, (int, float)) or not deadline > 0):
-        raise InvalidArgument(f"deadline must be a positive number of seconds, got {deadline!r}")
+    if deadline is not None:
+        number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+        if not number or not 0 < deadline <= MAX_DEADLINE:
+            raise InvalidArgument(f"deadline must be a positive number of seconds, at most 1e9, got {deadline!r}")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise InvalidArgument(f"priority must be an integer, got {priority!r}")
     if priority and policy != "priority":
         raise InvalidArgument(f"priority has no effect under policy {policy!r}; use EngineConfig(policy='priority')")
     if user is not None and not isinstance(user, str):
         raise InvalidArgument(f"user must be a string, got {user!r}")
+    if user is not None and len(user) > MAX_NAME:
+        raise InvalidArgument(f"user may have at most {MAX_NAME} characters, got {len(user)}")
     if user is not None and policy != "fair":
         raise InvalidArgument(f"user has no effect under policy {policy!r}; use EngineConfig(policy='fair')")
     if cache_salt is not None and not isinstance(cache_salt, (str, bytes)):
         raise InvalidArgument(f"cache_salt must be a string or bytes, got {type(cache_salt).__name__}")
+    if cache_salt is not None and len(cache_salt) > MAX_NAME:
+        raise InvalidArgument(f"cache_salt may have at most {MAX_NAME} characters, got {len(cache_salt)}")
 
 
 def most_new_tokens(params: SamplingParams, prompt_length: int, max_model_len: int) -> int:
@@ -45,6 +54,17 @@ def most_new_tokens(params: SamplingParams, prompt_length: int, max_model_len: i
             "max_model_len"
         )
     return room if params.max_tokens is None else min(params.max_tokens, room)
+
+
+def checked_functions(name: str, functions: Iterable[Callable]) -> tuple[Callable, ...]:
+    """What a caller gives as a list of functions. Raises InvalidArgument, with `name`, for anything else."""
+    if isinstance(functions, str | bytes | Mapping) or not isinstance(functions, Iterable):
+        raise InvalidArgument(f"{name} must be a list of functions, got {type(functions).__name__}")
+    functions = tuple(functions)
+    for function in functions:
+        if not callable(function):
+            raise InvalidArgument(f"{name} must hold functions, got {type(function).__name__}")
+    return functions
 
 
 def checked_forward_hooks(

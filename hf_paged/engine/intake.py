@@ -14,7 +14,7 @@ from ..core.request import Request
 from ..runtime.constraint import Constraints
 from ..runtime.media import NO_MEDIA, Media
 from ..runtime.runner import PagedModel
-from .checks import check_options, checked_forward_hooks, checked_params, most_new_tokens
+from .checks import check_options, checked_forward_hooks, checked_functions, checked_params, most_new_tokens
 from .images import Images, images_of_messages
 from .prompts import checked_ids, is_messages, prompt_tokens, render_chat, text_continuations
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
@@ -46,7 +46,8 @@ class Intake:
         """A caller's functions."""
         if forward_hooks and self._model.team is not None:
             raise UnsupportedOption("forward_hooks: functions on activations are not run on a sharded model")
-        processors, criteria = tuple(logits_processors), tuple(stopping_criteria)
+        processors = checked_functions("logits_processors", logits_processors)
+        criteria = checked_functions("stopping_criteria", stopping_criteria)
         if not processors and not criteria and forward_hooks is None:
             return NO_HOOKS
         return RowHooks(
@@ -84,6 +85,8 @@ class Intake:
             raise InvalidArgument(f"params must be {names}, got {kind}")
         if request_id is not None and not isinstance(request_id, str):
             raise InvalidArgument(f"request_id must be a string, got {request_id!r}")
+        if on_output is not None and not callable(on_output):
+            raise InvalidArgument(f"on_output must be a function, got {type(on_output).__name__}")
         check_head(params, self._model)
         pairs = isinstance(params, ClassifyParams)
         text, ids, media = self._prompt(prompt, images, media, pairs=pairs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from numbers import Integral
+
 from ..base.errors import InvalidArgument
 
 
@@ -75,15 +78,20 @@ def render_chat(messages: list[dict], tokenizer) -> str:
 
 
 def checked_ids(prompt, vocab_size: int, name: str = "prompt") -> list[int]:
+    """Token ids as a list of ints. Raises InvalidArgument, with `name`, for anything else."""
     try:
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        if isinstance(prompt, bytes | bytearray | Mapping | Set):  # iterable, and not in the order of a text
+            raise TypeError
+        ids = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
     except TypeError:
         raise InvalidArgument(f"{name} must be text, messages or token ids, got {type(prompt).__name__}") from None
     if not ids:
         raise InvalidArgument(f"{name} is empty")
     for position, token in enumerate(ids):
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise InvalidArgument(f"{name} must be a flat list of token ids, got {token!r} at {position}")
+        if type(token) is not int:
+            if not isinstance(token, Integral) or isinstance(token, bool):
+                raise InvalidArgument(f"{name} must be a flat list of token ids, got {token!r} at {position}")
+            token = ids[position] = int(token)
         if not 0 <= token < vocab_size:
             raise InvalidArgument(f"{name} has token id {token} at {position}, outside the vocabulary of {vocab_size}")
     return ids

@@ -448,6 +448,11 @@ def with_another(weights: dict) -> dict:
     return weights | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 48)}
 
 
+def with_nan(weights: dict) -> dict:
+    first = min(weights)
+    return weights | {first: torch.full_like(weights[first], torch.nan)}
+
+
 def as_pickle(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     torch.save(load_file(path), folder / "adapter_model.bin")
@@ -464,6 +469,7 @@ BROKEN = {
     "wrong rank": (edit_config(r=7), "does not fit this model"),
     "wrong layers": (edit_config(target_modules=["query"]), "does not fit this model"),
     "missing": (edit_weights(without_one), "lacks .*lora_"),
+    "not a number": (edit_weights(with_nan), "holds infinities or NaN in .*lora_"),
     "too many": (edit_weights(with_another), "no place for .*layers.9"),
     "unknown option": (edit_config(magic=True), "this PEFT knows no magic of LORA"),
     "pissa": (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the model's own weights"),

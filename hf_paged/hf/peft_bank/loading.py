@@ -123,9 +123,12 @@ def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
             )
         raise InvalidArgument(f"adapter {name!r}: there is no {path}")
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise InvalidArgument(f"adapter {name!r}: {path} cannot be read: {error}") from error
+    if bad := [key for key, tensor in weights.items() if not tensor.float().isfinite().all()]:
+        raise InvalidArgument(f"adapter {name!r}: {path} holds infinities or NaN in {_some(bad)}")
+    return weights
 
 
 def structure_of(model: nn.Module, *, plain: bool = True) -> nn.Module:
