@@ -23,6 +23,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
 from . import row_adapters
+from .embeds import check_embeds
 from .names import CACHE_NAME, CACHE_NAMES
 from .paged_cache import PagedCache, begun
 from .paged_call import cache_of, paged_call
@@ -321,8 +322,10 @@ class _Decoding:
             self.kwargs["position_ids"] = positions[0]
 
     def check_inputs(self) -> None:
-        """Raise for rows without a token and for more tokens than a sequence of the engine may have."""
+        """Raise for wrong embeddings, rows without a token and more tokens than a sequence of the engine may have."""
         embeds, mask = self.kwargs.get("inputs_embeds"), self.kwargs.get("attention_mask")
+        if embeds is not None:
+            check_embeds(self.model, embeds, self.input_ids, self.kwargs)
         columns = self.input_ids.shape[1] if embeds is None else embeds.shape[1]
         columns = max(columns, getattr(self.config, "_mask_length", 0))
         padding = [0]

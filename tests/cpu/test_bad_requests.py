@@ -118,8 +118,9 @@ PROMPTS = {
 
 OPTIONS = [
     *(("request_id", value) for value in (5, b"a", ["a"], True)),
-    *(("priority", value) for value in ("high", 1.0, NAN, True, None, 2**80)),
+    *(("priority", value) for value in ("high", 1.0, NAN, True, None)),
     *(("deadline", value) for value in (0, -1, NAN, INF, "5", True, [5], 10**400)),
+    *(("user", value) for value in ("nobody is asked for", 5, b"a", True, ["a"])),
     *(("cache_salt", value) for value in (5, 1.5, True, ["a"], {"a": 1}, "s" * 10**6, b"s" * 10**6)),
     *(("adapter", value) for value in ("nobody", "", 5, True, ["lora"], b"lora", "a" * 10**5)),
     *(("logits_processors", value) for value in (5, [5], ["f"], print)),
@@ -135,7 +136,6 @@ OPTIONS = [
     ("params", ClassifyParams()),
     ("params", SamplingParams(structured_outputs={"regex": "(a"})),
     ("params", SamplingParams(structured_outputs={"json": {"type": "nonsense"}})),
-    ("params", SamplingParams(structured_outputs={"grammar": "start: " + "(" * 20_000})),
     ("params", SamplingParams(structured_outputs={"json": {"allOf": [{"$ref": "#"}]}})),
 ]
 
@@ -192,6 +192,69 @@ def test_options_name_the_argument(place, engine, beside):
         words = "params|stop_token_ids|allowed_token_ids|logit_bias|structured_outputs|dimensions|n |head"
     with pytest.raises(InvalidArgument, match=words):
         engine.add([5, 6], **{name: value})
+
+
+def nested(depth: int) -> str:
+    return '{"type": "array", "items": ' * depth + '{"type": "null"}' + "}" * depth
+
+
+ABSURD = {
+    "brackets": {"grammar": "start: " + "(" * 20_000},
+    "nested brackets": {"grammar": "start: " + "(" * 5000 + '"x"' + ")" * 5000},
+    "nested schema": {"json": nested(5000)},
+    "many values": {"json": {"enum": [str(number) for number in range(20_000)]}},
+    "counted": {"regex": "x{1000000000}"},
+    "counted twice": {"regex": "x{3000}{3000}"},
+    "two to the 200": {"grammar": "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(200)) + '\na200: "x"'},
+    "more than may be sent": {"json": {"description": "x" * 300_000}},
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_a_grammar_of_absurd_size_is_refused_or_ends_its_own_request(case, engine, beside):
+    try:
+        state = engine.submit([5, 6], SamplingParams(max_tokens=4, structured_outputs=ABSURD[case]))
+    except InvalidArgument as error:
+        assert "structured_outputs" in str(error) and len(str(error)) < 500
+        return
+    while not state.output.finished:
+        engine.step()
+    assert "InvalidArgument: structured_outputs" in str(state.output.error)
+
+
+def test_a_salt_is_met_by_nobody_who_does_not_know_it(engine):
+    """What another request's cached prefix would say of its prompt: how many of its own tokens were there already."""
+    secret = list(range(100, 164))
+
+    def cached(salt) -> int:
+        state = engine.submit(secret, SamplingParams(max_tokens=1), cache_salt=salt)
+        while engine.has_unfinished():
+            engine.step()
+        return state.output.metrics.num_cached_tokens
+
+    assert cached("hers") == 0 and cached("hers") == 48
+    tokens = b"".join(token.to_bytes(8, "little") for token in secret[:16])
+    for forged in (None, "", b"", b"hers", "Hers", "hers\0", "\1hers", b"\1hers", b"hers" + tokens, "hers" * 2):
+        assert cached(forged) == 0, forged
+
+
+EMBEDS = {
+    "width": (torch.zeros(2, 3, 49), {}, r"inputs_embeds must be \[B, T, 48\]"),
+    "flat": (torch.zeros(2, 1, 3, 48), {}, r"inputs_embeds must be floats \[B, T, H\]"),
+    "integers": (torch.zeros(2, 3, 48, dtype=torch.long), {}, r"inputs_embeds must be floats .* torch.int64"),
+    "nobody": (torch.zeros(0, 3, 48), {}, "inputs_embeds has no rows"),
+    "no tokens": (torch.zeros(2, 0, 48), {}, "row 0 is empty"),
+    "rows": (torch.zeros(2, 3, 48), {"input_ids": torch.ones(3, 3, dtype=torch.long)}, "inputs_embeds has 2 rows"),
+    "mask": (torch.zeros(2, 3, 48), {"attention_mask": torch.tensor([[0, 1], [1, 1]])}, r"_mask \[2, 2\] does not fit"),
+    "ones": (torch.zeros(2, 3, 48), {"attention_mask": torch.ones(2, 2)}, r"(_mask|position_ids) \[2, 2\] does not fit"),
+}
+
+
+@pytest.mark.parametrize("case", EMBEDS)
+def test_embeddings_of_a_wrong_shape(case, engine, beside):
+    embeds, others, message = EMBEDS[case]
+    with pytest.raises(InvalidArgument, match=message):
+        engine.model.module.generate(inputs_embeds=embeds, **others, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([5, 6]), numpy.array([5, 6]), (5, 6), [numpy.int64(5), numpy.int32(6)]])
