@@ -24,6 +24,7 @@ class Counts:
     preemptions: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
     overtakes: int = 0
 
     def reset(self) -> None:

@@ -185,13 +185,17 @@ class Scheduler(SchedulerUpkeep):
         assert not self.has_state, "a state cannot be taken back by the drafts that were wrong"
         return self._under_way.draftable()
 
-    def add_drafts(self, drafts: Mapping[int, list[int]]) -> StepPlan:
+    def add_drafts(self, drafts: Mapping[int, list[int]], *, certain: bool = False) -> StepPlan:
         """Let the plan just made compute draft tokens too, within what `draftable` says; returns the new plan.
 
         They take only what is left when everything else is planned: a sequence may get fewer, or none, for want of
         blocks.
+
+        Args:
+            certain: they are no guesses, and counted as `forced_tokens`.
         """
-        return self._under_way.add_drafts({self._sequences[seq_id]: tokens for seq_id, tokens in drafts.items()})
+        own = {self._sequences[seq_id]: tokens for seq_id, tokens in drafts.items()}
+        return self._under_way.add_drafts(own, certain)
 
     def launched(self, plan: StepPlan) -> None:
         """The step of `plan` has begun: its sequences go on as if it were done, by a token each that is still unknown.

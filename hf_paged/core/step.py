@@ -28,6 +28,7 @@ class StepBuilder:
         admitting: whether further waiting sequences may be looked at.
         changes: what happened to the block pools.
         drafts: seq_id -> its draft tokens.
+        certain: those of `drafts` whose tokens are no guesses.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class StepBuilder:
         "admitting",
         "budget",
         "busy",
+        "certain",
         "changes",
         "decodes",
         "drafts",
@@ -59,6 +61,7 @@ class StepBuilder:
         self.admitting = True
         self.changes = TableChanges(num_groups)
         self.drafts: dict[int, list[int]] = {}
+        self.certain: set[int] = set()
         self._entries: list[tuple[Sequence, int, list[int]]] = []
 
     @property
@@ -79,21 +82,23 @@ class StepBuilder:
         self.budget -= min(count, self.spare_budget)
 
     def draftable(self, max_model_len: int) -> list[tuple[Sequence, int]]:
-        """[(sequence, most draft tokens)] for all that compute one token and sample their next.
+        """[(sequence, most draft tokens)] for all that compute one token, sample their next, and have no drafts yet.
 
         They are as many as it may still output, less the one it samples anyway.
         """
         found = []
         for seq, count, samples in self._entries:
-            if count == 1 and samples == [seq.seq_id]:
+            if count == 1 and samples == [seq.seq_id] and seq.seq_id not in self.drafts:
                 room = seq.num_allowed(max_model_len) - 1
                 if room > 0:
                     found.append((seq, room))
         return found
 
-    def add_drafts(self, seq: Sequence, drafts: list[int]) -> None:
-        """`seq`, which is `draftable`, computes these guesses after its token."""
+    def add_drafts(self, seq: Sequence, drafts: list[int], certain: bool) -> None:
+        """`seq`, which is `draftable`, computes these after its token."""
         self.drafts[seq.seq_id] = drafts
+        if certain:
+            self.certain.add(seq.seq_id)
         self.budget -= len(drafts)
 
     def pack(self, step: int, tables: BlockTables, places: Mapping[int, int]) -> StepPlan | None:

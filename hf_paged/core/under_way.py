@@ -81,13 +81,13 @@ class UnderWay:
         builder = self._planned.builder
         return builder.budget, builder.draftable(self._max_model_len)
 
-    def add_drafts(self, drafts: Mapping[Sequence, list[int]]) -> StepPlan:
+    def add_drafts(self, drafts: Mapping[Sequence, list[int]], certain: bool) -> StepPlan:
         """See `Scheduler.add_drafts`."""
         step = self._planned
         for seq, tokens in drafts.items():
             count = self._tables.extend_for_drafts(seq, seq.num_computed + 1, len(tokens))
             if count:
-                step.builder.add_drafts(seq, tokens[:count])
+                step.builder.add_drafts(seq, tokens[:count], certain)
         assert step.builder.budget >= 0, "more drafts than draftable() allows"
         if step.builder.drafts:
             step.plan = step.builder.pack(step.plan.step, self._tables, {})
@@ -126,7 +126,11 @@ class UnderWay:
             verdict = append_tokens(seq, taken, self._max_model_len)
             if seq.seq_id in drafts:
                 num_accepted = min(max(len(taken) - 1, 0), len(seq.token_ids) - num_known)
-                self._settle_drafts(seq, num_known, len(drafts[seq.seq_id]), num_accepted)
+                self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
+                if seq.seq_id in step.builder.certain:
+                    self._counts.forced_tokens += num_accepted
+                else:
+                    self._count_drafts(seq, len(drafts[seq.seq_id]), num_accepted)
             if taken:
                 advanced.append(seq)
                 self._policy.output(seq.request, len(seq.token_ids) - num_known)
@@ -200,8 +204,7 @@ class UnderWay:
             seq.num_unknown -= 1
         return waited
 
-    def _settle_drafts(self, seq: Sequence, num_known: int, num_drafts: int, num_accepted: int) -> None:
-        self._tables.settle_drafts(seq, num_known, max(num_known, len(seq.token_ids) - 1))
+    def _count_drafts(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         seq.num_draft_tokens += num_drafts
         seq.num_accepted_tokens += num_accepted
         self._counts.draft_tokens += num_drafts

@@ -30,6 +30,7 @@ from .execute import StepExecutor
 from .held import HeldRows
 from .intake import Intake
 from .job import Jobs
+from .jump import JumpAhead
 from .lock import FairLock
 from .memory import CacheMemory
 from .open_requests import OpenRequests
@@ -77,6 +78,7 @@ class BatchEngine(Jobs, Upkeep):
         self._runner = build_runner(model, config, self._cache, self._scheduler, leads=model.team is not None)
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
+        self._jump = JumpAhead()
         self._requests = OpenRequests(self._scheduler, self._forget)
         self._intake = Intake(model, self.tokenizer, self.processor, config, self.max_model_len)
         self._executor = StepExecutor(self._runner, self._scheduler, self._encoder)
@@ -86,6 +88,7 @@ class BatchEngine(Jobs, Upkeep):
             self._scheduler,
             self._requests,
             self._speculator,
+            self._jump,
             overlap=model.device.type == "cuda" if config.overlap is None else config.overlap,
             encoder=self._encoder,
         )
@@ -213,6 +216,7 @@ class BatchEngine(Jobs, Upkeep):
             state.seed = derive_seed(self.config.seed, self._count)
         self._scheduler.add(request)
         self._requests.add(state)
+        self._jump.admitted(state)
 
     def submit_when_possible(
         self, prompt: Prompt, params: SamplingParams | TaskParams | None = None, **options
@@ -343,6 +347,7 @@ class BatchEngine(Jobs, Upkeep):
     def _forget(self, state: RequestState) -> None:
         """The request has ended."""
         self._executor.forget(state)
+        self._jump.forget(state)
         if self._speculator is not None:
             for sequence in state.request.sequences:
                 self._speculator.forget(sequence.seq_id)

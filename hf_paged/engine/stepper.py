@@ -26,6 +26,7 @@ from ..runtime.runner import PagedModel
 from ..runtime.sampler import SampleResult
 from .execute import InFlight, StepExecutor
 from .isolation import Isolation
+from .jump import JumpAhead
 from .metrics import StepClock
 from .open_requests import OpenRequests
 from .request_state import RequestState
@@ -52,6 +53,7 @@ class Stepper:
         scheduler: Scheduler,
         requests: OpenRequests,
         speculator: Speculator | None,
+        jump: JumpAhead,
         *,
         overlap: bool,
         encoder: EncoderOutputs | None = None,
@@ -61,6 +63,7 @@ class Stepper:
         self._scheduler = scheduler
         self._requests = requests
         self._speculator = speculator
+        self._jump = jump
         self._overlap = overlap and speculator is None  # guesses follow known tokens
         self._encoder = encoder
         self._isolation = Isolation()
@@ -82,8 +85,10 @@ class Stepper:
         self.look_at_model()
         plan = self._schedule()
         mark = self.clock.lap("schedule", mark)
-        if plan is not None and self._may_guess():
-            plan = self._speculator.extend(plan, self._scheduler)
+        if plan is not None and self._may_look_ahead():
+            plan = self._jump.extend(plan, self._scheduler)
+            if self._speculator is not None:
+                plan = self._speculator.extend(plan, self._scheduler)
             self.clock.lap("draft", mark)
         ahead = plan is not None and self._launch(plan) and self._may_run_on()
         self._collect(all_but=int(ahead))
@@ -132,9 +137,12 @@ class Stepper:
             time.sleep(HELD_WAIT)  # held rows have the blocks: let their owner get on
         return plan
 
-    def _may_guess(self) -> bool:
-        """Not while a failing step is being bisected, nor while user code in the forward would see the guesses."""
-        return self._speculator is not None and self._isolation.suspects() is None and not self._model.hooked
+    def _may_look_ahead(self) -> bool:
+        """Not while a failing step is being bisected, nor while user code in the forward would see tokens that may not come.
+
+        What is looked ahead from must be known.
+        """
+        return self._isolation.suspects() is None and not self._model.hooked and not self._in_flight
 
     def _launch(self, plan: StepPlan) -> bool:
         """False if it failed."""
@@ -192,7 +200,8 @@ class Stepper:
 
     def _blame(self, plan: StepPlan, error: Exception) -> None:
         """The step of `plan` failed and was taken back: end the request that is to blame, or go on to find it."""
-        if self._speculator is not None and self._speculator.bar(plan):
+        barred = self._jump.bar(plan)
+        if self._speculator is not None and self._speculator.bar(plan) or barred:
             return  # try again without guesses before anybody is blamed
         culprit = self._isolation.failed(plan.seq_ids)
         sequence = None if culprit is None else self._scheduler.unfinished(culprit)
@@ -209,7 +218,7 @@ class Stepper:
                 tokens[one.sequence.seq_id] = taken
             if error is not None:
                 failures.append((one.sequence, error))
-            if self._speculator is not None:
+            if self._speculator is not None and one.sequence.seq_id not in self._jump.jumping:
                 self._speculator.learn(one.sequence, len(one.drafts), max(len(taken) - 1, 0))
         self._in_flight.popleft()
         committed = self._scheduler.commit(flight.plan, tokens)

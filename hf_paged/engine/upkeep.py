@@ -164,12 +164,14 @@ class Upkeep:
         loaded adapters. `encoded_tokens` are those of images that the encoder computed, `encoder_cache_bytes` what is kept of
         them. `cuda_graphs` batch sizes of decode steps are recorded so far, which keep `cuda_graph_bytes`.
         `draft_tokens` were guessed, `accepted_tokens` of them were right and `acceptance_rate` is their share (None if
-        nothing was guessed). `overtakes` counts requests that went before others because of a cached prefix; with policy
-        "fair", `users` have requests, `users_waiting` of them some that wait, and `service_gap` is how far apart those are by
-        what they were served (a prompt's token 1, one put out 2). Times are the host's, in seconds, by the phases of
-        `metrics.StepClock`: `time_model` is the forward (on CUDA starting it, and waiting for the device), `time_draft` what
-        guessing took, the rest is the engine's own (`time_build` packs the batch, and grows the cache when it must). `shared_prefix_tokens` counts the tokens of shared prefixes that a layer read for several
-        sequences at once instead of for each.
+        nothing was guessed). `forced_tokens` took no step of their own, as a form left no choice about them. `overtakes`
+        counts requests that went before others because of a cached prefix; with policy "fair", `users` have requests,
+        `users_waiting` of them some that wait, and `service_gap` is how far apart those are by what they were served (a
+        prompt's token 1, one put out 2). Times are the host's, in seconds, by the phases of `metrics.StepClock`:
+        `time_model` is the forward (on CUDA starting it, and waiting for the device), `time_draft` what looking ahead took,
+        the rest is the engine's own (`time_build` packs the batch, and grows the cache when it must).
+        `shared_prefix_tokens` counts the tokens of shared prefixes that a layer read for several sequences at once instead
+        of for each.
         """
         with self._lock:
             scheduler = self._scheduler.stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -20,17 +21,24 @@ class Constraint:
     """The form of one sequence's output, and how far the output has come in it.
 
     It follows whatever tokens it is shown: it goes back where they differ from those it saw last.
+
+    Args:
+        eos_token_ids: what ends an output.
     """
 
-    def __init__(self, matcher, vocab_size: int):
+    def __init__(self, matcher, vocab_size: int, eos_token_ids: frozenset[int]):
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
         self._seen: list[int] = []
+        self._forced = range(0)  # places in `_seen` where nothing else could be
 
     def fork(self) -> Constraint:
-        """The same form, for another sequence, at its beginning."""
-        assert not self._seen, "forks are made of what nobody has used"
-        return Constraint(self._matcher.deep_copy(), self._vocab_size)
+        """The same form, for another sequence, as far as this one has come."""
+        with _faults_named():
+            twin = Constraint(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids)
+        twin._seen = list(self._seen)
+        return twin
 
     def allowed(self, output: Sequence[int], guessed: int = 0) -> torch.Tensor | None:
         """bool [V]: the tokens that may follow `output`.
@@ -40,11 +48,41 @@ class Constraint:
             guessed: how many of the last of them are guesses. A wrong one, after which nothing can be right, gives None.
 
         Raises InvalidArgument if the output cannot have the form (tokens came from elsewhere), or the form takes more
-        work than is allowed for one token.
+        work than is allowed for one token, or fails in any other way.
         """
-        self._follow(list(output), guessed)
-        if len(self._seen) < len(output):
-            return None
+        output = list(output)
+        if len(output) in self._forced and self._seen[: len(output)] == output:
+            mask = torch.zeros(self._vocab_size, dtype=torch.bool)
+            mask[self._seen[len(output)]] = True
+            return mask
+        with _faults_named():
+            self._follow(output, guessed)
+            if len(self._seen) < len(output):
+                return None
+            return self._mask()
+
+    def forced(self, output: Sequence[int], most: int) -> list[int]:
+        """Up to `most` tokens that have to follow `output`: after each, the next is all that `allowed` leaves.
+
+        EOS is not among them. Where the form fails they end; `allowed` says why when the output has come so far.
+        """
+        output = list(output)
+        try:
+            with _faults_named():
+                self._follow(output, 0)
+                self._forced = range(len(output), len(output))
+                # (there are none, as a rule, and this is a hundred times as quick as a mask)
+                while len(self._forced) < most and self._matcher.compute_ff_tokens():
+                    (only, *others) = self._mask().nonzero().flatten().tolist()
+                    if others or only in self._eos_token_ids:
+                        break
+                    self._follow([*self._seen, only], 0)
+                    self._forced = range(len(output), len(self._seen))
+        except InvalidArgument:
+            pass
+        return self._seen[len(output) :]
+
+    def _mask(self) -> torch.Tensor:
         words = torch.zeros(-(-self._vocab_size // 32), dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.nbytes)
         self._check()
@@ -52,23 +90,38 @@ class Constraint:
         return bits.flatten()[: self._vocab_size].bool()
 
     def _follow(self, output: list[int], guessed: int) -> None:
+        self._check()
         common = min(len(self._seen), len(output))
         if self._seen[:common] != output[:common]:
             common = next(i for i, (mine, theirs) in enumerate(zip(self._seen, output)) if mine != theirs)
         if len(self._seen) > common:
             self._matcher.rollback(len(self._seen) - common)
             del self._seen[common:]
+            self._forced = range(self._forced.start, min(self._forced.stop, common))
         new = output[common:]
         fitting = self._matcher.validate_tokens(new) if new else 0
         if fitting < len(new) - guessed:
             raise InvalidArgument(f"structured_outputs: token {new[fitting]} of the output does not fit the form")
         self._matcher.consume_tokens(new[:fitting])
-        self._seen += new[:fitting]
         self._check()
+        self._seen += new[:fitting]
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise InvalidArgument(f"structured_outputs: {_first_line(self._matcher.get_error())}")
+
+
+@contextlib.contextmanager
+def _faults_named():
+    """Whatever a grammar's code raises is the fault of the form, and so of one request."""
+    try:
+        yield
+    except InvalidArgument:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's, which is no Exception
+            raise InvalidArgument(f"structured_outputs: the form cannot be followed: {error!r}") from error
+        raise
 
 
 class Constraints:
@@ -112,7 +165,7 @@ class Constraints:
             matcher.compute_bitmask()  # the first is the slowest, and finds what is too large: here it delays no step
         if matcher.is_error():
             raise InvalidArgument(f"structured_outputs: {params.form}: {_first_line(matcher.get_error())}")
-        return Constraint(matcher, self._vocab_size)
+        return Constraint(matcher, self._vocab_size, eos_token_ids)
 
     def _prepare(self, eos_token_ids: frozenset[int]):
         prepared = self._prepared.get(eos_token_ids)

@@ -41,6 +41,7 @@ _COUNTERS = (
     ("num_overtakes", "Requests that went before others because of a cached prefix.", "overtakes"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
     ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", "prefix_queried_tokens"),
+    ("forced_tokens", "Tokens without a step of their own, as a form left no choice about them.", "forced_tokens"),
     ("spec_decode_num_draft_tokens", "Tokens guessed ahead.", "draft_tokens"),
     ("spec_decode_num_accepted_tokens", "Tokens guessed ahead that were right.", "accepted_tokens"),
 )

@@ -757,7 +757,7 @@ def test_stats_tell_what_waits_runs_and_is_in_use():
         add(scheduler, name, 7, max_tokens=3)
     empty = dict(prefix_hit_tokens=0, prefix_queried_tokens=0, preemptions=0, blocks_total=[9])
     empty |= dict(slots_in_use=0, slots_peak=0, slots_total=0)  # the model keeps no state
-    empty |= dict(draft_tokens=0, accepted_tokens=0, overtakes=0)
+    empty |= dict(draft_tokens=0, accepted_tokens=0, forced_tokens=0, overtakes=0)
     assert scheduler.stats() == dict(waiting=3, running=0, blocks_in_use=[0], blocks_peak=[0], **empty)
     step(scheduler)
     assert scheduler.stats() == dict(waiting=1, running=2, blocks_in_use=[4], blocks_peak=[4], **empty)
