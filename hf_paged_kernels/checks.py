@@ -36,6 +36,8 @@ def check_attention(query, key, value, k_cache, v_cache, metadata, window, chunk
         raise ValueError(f"window must be at least 1, not {window}")
     if chunk is not None and (chunk < 1 or window is not None):
         raise ValueError(f"chunk must be at least 1 and without a window, not {chunk} with window {window}")
+    if alibi_slopes is not None and metadata.ends is not None:
+        raise ValueError("alibi_slopes must be None where rows see beyond themselves (metadata.ends)")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, not {softcap}")
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):

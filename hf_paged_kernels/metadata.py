@@ -63,6 +63,8 @@ class AttentionMetadata:
         max_seqlen_k: the longest sequence, or a bound on its length.
         num_decodes: how many of the first sequences are known to have exactly one new token. They get a kernel of their
             own where others have many.
+        ends: int32 [T], how many keys of its sequence each row sees, where it is more than those up to itself: of images whose
+            tokens see each other. None: no row sees further. Never of the first `num_decodes` sequences' rows.
         shared: what the first `num_decodes` sequences are known to share. The result is the same without; the Triton
             kernels read shared keys once where every position is seen.
     """
@@ -75,12 +77,17 @@ class AttentionMetadata:
     max_seqlen_k: int
     num_decodes: int = 0
     shared: SharedPrefixes | None = None
+    ends: Tensor | None = None
 
     def __post_init__(self):
         check_index("cu_seqlens_q", self.cu_seqlens_q, torch.int32, 1)
         check_index("seq_lens", self.seq_lens, torch.int32, 1)
         check_index("block_table", self.block_table, torch.int32, 2)
         check_index("slot_mapping", self.slot_mapping, torch.int64, 1)
+        if self.ends is not None:
+            check_index("ends", self.ends, torch.int32, 1)
+            if self.ends.shape != self.slot_mapping.shape:
+                raise ValueError(f"ends has {self.ends.shape[0]} entries, slot_mapping {self.slot_mapping.shape[0]}")
         num_seqs = self.seq_lens.shape[0]
         if self.cu_seqlens_q.shape[0] != num_seqs + 1:
             raise ValueError(f"cu_seqlens_q has {self.cu_seqlens_q.shape[0]} entries, not {num_seqs} sequences + 1")

@@ -64,8 +64,8 @@ def attention_(
 ) -> Tensor:
     """Write this step's keys and values into the cache, then attend: prompt chunks and decodes in one call.
 
-    Row i of a sequence is position p = seq_len - q_len + i and sees positions j up to its own: from p - window + 1 if
-    there is a window, from p - p % chunk if there is a chunk, else all:
+    Row i of a sequence is position p = seq_len - q_len + i and sees positions j up to its own, or all before its entry of
+    `metadata.ends`: from p - window + 1 if there is a window, from p - p % chunk if there is a chunk, else from the first:
 
         s[j] = scale * q.k[j];  s = softcap * tanh(s / softcap);  s[j] += alibi_slope * (j - p)
         out  = sum_j exp(s[j]) v[j] / (sum_j exp(s[j]) + exp(sink))
@@ -80,7 +80,7 @@ def attention_(
         window: how many positions a query sees, itself among them; None: all.
         chunk: positions are cut into runs of this length, and a query sees its own run only; not with a window.
         sinks: [Hq], an extra logit per head in the denominator.
-        alibi_slopes: [Hq].
+        alibi_slopes: [Hq]; not with `metadata.ends`.
         k_scale, v_scale: of a quantized cache, changed in place.
         out: [T, Hq, Dv] contiguous, to be filled; made if None. Of the query's dtype, or float32 except with the C++
             kernels.

@@ -33,6 +33,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
+    images: dict = field(default_factory=dict)  # by sequence, (first, end) of positions that see each other
     spread: float = 2.0  # of the queries: large enough for weights far from uniform
     seed: int = 0
     device: str | torch.device = "cpu"
@@ -91,12 +92,24 @@ class Case:
             cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int().to(self.device),
             seq_lens=torch.tensor(seq_lens).int().to(self.device), block_table=table.to(self.device),
             slot_mapping=torch.cat(slots).to(self.device), max_seqlen_q=max(counts), max_seqlen_k=max(seq_lens),
+            ends=self.ends(rows),
             num_decodes=next((i for i, count in enumerate(counts) if count != 1), len(counts)),
         )  # fmt: skip
         query = torch.cat([self.queries[seq][new] for seq, new, _ in rows])
         key = torch.cat([self.keys[seq][at] for seq, _, at in rows])
         value = torch.cat([self.values[seq][at] for seq, _, at in rows])
         return query, key, value, *caches, metadata
+
+    def ends(self, rows) -> torch.Tensor | None:
+        """How many keys each row sees at least, where there are images."""
+        if not self.images:
+            return None
+        ends = [
+            next((end for first, end in self.images.get(seq, ()) if first <= position < end), 0)
+            for seq, _, at in rows
+            for position in range(at.start, at.stop)
+        ]
+        return torch.tensor(ends, dtype=torch.int32).to(self.device)
 
     def run(self, backend, steps=None, block_seed=0, **more):
         return kernels.attention_(*self.batch(steps, block_seed), **self.options, **self.scales, **more, backend=backend)
@@ -107,7 +120,7 @@ class Case:
     def dense_with_lse(self):
         """The same by the book, in float64, from the whole sequences; and log sum exp of the scores, [T, Hq]."""
         out, lse = [], []
-        for query, key, value in zip(self.queries, self.keys, self.values, strict=True):
+        for seq, (query, key, value) in enumerate(zip(self.queries, self.keys, self.values, strict=True)):
             group = self.heads[0] // self.heads[1]
             key, value = (rounded(x, self.cache_dtype).repeat_interleave(group, 1) for x in (key, value))
             s = torch.einsum("qhd,khd->hqk", query.double(), key) * self.options["scale"]
@@ -117,7 +130,11 @@ class Case:
             j = torch.arange(len(key), device=self.device)
             if self.alibi:
                 s = s + self.options["alibi_slopes"].double()[:, None, None] * (j - p)
-            seen = (j <= p) & (j > p - self.window if self.window else j <= p)
+            seen = j <= p
+            for first, end in self.images.get(seq, ()):
+                seen |= (p >= first) & (p < end) & (j >= first) & (j < end)
+            if self.window:
+                seen &= j > p - self.window
             if self.chunk:
                 seen &= j // self.chunk == p // self.chunk
             s = torch.where(seen, s, -float("inf"))

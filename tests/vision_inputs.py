@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from tiny_configs import IMAGE
 
-LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_vl-window", "qwen2_5_vl", "qwen3_vl"]
+LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3", "gemma3"]
+LABELS += ["qwen2_vl", "qwen2_vl-window", "qwen2_5_vl", "qwen3_vl"]
 SIDE = 8  # pixels of what an encoder sees at once
 SIZES = [(8, 16), (16, 8), (13, 15), (8, 8)]  # height and width of images that LLaVA-NeXT cuts up
 GRIDS = [(1, 4, 4), (1, 2, 6), (1, 6, 4), (1, 2, 2)]  # time, height and width of Qwen's images, in patches

@@ -69,6 +69,11 @@ class Images:
         if self.processor is None:
             raise InvalidArgument("images: the engine has no processor; give it the model's processor as its tokenizer")
         pictures = self._decoded(images)
+        marker = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
+        if isinstance(marker, str) and text.count(marker) != len(pictures):
+            raise InvalidArgument(
+                f"images: there are {len(pictures)} of them, and the prompt has {text.count(marker)} places ({marker}) for some"
+            )
         try:
             made = self.processor(
                 text=[text], images=pictures, add_special_tokens=add_special_tokens, return_tensors="pt"

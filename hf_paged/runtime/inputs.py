@@ -137,6 +137,7 @@ class HostInputs:
             max_seqlen_q=int(num_new.max()),
             max_seqlen_k=int(seq_lens.max()),
             num_decodes=_num_decodes(plan),
+            ends=_ends(plan, self._device),
         )
         return StepInputs(
             input_ids=input_ids[None],
@@ -215,6 +216,9 @@ class StagedInputs:
             inputs = self.static(padded)
         if self._shifts_positions:
             inputs.rope_positions = self._moved(inputs.positions, shifts, padded is not None)
+        ends = _ends(plan, self._device)
+        for metadata in inputs.metadata if ends is not None else ():
+            metadata.ends = ends
         extras = iter(sent[sum(map(len, parts)) :].split([len(extra) for extra in (*copies, *states)]))
         inputs.copies = [pairs.view(-1, 2).long() if len(pairs) else None for _, pairs in zip(copies, extras)]
         inputs.states = [(group, entries.view(-1, 3).long()) for group, entries in zip(groups, extras)]
@@ -348,6 +352,16 @@ def _pack(plan: StepPlan, rows: Sequence[int]) -> tuple[PackedSizes, list[np.nda
         longest_table=int(lengths.max(initial=0)),
     )
     return sizes, sections, int((context + num_new).max())
+
+
+def _ends(plan: StepPlan, device: torch.device) -> Tensor | None:
+    """`AttentionMetadata.ends`: images of the step whose tokens see each other. None: there are none."""
+    if not any(rows.seen for rows in plan.media):
+        return None
+    ends = [0] * plan.num_tokens
+    for rows in plan.media:
+        ends[rows.row : rows.row + rows.count] = [rows.seen] * rows.count
+    return to_device(ends, torch.int32, device)
 
 
 def _num_decodes(plan: StepPlan) -> int:

@@ -1,6 +1,6 @@
 // Attention over a paged KV cache: prompt chunks and decodes of a ragged batch in one call.
 //
-//   s[j] = scale * q.k[j];  s = cap * tanh(s / cap);  s[j] += slope * (j - p);  low(p) <= j <= p
+//   s[j] = scale * q.k[j];  s = cap * tanh(s / cap);  s[j] += slope * (j - p);  low(p) <= j <= p, or j < end(row)
 //   out  = sum_j exp(s[j]) v[j] / (sum_j exp(s[j]) + exp(sink))
 //
 // k_cache [block, kv head, dim, block_size], v_cache [block, kv head, block_size, dim]: a vector holds the scores of
@@ -41,6 +41,7 @@ enum Error : int64_t { kOk = 0, kBadLengths = 1, kBadBlock = 2, kBadSlot = 3 };
 struct Tile {
   int64_t seq, head, first_token, num_tokens;  // rows: tokens [first_token, + num_tokens) of the batch
   int64_t position;                            // of first_token in its sequence
+  int64_t end;                                 // keys up to here are seen by some row
   int64_t split_begin, split_end;              // splits that any row sees
   int64_t partials;                            // where its splits' results go; -1: this item runs and merges them all
 };
@@ -81,6 +82,15 @@ class Kernel {
   int64_t lowest_key(int64_t position) const {  // that a query at `position` sees; never falls with the position
     if (a.chunk) return position - position % a.chunk;
     return a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
+  }
+  int64_t end_key(int64_t token, int64_t position) const {  // of those that the row sees
+    return a.ends ? std::max<int64_t>(position + 1, a.ends[token]) : position + 1;
+  }
+  int64_t end_of_rows(int64_t token, int64_t position, int64_t count) const {  // of `count` tokens from this one on
+    int64_t end = position + count;
+    if (a.ends)
+      for (int64_t i = 0; i < count; ++i) end = std::max<int64_t>(end, a.ends[token + i]);
+    return end;
   }
   int64_t state_floats(int64_t rows) const { return rows * (v_stride + 2); }
   void load_queries(const Tile& tile, float* q) const;
@@ -125,18 +135,20 @@ Error Kernel<T>::plan(int64_t num_threads) {
       return bad_index = seq, kBadLengths;
     if (begin == end) continue;
     const int64_t position = length - (end - begin);
+    if (end_of_rows(begin, position, end - begin) > length) return bad_index = seq, kBadLengths;
     for (int64_t b = lowest_key(position) / a.block_size; b <= (length - 1) / a.block_size; ++b)
       if (a.block_table[seq * a.table_width + b] >= a.num_blocks) return bad_index = seq, kBadBlock;
     const int64_t count = (end - begin + tile_tokens - 1) / tile_tokens;
     for (int64_t head = 0; head < a.num_kv_heads; ++head)
       for (int64_t i = count - 1; i >= 0; --i) {  // the most expensive tile first
-        Tile tile{seq, head, begin + i * tile_tokens, 0, position + i * tile_tokens, 0, 0, -1};
+        Tile tile{seq, head, begin + i * tile_tokens, 0, position + i * tile_tokens, 0, 0, 0, -1};
         tile.num_tokens = std::min(tile_tokens, end - tile.first_token);
+        tile.end = end_of_rows(tile.first_token, tile.position, tile.num_tokens);
         tile.split_begin = lowest_key(tile.position) / kSplit;
-        tile.split_end = (tile.position + tile.num_tokens - 1) / kSplit + 1;
+        tile.split_end = (tile.end - 1) / kSplit + 1;
         total_cost += tile.num_tokens * (tile.split_end - tile.split_begin);
         work += static_cast<double>(tile.num_tokens * group * (a.k_dim + a.v_dim)) *
-                (tile.position + tile.num_tokens - lowest_key(tile.position));
+                (tile.end - lowest_key(tile.position));
         tiles.push_back(tile);
       }
   }
@@ -182,8 +194,9 @@ template <int M, class E>
 void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const Pages<E>& pages, const float* q,
                          float* scores, const State& result) const {
   const int64_t base = split * kSplit;
-  const int64_t first = tile.position + row / group, last = tile.position + (row + M - 1) / group;
-  const Range keys{std::max<int64_t>(lowest_key(first) - base, 0), std::min(last + 1 - base, kSplit)};
+  const int64_t first = row / group, last = (row + M - 1) / group;
+  const int64_t end = end_of_rows(tile.first_token + first, tile.position + first, last - first + 1);
+  const Range keys{std::max<int64_t>(lowest_key(tile.position + first) - base, 0), std::min(end - base, kSplit)};
   float* values = result.values + row * v_stride;
   if (keys.begin >= keys.end) {
     for (int r = 0; r < M; ++r) result.m[row + r] = kMinusInf;
@@ -192,8 +205,9 @@ void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const Pag
   const Range chunks{keys.begin / kChunk, (keys.end + kChunk - 1) / kChunk};
   score_rows<M>(q + row * q_stride, q_stride, pages.k, chunks.begin, chunks.end, pages.dim_stride, a.k_dim, scores);
   for (int r = 0; r < M; ++r) {
-    const int64_t position = tile.position + (row + r) / group, head = tile.head * group + (row + r) % group;
-    const Range visible{lowest_key(position) - base, position + 1 - base};
+    const int64_t token = (row + r) / group, position = tile.position + token;
+    const int64_t head = tile.head * group + (row + r) % group;
+    const Range visible{lowest_key(position) - base, end_key(tile.first_token + token, position) - base};
     const RowRule rule{static_cast<float>(a.scale), static_cast<float>(a.softcap),
                        a.alibi_slopes ? a.alibi_slopes[head] : 0.0f, position - base};
     result.m[row + r] = softmax_row<kIsQuantized<T>>(scores + r * kScoreStride, pages.k, chunks, visible, rule,
@@ -232,7 +246,7 @@ void Kernel<T>::run_split(const Tile& tile, int64_t split, const float* q, float
   Pages<T> pages;
   pages.dim_stride = a.block_size;
   pages.k_scales = wide, pages.v_scales = wide + kSplit;
-  const int64_t base = split * kSplit, end = std::min(base + kSplit, tile.position + tile.num_tokens);
+  const int64_t base = split * kSplit, end = std::min(base + kSplit, tile.end);
   for (int64_t key = std::max(base, lowest_key(tile.position)) / kChunk * kChunk; key < end; key += kChunk) {
     const int64_t block = a.block_table[tile.seq * a.table_width + key / a.block_size];
     if (block < 0) continue;

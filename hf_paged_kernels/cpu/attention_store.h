@@ -19,6 +19,7 @@ struct Args {
   float *k_scale, *v_scale;  // of a quantized cache
   const int32_t *cu_seqlens_q, *seq_lens, *block_table;
   const int64_t* slot_mapping;
+  const int32_t* ends;  // of each row, how many keys it sees, if more than those up to itself; null: none does
   const float *sinks, *alibi_slopes;
   int64_t query_dtype, new_dtype, cache_dtype;
   int64_t num_tokens, num_seqs, table_width, num_blocks, block_size;

@@ -23,7 +23,7 @@ def attention_(
     if out is None:
         out = query.new_empty(*query.shape[:2], v_cache.shape[3])
     starts, seq_lens = metadata.cu_seqlens_q.tolist(), metadata.seq_lens.tolist()
-    num_heads = query.shape[1]
+    num_heads, ends = query.shape[1], metadata.ends
     for seq, seq_len in enumerate(seq_lens):
         rows_per_tile = max(1, _MAX_SCORES // (max(seq_len, 1) * num_heads))
         for start in range(starts[seq], starts[seq + 1], rows_per_tile):
@@ -34,7 +34,7 @@ def attention_(
             else:
                 result, sums = _attend(
                     query[start:stop], first_position, k_cache, v_cache, k_scale, v_scale, metadata.block_table[seq],
-                    scale, window, chunk, softcap, sinks, alibi_slopes,
+                    scale, window, chunk, softcap, sinks, alibi_slopes, None if ends is None else ends[start:stop],
                 )  # fmt: skip
             out[start:stop] = result
             if lse is not None:
@@ -44,7 +44,7 @@ def attention_(
 
 def _attend(
     query, first_position, k_cache, v_cache, k_scale, v_scale, block_table, scale, window, chunk, softcap, sinks,
-    alibi_slopes,
+    alibi_slopes, ends,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(result [n, Hq, Dv], lse [n, Hq]) of n consecutive rows of one sequence, the first at `first_position`."""
     num_rows, num_heads, _ = query.shape
@@ -53,11 +53,13 @@ def _attend(
     lowest = 0 if window is None else max(0, first_position - window + 1)
     if chunk is not None:
         lowest = first_position - first_position % chunk
-    first_block, end_block = lowest // block_size, last_position // block_size + 1
-    blocks = block_table[first_block:end_block].long()
-    j = torch.arange(first_block * block_size, last_position + 1, device=query.device)
     p = torch.arange(first_position, last_position + 1, device=query.device)[:, None]
-    visible = (j <= p) & (blocks >= 0).repeat_interleave(block_size)[: len(j)]
+    end = p + 1 if ends is None else torch.maximum(ends[:, None], p + 1)
+    last_seen = last_position if ends is None else int(end.max()) - 1
+    first_block, end_block = lowest // block_size, last_seen // block_size + 1
+    blocks = block_table[first_block:end_block].long()
+    j = torch.arange(first_block * block_size, last_seen + 1, device=query.device)
+    visible = (j < end) & (blocks >= 0).repeat_interleave(block_size)[: len(j)]
     if window is not None:
         visible &= j > p - window
     if chunk is not None:

@@ -19,7 +19,7 @@ def attention_(
 ) -> Tensor:  # fmt: skip
     """See `ops.attention_`.
 
-    Where every sequence has few new tokens, all of them go to the decode kernel. Else only the leading
+    Where every sequence has few new tokens, and none sees beyond itself, all of them go to the decode kernel. Else only the leading
     `metadata.num_decodes` do, and the prefill kernel takes the rest.
     """
     num_tokens, num_heads, _ = query.shape
@@ -37,6 +37,8 @@ def attention_(
         alibi_slopes, scale, softcap, window or chunk or 0, "window" if window else "chunk" if chunk else "all",
     )  # fmt: skip
     if values_lie_in_keys(k_cache, v_cache):
+        if metadata.ends is not None:
+            raise ValueError("metadata.ends must be None with values that lie in the keys; backend='reference' has no limit")
         latent_attention(call, out, lse)
         return out
     if max(k_cache.shape[2], v_cache.shape[3]) > TRITON_MAX_HEAD_DIM:
@@ -48,7 +50,8 @@ def attention_(
         if decodes < metadata.num_seqs:
             prefill(call, decodes, out, lse)
         return out
-    if max_q == 1 or (split_size is None and max_q * call.group <= MAX_ROWS):
+    few = split_size is None and max_q * call.group <= MAX_ROWS and metadata.ends is None
+    if max_q == 1 or few:
         decode(call, metadata.num_seqs, max_q, out, lse, split_size)
         return out
     if decodes:

@@ -70,7 +70,8 @@ def attend_tile(
 ):  # fmt: skip
     """(acc [M, DV_PAD], peak [M], total [M]) after the keys first .. first + TILE - 1; `first` is a multiple of TILE.
 
-    Keys that no row sees lie outside [low, high) and may hold anything; `table` is the sequence's row of block ids and
+    Row i sees the keys from lowest[i] to positions[i], which are also what ALiBi counts from (with slopes, every row sees up
+    to itself). Keys that no row sees lie outside [low, high) and may hold anything; `table` is the sequence's row of block ids and
     the caches point at one KV head. Without MASKED, every row sees the whole tile.
     """
     j = first + tl.arange(0, TILE)

@@ -36,7 +36,7 @@ _WIDE_TILES = {
 
 @triton.jit(do_not_specialize=("first_seq", "num_seqs", "num_tiles", "span"))
 def _prefill_kernel(
-    query, k_cache, v_cache, k_scale, v_scale, cu_seqlens, seq_lens, block_table, sinks, slopes, out, lse,
+    query, k_cache, v_cache, k_scale, v_scale, cu_seqlens, seq_lens, block_table, ends, sinks, slopes, out, lse,
     q_stride_t, q_stride_h, k_stride_n, k_stride_h, k_stride_d, k_stride_t, v_stride_n, v_stride_h, v_stride_t,
     scale_stride_n, scale_stride_h, table_stride, first_seq, num_seqs, num_tiles, span, qk_scale, cap,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -74,6 +74,10 @@ def _prefill_kernel(
     first_position = context + first_token
     last_position = context + tl.minimum(first_token + TOKENS, q_len) - 1
     low, high = lowest_seen(first_position, span, SPAN), last_position + 1
+    last_seen = positions  # of each row
+    if ends is not None:  # rows of images see to the image's end
+        last_seen = tl.maximum(positions, tl.load(ends + start + token, mask=valid, other=0) - 1)
+        high = tl.maximum(high, tl.max(last_seen, 0) + 1)
     # Tiles of which every row sees all: from the last row's lower edge to the first row's own position.
     full_begin = tl.cdiv(lowest_seen(last_position, span, SPAN), TILE)
     full_end = tl.maximum((first_position + 1) // TILE, full_begin)
@@ -95,14 +99,14 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(full_begin * TILE, full_end * TILE, TILE):
         acc, peak, total = attend_tile(
-            q, acc, peak, total, first, low, high, positions, lowest, slope, k_cache, v_cache, k_scale, v_scale, table,
+            q, acc, peak, total, first, low, high, last_seen, lowest, slope, k_cache, v_cache, k_scale, v_scale, table,
             k_stride_n, k_stride_d, k_stride_t, v_stride_n, v_stride_t, scale_stride_n, qk_scale, cap,
             DK, DV, DK_PAD, DV_PAD, BLOCK_SIZE, TILE, SPAN, SOFTCAP, False,
         )  # fmt: skip
     for edge in range(low // TILE, tl.cdiv(high, TILE) - (full_end - full_begin)):
         first = tl.where(edge < full_begin, edge, edge + full_end - full_begin) * TILE
         acc, peak, total = attend_tile(
-            q, acc, peak, total, first, low, high, positions, lowest, slope, k_cache, v_cache, k_scale, v_scale, table,
+            q, acc, peak, total, first, low, high, last_seen, lowest, slope, k_cache, v_cache, k_scale, v_scale, table,
             k_stride_n, k_stride_d, k_stride_t, v_stride_n, v_stride_t, scale_stride_n, qk_scale, cap,
             DK, DV, DK_PAD, DV_PAD, BLOCK_SIZE, TILE, SPAN, SOFTCAP, True,
         )  # fmt: skip
@@ -122,7 +126,7 @@ def prefill(call: AttentionCall, first_seq: int, out: Tensor, lse: Tensor | None
     heads = min(call.group, block_m)
     num_tiles = (len(out) - first_seq) // (block_m // heads) + num_seqs - first_seq
     parts = call.num_kv_heads * triton.cdiv(call.group, heads)
-    launch(_prefill_kernel, (num_tiles * parts,), *call.tensors(), call.sinks, call.slopes, out, lse, *call.strides(),
+    launch(_prefill_kernel, (num_tiles * parts,), *call.tensors(), call.metadata.ends, call.sinks, call.slopes, out, lse, *call.strides(),
            first_seq, num_seqs, num_tiles, call.span, *call.factors(), **call.constants(), BLOCK_M=block_m, TILE=tile,
            HEADS=heads, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
 

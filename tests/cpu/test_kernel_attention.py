@@ -12,6 +12,8 @@ BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")),
     "reference",
 ]
+# of MIXED: at the beginning, behind cached tokens, two side by side, and over the whole of a chunk
+IMAGES = {3: [(0, 3)], 4: [(8, 30), (30, 40)], 5: [(284, 300)], 6: [(5, 6), (7, 39)], 8: [(470, 500)]}
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 needs_cpu = pytest.mark.skipif(not kernels.supports("cpu", "cpu"), reason="no compiled kernels")
 
@@ -43,6 +45,12 @@ CASES = {
     "softcap": Case(softcap=5.0),
     "sinks": Case(sinks=True),
     "alibi": Case(alibi=True),
+    "images": Case(images=IMAGES),
+    "images_window": Case(images=IMAGES, window=20, sinks=True, heads=(4, 2), k_dim=24, v_dim=40),
+    "images_window_1": Case(images=IMAGES, window=1),
+    "images_many_heads": Case(images={1: [(3, 200)]}, heads=(71, 1), lengths=[(1, 40), (200, 300)], window=90),
+    "images_int8_cache": Case(images=IMAGES, cache_dtype=INT8, window=50, block_size=32),
+    "images_bf16_cache": Case(images=IMAGES, cache_dtype=torch.bfloat16, softcap=9.0),
     "gpt_oss": Case(heads=(8, 1), window=32, sinks=True),
     "gemma": Case(heads=(4, 2), window=64, softcap=20.0, k_dim=128, v_dim=128),
     "everything": Case(window=50, softcap=8.0, sinks=True, alibi=True, k_dim=24, v_dim=40, block_size=32),

@@ -28,7 +28,7 @@ from hf_paged import (
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-LABELS = [label for label in available() if label != "gemma3"]
+LABELS = available()
 
 
 def picture(seed: int, height: int = 12, width: int = 20) -> Image.Image:

@@ -11,7 +11,7 @@ from hf_paged_kernels.metadata import SharedPrefixes
 def attention(
     decodes: int, prompts: int, heads: tuple[int, int] = (32, 8), dims: tuple[int, int] = (128, 128),
     dtype: torch.dtype = torch.bfloat16, kv_dtype: torch.dtype | None = None, block_size: int = 64,
-    values_in_keys: bool = False, shared: bool = False, **options,
+    values_in_keys: bool = False, shared: bool = False, ends: bool = False, **options,
 ) -> None:  # fmt: skip
     """A step of `decodes` sequences with one new token and `prompts` with 500, each of up to 8000 tokens."""
     q_heads, kv_heads = heads
@@ -25,6 +25,7 @@ def attention(
         slot_mapping=torch.empty(tokens, dtype=torch.int64), max_seqlen_q=500 if prompts else 1, max_seqlen_k=8000,
         num_decodes=decodes,
         shared=two_prefixes(decodes) if shared else None,
+        ends=torch.empty(tokens, dtype=torch.int32) if ends else None,
     )  # fmt: skip
     query = torch.empty(tokens, q_heads, dims[0], dtype=dtype)
     key, value = (torch.empty(tokens, kv_heads, dim, dtype=dtype) for dim in dims)

@@ -167,6 +167,7 @@ CASES = [
     Case("attention D 64", lambda: attention_calls.attention(8, 4, dims=(64, 64)), WGMMA),
     Case("attention D 128", lambda: attention_calls.attention(8, 4), WGMMA),
     Case("attention D 256", lambda: attention_calls.attention(8, 4, (8, 1), (256, 256), window=1000, softcap=50.0), WGMMA),
+    Case("images D 256", lambda: attention_calls.attention(8, 4, (8, 4), (256, 256), window=1024, ends=True), WGMMA),
     Case("attention fp8 cache", lambda: attention_calls.attention(8, 4, kv_dtype=torch.float8_e4m3fn), WGMMA, NO_FP8),
     Case("attention int8 cache", lambda: attention_calls.attention(8, 4, kv_dtype=torch.int8), WGMMA),
     Case("attention fp32", lambda: attention_calls.attention(8, 4, dtype=torch.float32)),

@@ -15,6 +15,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {torch.float32: 4e-6, BF16: 1.2e-2, FP16: 1.5e-3}
 # (new, total) tokens: decodes first, then prompts, one of them in its second chunk, one long enough for two tiles
 MIXED = [(1, 17), (1, 90), (50, 50), (3, 70), (5, 5)]
+IMAGES = {2: [(3, 45)], 3: [(67, 70)], 4: [(0, 2), (2, 4)]}
 DECODES = [(1, 1), (1, 16), (1, 150), (1, 33)]
 DRAFTS = [(4, 4), (1, 40), (8, 90), (3, 64)]
 
@@ -49,6 +50,12 @@ CASES = {
     "softcap": dict(softcap=5.0),
     "sinks": dict(sinks=True),
     "alibi": dict(alibi=True),
+    "images": dict(images=IMAGES),
+    "images_window": dict(images=IMAGES, window=20, sinks=True, heads=(8, 2), block_size=64),
+    "images_few_tokens": dict(images={0: [(0, 4)], 2: [(83, 89)]}, lengths=DRAFTS),
+    "images_bf16": dict(images=IMAGES, window=30, dtype=BF16, cache_dtype=BF16, k_dim=128, v_dim=128, softcap=20.0),
+    "images_beyond_a_tile": dict(images={0: [(2, 150)]}, lengths=[(160, 160)], heads=(2, 1)),
+    "images_int8_cache": dict(images=IMAGES, cache_dtype=torch.int8, window=40),
     "gpt_oss": dict(heads=(8, 1), window=32, sinks=True, dtype=BF16, cache_dtype=BF16, block_size=64),
     "gemma": dict(window=64, softcap=20.0, k_dim=128, v_dim=128, block_size=64),
     "everything": dict(window=50, softcap=8.0, sinks=True, alibi=True, k_dim=24, v_dim=40, block_size=48),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...base.errors import InvalidArgument, UnsupportedOption
+from ...base.errors import InvalidArgument
 from ...core.request import MediaSpan
 from ...runtime.media import Media, MediaItem
 from ..swap import evaluating
@@ -34,8 +34,6 @@ class TransformersImages:
 
     def read(self, token_ids: list[int], inputs: Mapping[str, object]) -> Media:
         """See `MediaModel`."""
-        if self.family.bidirectional:
-            raise UnsupportedOption(f"images: the tokens of an image see each other in {type(self.model).__name__}")
         places = [place for place, token in enumerate(token_ids) if token == self.token_id]
         parts = self.family.split(self.model, self._tensors(inputs))
         lengths = self._lengths(parts, len(places))

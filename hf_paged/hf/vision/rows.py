@@ -34,7 +34,6 @@ def why_not(images: TransformersImages, input_ids: Tensor, inputs: dict) -> Iter
             yield ENCODED, f"{others[0]} is not on pages"
     types = inputs.get(TYPES)
     if types is not None and images.family.bidirectional and bool((types == 1).any()):
-        yield TYPES, "tokens of images see each other"
         seen = types == 1
         if seen.shape != input_ids.shape or bool((seen & (input_ids != images.token_id)).any()):
             yield TYPES, "other tokens than those of images see each other"
