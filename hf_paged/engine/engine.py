@@ -267,7 +267,7 @@ class BatchEngine(Jobs, Upkeep):
         with self._lock:
             if not self._stepping:
                 self._stepper.look_at_model()
-            return self.model.hooked
+            return bool(self.model.hooked)
 
     # Rows driven from outside
 

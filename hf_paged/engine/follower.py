@@ -74,6 +74,10 @@ class Follower:
             context.position_ids = torch.tensor([message.position_ids], dtype=torch.int64, device=device)
         if not message.runs:
             return
+        if message.hooked != model.hooked:
+            raise ParallelError(
+                f"rank {self._team.rank} has forward hooks on other modules than rank 0: register them on all ranks alike"
+            )
         if message.winners:
             self._runner.run(context, lambda context: model.winners(context, context.rows))
         else:

@@ -33,7 +33,7 @@ from .spec import has_mrope, text_config
 from .stock_cache import to_pages, to_stock, why_not_paged, why_not_stock
 from .swap import Swapped
 from .vision.rows import has_images, input_names, why_not
-from .weights import float_parameter
+from .weights import float_parameter, is_spread
 
 _KNOWN = {
     "attention_mask", "position_ids", "logits_to_keep", "use_cache", "inputs_embeds", "output_hidden_states", "tokenizer",
@@ -68,10 +68,14 @@ class PagedMixin(Swapped):
         )
 
     def __call__(self, *args, **kwargs):
+        if active_context() is not None:
+            return super().__call__(*args, **kwargs)
         cache = cache_of(kwargs)
-        if isinstance(cache, PagedCache) and active_context() is None:
+        if isinstance(cache, PagedCache):
             options = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
             return paged_call(cache, *args, **options)
+        if self._hf_paged.calls_of_all is not None:
+            self._hf_paged.calls_of_all.check_free()
         return super().__call__(*args, **kwargs)
 
     def _sample(
@@ -135,6 +139,8 @@ class PagedMixin(Swapped):
         tokenizer=None,
         **model_kwargs,
     ):
+        if self._hf_paged.team is not None and assistant_model is not None and is_spread(assistant_model):
+            raise UnsupportedOption("assistant_model: beside a sharded model it must not be sharded itself")
         call = _Decoding(self, super()._assisted_decoding, input_ids, generation_config, synced_gpus, model_kwargs)
         without = not model_kwargs.get("use_cache", True)  # refused by stock
         run = call.on_stock if without or call.must_be_stock(takes_back=True) else call.on_pages

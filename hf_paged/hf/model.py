@@ -198,7 +198,7 @@ class TransformersModel:
         return self.adapters.changed() or replaced
 
     @property
-    def hooked(self) -> bool:
+    def hooked(self) -> list[int]:
         return self._seen.hooked
 
     def unobserved(self):

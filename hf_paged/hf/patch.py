@@ -34,7 +34,7 @@ from .swap import ATTRIBUTE, Swapped, evaluating, restore, swap
 from .team import SharedCalls, find_team
 from .verify import Verification
 from .watch import without_hooks
-from .weights import local
+from .weights import is_spread
 
 
 class Patch:
@@ -199,6 +199,9 @@ def _patch(
     if quantization is not None:
         quantize_on_the_spot(model, quantization)
     with as_in_a_step(next(model.parameters()).device), _together(team):
+        if team is not None:
+            told = config.fuse, config.attention_backend, config.strict, bool(verify)
+            team.check_alike("what hf_paged.patch was told (fuse, attention_backend, strict, verify)", repr(told))
         verification = Verification(model) if verify else None
         undo = Patch(model, config, tokenizer, draft_model, team)
         swap(model, PagedMixin if hasattr(model, "generate") else Swapped, undo)
@@ -217,7 +220,7 @@ def _check_options(config: EngineConfig, draft_model, quantization: str | None) 
     """Raise UnsupportedOption for what a sharded model cannot have."""
     if quantization is not None:
         raise UnsupportedOption(f"quantization={quantization!r}: the weights of a sharded model are not rounded on the spot")
-    if draft_model is not None and any(local(parameter) is not parameter for parameter in draft_model.parameters()):
+    if draft_model is not None and is_spread(draft_model):
         raise UnsupportedOption("draft_model: beside a sharded model it must not be sharded itself")
 
 

@@ -104,6 +104,14 @@ class SharedCalls:
                 "model.generate on all of them"
             )
 
+    def check_free(self) -> None:
+        """Raise UnsupportedOption inside `generate`, where other ranks would not make a call of the model that this one makes."""
+        if self._depth:
+            raise UnsupportedOption(
+                "model: it is sharded, and was called by a function that generate calls on rank 0 alone (a processor, a "
+                "criterion, a streamer)"
+            )
+
     def follow(self) -> None:
         """Do what rank 0 says until it says no more."""
         if self._follower is None:

@@ -22,7 +22,7 @@ class Snapshot:
 
     Attributes:
         modules: its modules.
-        hooked: whether a forward hook of the user's was there, on a module of the model or on all modules.
+        hooked: places among them of those with a forward hook of the user's; -1 for one on all modules.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -40,7 +40,8 @@ class Snapshot:
         self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
         self._attributes = [module.__dict__ for module in modules]
         self._around = self._around_forwards()
-        self.hooked = any(map(_of_user, [*_global_hooks(), *(hooks for module in modules for hooks in _hooks(module))]))
+        self.hooked = [-1] if any(map(_of_user, _global_hooks())) else []
+        self.hooked += [place for place, module in enumerate(modules) if any(map(_of_user, _hooks(module)))]
         self._adapters = [(module, _adapter_state(module)) for module in modules if hasattr(module, "_active_adapter")]
         self._fingerprint = torch.cat([_sample(entry[3]) for entry in self._tensors])
 

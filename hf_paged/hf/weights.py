@@ -21,6 +21,11 @@ def local(tensor):
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether parts of a model are on several ranks."""
+    return any(local(parameter) is not parameter for parameter in model.parameters())
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -26,6 +26,7 @@ class StepMessage:
         num_sampled: how many tokens of the step before the plan's ids below 0 stand for; they follow as a tensor.
         position_ids: of every packed row, where they are not its place in its sequence; else empty.
         embeds_size: H, if embeddings [1, T, H] take the place of the token ids; they follow as a tensor. Else 0.
+        hooked: where hooks of the user's watch the model; see `PagedModel.hooked`.
     """
 
     plan: np.ndarray
@@ -35,20 +36,20 @@ class StepMessage:
     num_sampled: int = 0
     position_ids: list[int] = field(default_factory=list)
     embeds_size: int = 0
+    hooked: list[int] = field(default_factory=list)
 
     def encode(self) -> np.ndarray:
         flags = [self.runs, self.winners, self.num_sampled, self.embeds_size]
-        lists = [len(self.rows), *self.rows, len(self.position_ids), *self.position_ids]
+        lists = [part for numbers in (self.rows, self.position_ids, self.hooked) for part in (len(numbers), *numbers)]
         return np.concatenate([np.array([*flags, *lists], dtype=np.int64), self.plan])
 
     @classmethod
     def decode(cls, numbers: np.ndarray) -> StepMessage:
         read = _Reader(numbers)
         runs, winners, num_sampled, embeds_size = read.take(4)
-        rows = read.take(read.one())
-        position_ids = read.take(read.one())
+        rows, position_ids, hooked = (read.take(read.one()) for _ in range(3))
         plan = numbers[read.place :]
-        return cls(plan, rows, bool(runs), bool(winners), num_sampled, position_ids, embeds_size)
+        return cls(plan, rows, bool(runs), bool(winners), num_sampled, position_ids, embeds_size, hooked)
 
 
 def encode_plan(plan: StepPlan) -> np.ndarray:

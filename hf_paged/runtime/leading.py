@@ -85,7 +85,7 @@ class LeadingRunner(ModelRunner):
     def _announce(self, context: StepContext, rows: torch.Tensor, embeds: torch.Tensor | None) -> None:
         """The model's forward begins, for the logits of the packed rows `rows`."""
         message = self._message
-        message.runs = True
+        message.runs, message.hooked = True, self.model.hooked
         if rows is not context.rows:
             message.rows = rows.tolist()
         if context.position_ids is not self._positions:

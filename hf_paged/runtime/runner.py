@@ -97,8 +97,11 @@ class PagedModel(Protocol):
         ...
 
     @property
-    def hooked(self) -> bool:
-        """Whether, at the last look, user code ran inside the forward, which may treat every request differently."""
+    def hooked(self) -> list[int]:
+        """Where, at the last look, user code ran inside the forward, which may treat every request differently.
+
+        By numbers that are the same on all ranks of a sharded model; empty if nowhere.
+        """
         ...
 
     @property

@@ -122,9 +122,9 @@ class Pair:
             model.generation_config.pad_token_id = 0
             model.generation_config.eos_token_id = None
 
-    def led(self, work, config: EngineConfig | None = None):
-        """`work(engine)` on rank 0, while the others follow; None there."""
-        hf_paged.patch(self.shards, config)
+    def led(self, work, config: EngineConfig | None = None, **options):
+        """`work(engine)` on rank 0, while the others follow; None there. `options`: of patching."""
+        hf_paged.patch(self.shards, config, **options)
         try:
             if rank():
                 return hf_paged.follow(self.shards)
@@ -135,12 +135,12 @@ class Pair:
         finally:
             hf_paged.unpatch(self.shards)
 
-    def alone(self, work, config: EngineConfig | None = None):
+    def alone(self, work, config: EngineConfig | None = None, **options):
         """`work(engine)` in one process, on rank 0; None elsewhere. Raises on all ranks if it did there."""
         result, problem = None, [None]
         try:
             if rank() == 0:
-                with Engine(self.whole, config=config) as engine:
+                with Engine(self.whole, config=config, **options) as engine:
                     result = work(engine)
         except Exception:
             problem = [traceback.format_exc()]
@@ -148,9 +148,9 @@ class Pair:
         assert problem[0] is None, problem[0]
         return result
 
-    def same(self, work, config: EngineConfig | None = None) -> None:
-        """`work(engine)` gives the same on shards as in one process."""
-        expected, actual = self.alone(work, config), self.led(work, config)
+    def same(self, work, config: EngineConfig | None = None, **options) -> None:
+        """`work(engine)` gives the same on shards as in one process. `options`: what Engine and patch know."""
+        expected, actual = self.alone(work, config, **options), self.led(work, config, **options)
         assert actual == expected, f"{actual} != {expected}"
 
 

@@ -90,13 +90,19 @@ def in_the_middle(culprit: int, action):
     """A case: rank `culprit` does that in the middle of the fifth forward."""
 
     def case(rank, model, report):
-        if rank == culprit:
-            after(5, model.model.layers[1], lambda: action(model))
+        after(5, model.model.layers[1], lambda: rank == culprit and action(model))
         if rank:
             hf_paged.follow(model)
         lead(model, report)
 
     return case
+
+
+def hooks_on_rank_0(rank, model, report):
+    if rank:
+        hf_paged.follow(model)
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    lead(model, report)
 
 
 def rank_0_just_ends(rank, model, report):
@@ -112,6 +118,7 @@ CASES = {
     "rank_1_hangs": in_the_middle(1, hang),
     "rank_1_fails": in_the_middle(1, fail),
     "rank_1_disagrees": in_the_middle(1, disagree),
+    "hooks_on_rank_0": hooks_on_rank_0,
     "rank_0_dies": in_the_middle(0, die),
     "rank_0_hangs": in_the_middle(0, hang),
     "rank_0_just_ends": rank_0_just_ends,

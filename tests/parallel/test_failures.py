@@ -16,6 +16,7 @@ REASONS = {
     "rank_1_hangs": "a rank does not answer",
     "rank_1_fails": "rank 1 failed: ValueError: a bad day",
     "rank_1_disagrees": "rank 1 disagrees with rank 0",
+    "hooks_on_rank_0": "rank 1 has forward hooks on other modules than rank 0",
 }
 
 

@@ -9,11 +9,12 @@ import pytest
 from launch import HERE, python, reports, torchrun
 
 
-def names() -> list[str]:
-    """The checks in checks.py, which imports what this process need not."""
-    tree = ast.parse(Path(__file__).with_name("checks.py").read_text())
+def names(script: str) -> list[str]:
+    """The checks in a script, which imports what this process need not."""
+    tree = ast.parse(Path(__file__).with_name(script).read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
-    tables = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id in ("MODELS", "QUANTIZED")]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    tables = [node for node in assigned if node.targets[0].id in ("MODELS", "QUANTIZED")]
     models = [key.value for table in tables for key in table.value.keys]
     return [f"tokens and logits of {model}" for model in models] + [function.name for function in functions]
 
@@ -23,9 +24,19 @@ def report(tmp_path_factory) -> dict[str, list[str]]:
     return reports("checks.py", folder=tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> dict[str, list[str]]:
+    return reports("features.py", folder=tmp_path_factory.mktemp("features"))
+
+
+@pytest.mark.parametrize("name", names("checks.py"))
 def test_sharded(report, name):
     assert report[name] == [], "\n".join(report[name])
+
+
+@pytest.mark.parametrize("name", names("features.py"))
+def test_features(features, name):
+    assert features[name] == [], "\n".join(features[name])
 
 
 def test_four_ranks_with_fewer_key_heads(tmp_path):
