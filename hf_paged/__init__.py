@@ -47,6 +47,7 @@ _HOMES = {
     "ScoreParams": "base.tasks",
     "Speculation": "base.config",
     "StructuredOutputsParams": "base.structured",
+    "StructuredOutputsProcessor": "hf.structured",
     "UnsupportedModel": "base.errors",
     "UnsupportedOption": "base.errors",
     "VerificationFailed": "base.errors",

@@ -129,15 +129,10 @@ class SamplingParams:
                 self._set(name, _integer(name, getattr(self, name), low, high))
 
     def _check_structured(self) -> None:
-        form = self.structured_outputs
-        if isinstance(form, dict):
-            unknown = sorted(map(str, form.keys() - StructuredOutputsParams.__dataclass_fields__.keys()))
-            if unknown:
-                raise InvalidArgument(f"structured_outputs has no field {unknown[0]!r}")
-            self._set("structured_outputs", StructuredOutputsParams(**form))
-        elif form is not None and not isinstance(form, StructuredOutputsParams):
-            raise InvalidArgument(f"structured_outputs must be a StructuredOutputsParams or a dict, got {form!r}")
-        if form is not None and self.ignore_eos:
+        if self.structured_outputs is None:
+            return
+        self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
+        if self.ignore_eos:
             raise InvalidArgument("structured_outputs and ignore_eos exclude each other: EOS ends the form")
 
     def _check_collections(self) -> None:

@@ -64,6 +64,18 @@ class StructuredOutputsParams:
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise InvalidArgument("structured_outputs: disable_any_whitespace and whitespace_pattern exclude each other")
 
+    @classmethod
+    def of(cls, form: StructuredOutputsParams | dict) -> StructuredOutputsParams:
+        """`form`, or made of a dict of its fields."""
+        if isinstance(form, cls):
+            return form
+        if not isinstance(form, dict):
+            raise InvalidArgument(f"structured_outputs must be a StructuredOutputsParams or a dict, got {form!r}")
+        unknown = sorted(map(str, form.keys() - cls.__dataclass_fields__.keys()))
+        if unknown:
+            raise InvalidArgument(f"structured_outputs has no field {unknown[0]!r}")
+        return cls(**form)
+
     @property
     def form(self) -> str:
         """The one of FORMS that is given."""

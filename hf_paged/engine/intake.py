@@ -142,7 +142,7 @@ class Intake:
         model, tokenizer = self._model, self._tokenizer
         bad_words = checked_params(params, tokenizer, model.vocab_size)
         form = params.structured_outputs
-        constraint = None if form is None else self._constraints.compile(form, model.eos_token_ids)
+        constraint = hooks.constraint if form is None else self._constraints.compile(form, model.eos_token_ids)
         request = Request(
             **common,
             prompt_token_ids=ids,

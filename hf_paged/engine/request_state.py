@@ -31,6 +31,7 @@ class RowHooks:
         torch_rng: draw from torch's default generator the way transformers does.
         forward_hooks: module name -> `f(activation [t, ...], positions [t]) -> replacement or None`.
         row: for rows of a batch, which one this is.
+        constraint: the form of the output, where it is not that of the parameters.
     """
 
     processors: tuple[Callable, ...] = ()
@@ -41,6 +42,7 @@ class RowHooks:
     torch_rng: bool = False
     forward_hooks: Mapping[str, Callable] = field(default_factory=dict)
     row: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def draftable(self) -> bool:

@@ -15,6 +15,7 @@ from ..engine.request_state import RowHooks, new_request_id
 from . import row_adapters
 from .paged_cache import begun
 from .paged_call import cache_of
+from .structured import StructuredOutputsProcessor
 from .vision.rows import count_themselves, has_images, take_images
 
 # The sampler's own forms of stock's last processors, in the order stock applies them: type and attribute.
@@ -58,13 +59,17 @@ def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift
         or (cache is not None and (begun(cache) or getattr(cache, "_is_user_defined", False)))
     ):
         return False
-    if not all(type(p).__module__ == stock.__name__ and type(p).__name__ in _BY_ROW for p in processors):
+    known = [p for p in processors if type(p).__module__ == stock.__name__ and type(p).__name__ in _BY_ROW]
+    others = [p for p in processors if p not in known]
+    if others and not _is_form(_split_warpers(processors)[1]):
         return False
     if not all(type(criterion) in _CRITERIA for criterion in criteria):
         return False
     if any(len(getattr(p, "encoder_input_ids", input_ids)) != len(input_ids) for p in processors):
         return False  # encoder_repetition_penalty of several rows per prompt: transformers 5.17 penalises only some
     max_new, eos, rest = _split_criteria(criteria, input_ids.shape[1])
+    if others and (others[0].used or others[0].eos_token_ids != eos):
+        return False
     if max_new is None or (len(input_ids) > 1 and rest and not eos):
         return False
     padding = left_padding(input_ids, model_kwargs.get("attention_mask"))
@@ -104,6 +109,7 @@ class RowGeneration:
         self.padding = left_padding(input_ids, model_kwargs.get("attention_mask"))
         self.pad = None if config._pad_token_tensor is None else int(config._pad_token_tensor)
         self.max_new, self.eos, self.row_criteria = _split_criteria(criteria, self.width)
+        self.constraint = None
         self.params, self.row_processors = self._split_processors(list(processors))
         images = model._hf_paged.adapter.media
         self.media = None
@@ -117,13 +123,10 @@ class RowGeneration:
 
     def _split_processors(self, processors: list) -> tuple[SamplingParams, list]:
         """The last processors become the sampler's where it has the same; the others run on their row, in order."""
-        vocab_size = (
-            self.engine.model.vocab_size
-        )  # an EOS outside of it, such as -1, never comes: stock's way to say none
-        native: dict = {}
-        for name, (kind, attribute) in reversed(_WARPERS.items()):
-            if processors and type(processors[-1]) is kind and not _keeps_more(processors[-1]):
-                native[name] = getattr(processors.pop(), attribute)
+        vocab_size = self.engine.model.vocab_size  # an EOS outside of it, such as -1, never comes: stock's way to say none
+        native, processors = _split_warpers(processors)
+        if _is_form(processors):
+            self.constraint = processors.pop().begin(self.width)
         if len(processors) == 1 and self._same_penalty(processors[0]):
             native["repetition_penalty"] = processors.pop().penalty
         if not self.config.do_sample:
@@ -192,6 +195,7 @@ class RowGeneration:
             on_token=self.tokens[row].append,
             torch_rng=bool(self.config.do_sample) and alone,
             row=row,
+            constraint=self.constraint,
         )
         ids = self.input_ids[row, self.padding[row] :].tolist()
         options = dict(request_id=f"{self.name}/{row}", adapter=self.adapters[row], hooks=hooks)
@@ -254,6 +258,20 @@ class RowGeneration:
         rows = [tokens[:length] + [self.pad] * (length - len(tokens)) for tokens in self.tokens]
         generated = torch.tensor(rows, dtype=torch.int64, device=self.input_ids.device).reshape(self.batch, length)
         return torch.cat([self.input_ids, generated], dim=-1)
+
+
+def _split_warpers(processors) -> tuple[dict, list]:
+    """(the sampler's options for the last of `processors`, the others)."""
+    native, rest = {}, list(processors)
+    for name, (kind, attribute) in reversed(_WARPERS.items()):
+        if rest and type(rest[-1]) is kind and not _keeps_more(rest[-1]):
+            native[name] = getattr(rest.pop(), attribute)
+    return native, rest
+
+
+def _is_form(processors: list) -> bool:
+    """Whether they are the one form that a request of the engine may have."""
+    return len(processors) == 1 and type(processors[0]) is StructuredOutputsProcessor
 
 
 def _keeps_more(warper) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_scheduling(names):
     names |= dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320))
     run("scheduling.md", names)
     assert len(names["finished"]) == 7
+
+
+def test_structured(names, capsys):
+    model, tokenizer = tiny_model("llama", vocab_size=320), tiny_tokenizer(320)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    names |= dict(model=model, tokenizer=tokenizer)
+    run("structured.md", names)
+    assert all(set(json.loads(text)) == {"name_of_the_city", "on_the_coast"} for text in names["texts"])
+    (text,) = tokenizer.batch_decode(names["beams"][:, len(tokenizer("Where?").input_ids) :], skip_special_tokens=True)
+    assert isinstance(json.loads(text)["on_the_coast"], bool)
+    assert int(capsys.readouterr().out.split()[0]) > 0
 
 
 def test_quantization(names, capsys):

@@ -10,7 +10,7 @@ from hf_paged.base import errors
 
 DOCUMENTED = {
     *("AdapterInfo", "AsyncEngine", "Engine", "EngineConfig", "ImageLimits", "SamplingParams"),
-    *("Speculation", "StructuredOutputsParams"),
+    *("Speculation", "StructuredOutputsParams", "StructuredOutputsProcessor"),
     *("ClassificationOutput", "ClassifyParams", "EmbedParams", "EmbeddingOutput", "ScoreOutput", "ScoreParams"),
     *("CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"),
     *("current_batch", "engine_of", "explain", "follow", "patch", "unpatch"),
