@@ -14,7 +14,7 @@ from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput
 from ..base.types import AdapterInfo, RequestDelta, RequestOutput
 from .engine import BatchEngine, Prompt
-from .job import Work, as_list, grouped, result_of
+from .job import Work, as_list, grouped, own_images, result_of
 from .lock import FairLock
 from .readers import DeltaReader, OutputReader, Reader, Readers
 from .request_state import RequestState
@@ -199,28 +199,32 @@ class AsyncEngine:
         Raises the first error of a prompt, as `stream`; the other prompts are then aborted.
         """
         params = EmbedParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
-        return await self._results([(prompt, params) for prompt in as_list(prompts)], options)
+        own = own_images(prompts, options.pop("images", None))
+        return await self._results([(prompt, params, more) for prompt, more in zip(as_list(prompts), own)], options)
 
     async def score(self, prompts, continuations, **options) -> list[ScoreOutput] | list[list[ScoreOutput]]:
         """See `Engine.score`; options and errors are those of `embed`."""
         loop = asyncio.get_running_loop()
-        work, counts = await loop.run_in_executor(None, self.engine.scoring, prompts, continuations)
+        images = options.pop("images", None)
+        work, counts = await loop.run_in_executor(None, self.engine.scoring, prompts, continuations, images)
         return grouped(await self._results(work, options), counts)
 
     async def classify(self, prompts, activation: str | None = None, **options) -> list[ClassificationOutput]:
         """See `Engine.classify`; options and errors are those of `embed`."""
         params = ClassifyParams(activation=activation)
-        return await self._results([(prompt, params) for prompt in as_list(prompts, pairs=True)], options)
+        own = own_images(prompts, options.pop("images", None), pairs=True)
+        work = [(prompt, params, more) for prompt, more in zip(as_list(prompts, pairs=True), own)]
+        return await self._results(work, options)
 
     async def _results(self, work: Work, options: dict) -> list:
         config = self.engine.config
         turn = asyncio.Semaphore(min(config.max_num_seqs, config.max_queue or config.max_num_seqs))
 
-        async def result(prompt, params):
+        async def result(prompt, params, own):
             async with turn:
-                return result_of(await self.complete(prompt, params, **options))
+                return result_of(await self.complete(prompt, params, **own, **options))
 
-        running = [asyncio.ensure_future(result(prompt, params)) for prompt, params in work]
+        running = [asyncio.ensure_future(result(*one)) for one in work]
         try:
             return await asyncio.gather(*running)
         finally:

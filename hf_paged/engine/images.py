@@ -26,11 +26,12 @@ class Images:
     def __init__(self, processor, model: MediaModel | None, limits: ImageLimits, name: str, vocab_size: int):
         self.processor, self._model, self._limits = processor, model, limits
         self._name, self._vocab_size = name, vocab_size
+        self._most_values = 4 * limits.max_count * limits.max_pixels  # three colours, and a mask
 
     def check(self) -> None:
         """Raise UnsupportedOption unless the model takes images here."""
         if self._model is None:
-            raise UnsupportedOption(f"images: {self._name} takes none, or hf_paged does not run them")
+            raise UnsupportedOption(f"images: {self._name} takes none, or they are not run (docs/vision.md), as on several ranks")
 
     def check_none(self, ids: list[int]) -> None:
         """Raise InvalidArgument if a text that came without images has placeholders for some."""
@@ -54,7 +55,9 @@ class Images:
             raise
         except Exception as error:  # tensors of wrong shapes or kinds
             raise InvalidArgument(f"images: these are no outputs of this model's processor: {error}") from error
-        self._check_count(len(media.items))
+        size, most = sum(value.numel() for item in media.items.values() for value in item.inputs.values()), self._most_values
+        if size > most:
+            raise InvalidArgument(f"images: {size} values exceed {most}, which max_count images of max_pixels have")
         return media
 
     def of_text(self, text: str, images, *, add_special_tokens: bool) -> tuple[list[int], Media]:
@@ -103,9 +106,10 @@ def decoded(image, place: int, limits: ImageLimits):
     if isinstance(image, bytes | bytearray | memoryview):
         return _opened(bytes(image), name, limits)
     size = getattr(image, "size", None)
-    if hasattr(image, "convert") and isinstance(size, tuple):  # PIL
+    if hasattr(image, "load") and isinstance(size, tuple):  # PIL
         _check_pixels(size, name, limits)
-        return _read(lambda: image.convert("RGB"), name)
+        _read(image.load, name)  # a file that is damaged shows here
+        return image
     shape = tuple(getattr(image, "shape", ()))
     if not hasattr(image, "__array__") or len(shape) not in (2, 3) or 0 in shape:
         raise InvalidArgument(

@@ -206,15 +206,15 @@ class Intake:
         size = self._model.vocab_size
         return [next(tokens) if isinstance(one, str) else checked_ids(one, size, "continuation") for one in given]
 
-    def scored(self, prompt, given: list) -> tuple[list[int], list[ScoreParams]]:
-        """A prompt as token ids, which are made once for all its continuations, and theirs.
+    def scored(self, prompt, given: list, images=None) -> tuple[list[int], Media, list[ScoreParams]]:
+        """A prompt as token ids and media, which are made once for all its continuations, and theirs.
 
         Raises InvalidArgument if a continuation is empty, or neither text nor token ids.
         """
         check_head(ScoreParams(continuation=(0,)), self._model)
         asked = [ScoreParams(continuation=one).continuation for one in given]
-        text, ids = prompt_tokens(prompt, self._tokenizer, self._model.vocab_size)
-        return ids, [ScoreParams(continuation=tokens) for tokens in self.continuations(text, ids, asked)]
+        text, ids, media = self._prompt(prompt, images, NO_MEDIA, pairs=False)
+        return ids, media, [ScoreParams(continuation=tokens) for tokens in self.continuations(text, ids, asked)]
 
 
 def _in_parts(messages: list[dict]) -> list[dict]:

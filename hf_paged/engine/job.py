@@ -16,14 +16,15 @@ from .request_state import RequestState
 if TYPE_CHECKING:
     from .intake import Intake
 
-Work = list[tuple]  # (prompt, its SamplingParams or what a task takes), in order
+Work = list[tuple]  # (prompt, its SamplingParams or what a task takes, what else `submit` is told of it), in order
 
 
 class Jobs:
     """What BatchEngine does with lists of prompts. They are requests like any other, in the same steps.
 
     `options` of the tasks are those of `add` for each request: `priority`, `user`, `deadline`, `cache_salt`,
-    `adapter`, `forward_hooks`.
+    `adapter`, `forward_hooks`. `images` are those of the prompt, as in `add`; with a list of prompts, a list of those of
+    each, or None for one without.
     """
 
     _intake: Intake
@@ -34,6 +35,7 @@ class Jobs:
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         adapter: str | list[str | None] | None = None,
+        images=None,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Run prompts to their end and return their outputs in order.
@@ -42,14 +44,16 @@ class Jobs:
             prompts: one prompt or a list of them, each as in `add`.
             params: for all prompts, or a list with one per prompt; each as in `add`.
             adapter: for all prompts, or a list with one per prompt; each as in `add`.
+            images: of one prompt as in `add`; with a list of prompts, a list of those of each (None: it has none).
             progress: show a tqdm bar.
 
         Raises:
             RequestFailed: a prompt's own error. The other prompts are run to their end first; the exception's `outputs`
                 lists all of them in order.
         """
+        own = own_images(prompts, images)
         prompts = as_list(prompts)
-        work = list(zip(prompts, _each("params", params, prompts)))
+        work = list(zip(prompts, _each("params", params, prompts), own))
         return self._run(work, progress, _each("adapter", adapter, prompts))
 
     def embed(
@@ -59,6 +63,7 @@ class Jobs:
         normalize: bool = True,
         dimensions: int | None = None,
         *,
+        images=None,
         progress: bool = False,
         **options,
     ) -> list[EmbeddingOutput]:
@@ -67,10 +72,11 @@ class Jobs:
         Raises what `generate` raises.
         """
         params = EmbedParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
-        return self._results([(prompt, params) for prompt in as_list(prompts)], progress, options)
+        work = [(prompt, params, own) for prompt, own in zip(as_list(prompts), own_images(prompts, images))]
+        return self._results(work, progress, options)
 
     def score(
-        self, prompts, continuations, *, progress: bool = False, **options
+        self, prompts, continuations, *, images=None, progress: bool = False, **options
     ) -> list[ScoreOutput] | list[list[ScoreOutput]]:
         """How likely continuations of prompts are.
 
@@ -86,21 +92,22 @@ class Jobs:
 
         Raises what `generate` raises.
         """
-        work, counts = self.scoring(prompts, continuations)
+        work, counts = self.scoring(prompts, continuations, images)
         return grouped(self._results(work, progress, options), counts)
 
-    def scoring(self, prompts, continuations) -> tuple[Work, list[int] | None]:
+    def scoring(self, prompts, continuations, images=None) -> tuple[Work, list[int] | None]:
         """The requests that `score` makes, and how many there are for each prompt of a list; see `grouped`."""
         one = is_one(prompts)
         work, counts = [], []
-        for prompt, given in _with_continuations(as_list(prompts), [continuations] if one else continuations):
-            ids, params = self._intake.scored(prompt, given)
-            work += [(ids, wanted) for wanted in params]
+        lists = _with_continuations(as_list(prompts), [continuations] if one else continuations)
+        for (prompt, given), own in zip(lists, own_images(prompts, images)):
+            ids, media, params = self._intake.scored(prompt, given, **own)
+            work += [(ids, wanted, {"media": media}) for wanted in params]
             counts.append(len(params))
         return work, None if one else counts
 
     def classify(
-        self, prompts, activation: str | None = None, *, progress: bool = False, **options
+        self, prompts, activation: str | None = None, *, images=None, progress: bool = False, **options
     ) -> list[ClassificationOutput]:
         """What the model's sequence-classification head says of each prompt, or pair of texts.
 
@@ -110,8 +117,9 @@ class Jobs:
 
         Raises what `generate` raises, and UnsupportedOption if the model has no such head.
         """
-        params = ClassifyParams(activation=activation)
-        return self._results([(prompt, params) for prompt in as_list(prompts, pairs=True)], progress, options)
+        params, own = ClassifyParams(activation=activation), own_images(prompts, images, pairs=True)
+        work = [(prompt, params, more) for prompt, more in zip(as_list(prompts, pairs=True), own)]
+        return self._results(work, progress, options)
 
     def _results(self, work: Work, progress: bool, options: dict) -> list:
         adapter = options.pop("adapter", None)
@@ -126,8 +134,8 @@ class Jobs:
     def _run(self, work: Work, progress: bool, adapters: list[str | None], **options) -> list[RequestOutput]:
         states: list[RequestState] = []
         try:
-            for (prompt, params), adapter in zip(work, adapters):
-                states.append(self.submit_when_possible(prompt, params, adapter=adapter, **options))
+            for (prompt, params, own), adapter in zip(work, adapters):
+                states.append(self.submit_when_possible(prompt, params, adapter=adapter, **own, **options))
             _finish_all(self, states, progress)
         finally:
             for state in states:
@@ -158,6 +166,19 @@ def as_list(prompts, *, pairs: bool = False) -> list:
     """One prompt or several as a list. With `pairs`, a tuple of texts is one."""
     is_pair = pairs and isinstance(prompts, tuple) and bool(prompts) and isinstance(prompts[0], str)
     return [prompts] if is_pair or is_one(prompts) else list(prompts)
+
+
+def own_images(prompts, images, *, pairs: bool = False) -> list[dict]:
+    """What `submit` is told of the images of each prompt. Raises InvalidArgument unless there are some, or None, for each."""
+    given = as_list(prompts, pairs=pairs)
+    if images is None:
+        return [{}] * len(given)
+    if given and given[0] is prompts:
+        return [{"images": images}]
+    if not isinstance(images, list | tuple) or len(images) != len(given):
+        found = len(images) if isinstance(images, list | tuple) else type(images).__name__
+        raise InvalidArgument(f"images must be a list with those of each prompt, got {found} for {len(given)} prompts")
+    return [{} if own is None else {"images": own} for own in images]
 
 
 def grouped(results: list, counts: list[int] | None) -> list:

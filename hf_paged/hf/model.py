@@ -216,6 +216,10 @@ class TransformersModel:
             raise InvalidArgument(
                 f"forward_hooks: {name!r} is a {type(modules[name]).__name__}, which is never called; name its parts"
             )
+        if self.media is not None and not _is_of_the_language_model(self.module, modules[name]):
+            raise InvalidArgument(
+                f"forward_hooks: {name!r} sees images, which are encoded apart from the requests; hook the module itself"
+            )
 
     def _why_unrecordable(self) -> str | None:
         if self._seen.hooked:
@@ -245,3 +249,10 @@ class TransformersModel:
 def _told(context: StepContext) -> torch.Tensor:
     """The positions that the model is given."""
     return context.position_ids if context.rope_positions is None else context.rope_positions
+
+
+def _is_of_the_language_model(model: torch.nn.Module, module: torch.nn.Module) -> bool:
+    """Whether `module` runs on the tokens of a step: it is a part of the decoder, around it, or the output embedding."""
+    decoder = model.get_decoder()
+    inside = set(decoder.modules()) | {model.get_input_embeddings(), model.get_output_embeddings()}
+    return module in inside or decoder in set(module.modules())

@@ -17,7 +17,6 @@ from tiny_processors import available, tiny_pair
 import hf_paged
 from hf_paged import (
     AsyncEngine,
-    EmbedParams,
     Engine,
     EngineConfig,
     ImageLimits,
@@ -209,10 +208,16 @@ def test_preemption_forks_guesses_and_neighbours(llava):
 def test_embeddings_and_scores_of_prompts_with_images(engine, llava):
     model, processor, shown = llava
     text, image = f"a {shown} b", [picture(4)]
-    embedded = engine.submit(text, EmbedParams(pooling="last", normalize=False), images=image)
+    embedded = engine.embed(text, pooling="last", normalize=False, images=image)[0]
     scored = engine.submit(text, ScoreParams(continuation=(70, 71)), images=image)
     while engine.has_unfinished():
         engine.step()
+    lists = engine.score([text, "no image"], [[(70, 71), (70, 72)], [(70,)]], images=[image, None])
+    assert lists[0][0].token_logprobs == scored.output.result.token_logprobs and len(lists[1]) == 1
+    with pytest.raises(InvalidArgument, match="images must be a list with those of each prompt, got 1 for 2"):
+        engine.embed([text, text], images=[image])
+    outputs = engine.generate(["no image", text], GREEDY, images=[None, image])
+    assert outputs[1].outputs[0].token_ids == tokens(engine, text, image)
     engine.close()
     inputs = processor(text=[text], images=image, return_tensors="pt")
     ids = torch.cat([inputs["input_ids"], torch.tensor([[70, 71]])], -1)
@@ -220,7 +225,7 @@ def test_embeddings_and_scores_of_prompts_with_images(engine, llava):
         out = model(input_ids=ids, pixel_values=inputs["pixel_values"], output_hidden_states=True)
     size = inputs["input_ids"].shape[1]
     torch.testing.assert_close(
-        torch.as_tensor(embedded.output.result.embedding), out.hidden_states[-1][0, size - 1], rtol=1e-4, atol=1e-4
+        torch.as_tensor(embedded.embedding), out.hidden_states[-1][0, size - 1], rtol=1e-4, atol=1e-4
     )
     wanted = out.logits[0].log_softmax(-1)[[size - 1, size], [70, 71]]
     torch.testing.assert_close(torch.as_tensor(scored.output.result.token_logprobs), wanted, rtol=1e-4, atol=1e-4)
@@ -373,3 +378,14 @@ def test_an_image_that_the_encoder_fails_on_ends_its_own_request(engine, llava, 
     engine.close()
     expected = [stock(model, processor, text, [picture(seed)]) for seed in (1, 2)]
     assert [states[i].output.outputs[0].token_ids for i in (0, 2)] == expected
+
+
+def test_hooks_of_a_request_are_on_what_its_tokens_run_through(engine, llava):
+    model, processor, shown = llava
+    seen = []
+    name = "model.language_model.layers.1"
+    tokens(engine, f"a{shown}", [picture(1)], hooks=engine.hooks((), (), {name: lambda x, at: seen.extend(at.tolist())}))
+    assert sorted(set(seen)) == list(range(max(seen) + 1))
+    for name in ("model.vision_tower", "model.multi_modal_projector.linear_1"):
+        with pytest.raises(InvalidArgument, match="sees images"):
+            engine.add("a", GREEDY, forward_hooks={name: print})
