@@ -53,22 +53,32 @@ def give_back(tensors: Iterable[Tensor], module: nn.Module) -> None:
     the system allows it.
 
     Safetensors maps a file as a whole, and its pages, once read, stay with the process as long as any tensor of the
-    file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end. glibc
-    keeps what packing freed between what it made; that goes back too.
+    file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    libc = ctypes.CDLL(None)
     kept = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in kept:
-            # the first and the last page are not its alone
-            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > start:
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            forget_pages(tensor)
+    trim()
+
+
+def trim() -> None:
+    """Give back what has been freed, which glibc keeps where its neighbours are in use or another thread allocated it."""
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def forget_pages(tensor: Tensor) -> None:
+    """Give back the memory from a tensor's first to its last value, which nobody has written to if it is a file's."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    # the first and the last page are not its alone
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + (last + 1) * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _own_name(module: str, modules: set[str], prefix: str) -> str:

@@ -2,15 +2,20 @@
 
 Both would fail with the plan that the model's class has. It is changed while the model is dealt out to the ranks, before
 its weights are read, and is the model's own again afterwards.
+
+What a rank reads of a file it has in memory of its own. transformers leaves parts of outputs where the file is mapped, and the
+pages of all ranks' parts of inputs stay with a process, too: together with what patching merges, that is several times its share.
 """
 
 from __future__ import annotations
 
 from functools import wraps
 
+import torch
 from torch import nn
-from transformers.distributed import mixin, tensor_parallel
+from transformers.distributed import mixin, sharding_utils, tensor_parallel
 
+from .checkpoint import forget_pages
 from .quantized_plan import INPUTS, OUTPUTS, PREFIX, QuantizedStyle, plan_quantized
 from .shared_heads import SharedHeads, plan_shared_heads
 
@@ -43,6 +48,24 @@ def install() -> None:
 
     maybe_distribute_model.hf_paged_original = original
     mixin.DistributedMixin.maybe_distribute_model = classmethod(maybe_distribute_model)
+    sharding_utils.DtensorShardOperation.shard_tensor = _reading_lightly(sharding_utils.DtensorShardOperation.shard_tensor)
+
+
+def _reading_lightly(original):
+    """transformers' `shard_tensor`, whose result is in memory of its own, and which leaves no pages of the file behind."""
+
+    @wraps(original)
+    def shard_tensor(self, source, tensor_idx=None, device=None, dtype=None):
+        if isinstance(source, torch.Tensor):
+            return original(self, source, tensor_idx=tensor_idx, device=device, dtype=dtype)
+        part = original(self, source, tensor_idx=tensor_idx)
+        if part is None or part.untyped_storage().nbytes() == part.nbytes:  # not this rank's; not a view of the file
+            return None if part is None else part.to(device=device, dtype=dtype)
+        own = torch.empty(part.shape, dtype=dtype or part.dtype, device=device or part.device).copy_(part)
+        forget_pages(source[...])  # of all of it: the system maps more than was read
+        return own
+
+    return shard_tensor
 
 
 def _completed(model: nn.Module, own: dict[str, str], size: int) -> dict[str, str]:

@@ -9,11 +9,13 @@ from hf_paged_kernels.quantized import QuantizedWeight, cat, same_layout, why_no
 
 from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
+from ..checkpoint import trim
 from ..swap import Swapped, can_swap
 from ..watch import version_of
 from ..weights import has_known_weight, local
 from .adapted import adapted_linear, changed
 from .base import Fusions, is_linear, width_of
+from .sharded import is_sharded
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
@@ -142,6 +144,8 @@ def merge_projections(model: nn.Module, fusions: Fusions) -> None:
                 fusions.merged.append(merged)
                 for index, layer in enumerate(layers):
                     fusions.swap(layer, MergedLinear, (merged, index), kind)
+                if any(map(is_sharded, layers)):  # not parts of a mapped file: at the end they would be there twice
+                    trim()
 
 
 def merged_of(module: nn.Module, names: tuple[str, ...]) -> Merged | None:
