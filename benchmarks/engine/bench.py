@@ -4,6 +4,9 @@ A round is: hf_paged on the whole workload, then a slice of it through stock one
 padded batches of 8. One more hf_paged run closes the last round, so every stock slice lies between two hf_paged runs
 and the round's ratio is taken against their mean. All slices together are the whole workload, unless a smaller sample
 was asked for. Slices hold a like mix of lengths; one-at-a-time and padded batches see requests in random order.
+
+On several ranks all of them do the same: stock runs sharded by the same plan, hf_paged's engine is rank 0's. Times are
+those of rank 0, which prints and writes; bytes are those of one rank.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from tqdm import tqdm
 import hf_paged
 from hf_paged.benchmarks import schema
 from hf_paged.hf.build import load_model
+from hf_paged.hf.patch import led
 from hf_paged.hf.quantize.spot import check_kind
 
 from . import systems, workload
@@ -34,13 +38,17 @@ PROFILE_SEQS, PROFILE_STEPS = 32, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to run. `stock_sample` is how many requests stock runs over all rounds (None: the whole workload)."""
+    """What to run. `stock_sample` is how many requests stock runs over all rounds (None: the whole workload).
+
+    `requests` is how many a workload has (None: its own number), `rank` which of `num_ranks` processes this is.
+    """
 
     model: str | None = None
     workloads: Sequence[str] = tuple(WORKLOADS)
     systems: Sequence[str] = tuple(SYSTEMS)
     rounds: int = 4
     stock_sample: int | None = None
+    requests: int | None = None
     max_num_seqs: int = 64
     speculation: str | None = None
     quantization: str | None = None
@@ -48,6 +56,9 @@ class Options:
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+    expert_parallel: bool = False
     out: Path = field(default_factory=schema.results_folder)
 
     def __post_init__(self):
@@ -58,10 +69,14 @@ class Options:
         if self.speculation not in (None, "ngram"):
             raise ValueError(f"speculation must be ngram or left out, got {self.speculation!r}")
         check_kind(self.quantization)
-        for name in ("rounds", "threads", "max_num_seqs", "stock_sample"):
+        for name in ("rounds", "threads", "max_num_seqs", "stock_sample", "requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def work(self, name: str, tokenizer) -> workload.Workload:
+        count = {} if self.requests is None else {"count": self.requests}
+        return WORKLOADS[name](tokenizer, seed=self.seed, **count)
 
 
 @dataclass
@@ -77,8 +92,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Profile:
-    """The engine at 32 running requests: where a step's time goes, token rates, KV memory."""
+    """The engine at some running requests, 32 unless there are fewer: where a step's time goes, token rates, KV memory."""
 
+    running: int
     own_share: float
     shares: dict[str, float]
     decode_rate: float
@@ -93,23 +109,23 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
         stock, paged_model, tokenizer = _load(options)
-        works = [WORKLOADS[name](tokenizer, seed=options.seed) for name in options.workloads]
-        for work in works:
+        works = [options.work(name, tokenizer) for name in options.workloads]
+        for work in works if not options.rank else ():
             print(
                 f"{work.name}: {len(work.requests)} requests, {work.prompt_tokens} prompt and {work.output_tokens} "
                 f"output tokens, text of the Python reference, fingerprint {work.fingerprint()}"
             )
         profile = None
         if "paged" in options.systems:
-            with _engine(paged_model, tokenizer, PROFILE_SEQS, options.quantization) as engine:
-                _warm_up(engine, works[0])
-                profile = _profile(engine, stock, workload.mixed(tokenizer, seed=options.seed))
+            with _patched(paged_model, tokenizer, PROFILE_SEQS, options.quantization):
+                _warm_up(paged_model, works[0])
+                profile = _profile(paged_model, stock, options.work("mixed", tokenizer))
             more = options.quantization, options.speculation
-            engine = stack.enter_context(_engine(paged_model, tokenizer, options.max_num_seqs, *more))
-            _warm_up(engine, works[0])
-        else:
-            engine = None
-        results = [_measure(work, stock, engine, options) for work in works]
+            stack.enter_context(_patched(paged_model, tokenizer, options.max_num_seqs, *more))
+            _warm_up(paged_model, works[0])
+        results = [_measure(work, stock, paged_model, options) for work in works]
+    if options.rank:
+        return results, profile
     machine = schema.describe_machine(_device_name(stock), torch.get_num_threads())
     measures = _measures(results, profile, options, str(getattr(stock.config, "_name_or_path", "")))
     schema.append_rows(options.out / "engine.csv", measures, machine)
@@ -122,43 +138,44 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
 def _load(options: Options):
     """A stock model, a second one to be patched, and their tokenizer."""
     loading = {"dtype": getattr(torch, options.dtype), "device": options.device}
+    loading |= {"num_ranks": options.num_ranks, "expert_parallel": options.expert_parallel, "progress": not options.rank}
     stock, tokenizer = load_model(options.model, **loading)
     paged_model = load_model(options.model, **loading)[0] if "paged" in options.systems else None
     return stock, paged_model, tokenizer
 
 
 @contextmanager
-def _engine(model, tokenizer, max_num_seqs: int, quantization: str | None, speculation: str | None = None):
+def _patched(model, tokenizer, max_num_seqs: int, quantization: str | None, speculation: str | None = None):
     options = {"max_num_seqs": max_num_seqs, "speculation": speculation}
     hf_paged.patch(model, tokenizer=tokenizer, quantization=quantization, **options)
     try:
-        yield hf_paged.engine_of(model)
+        yield
     finally:
         hf_paged.unpatch(model)
 
 
-def _warm_up(engine, work: workload.Workload) -> None:
+def _warm_up(model, work: workload.Workload) -> None:
     """Compile kernels and touch memory outside the measured time."""
-    systems.run_paged(engine, work.requests[:8], ignore_eos=True, cache_salt="warm-up")
+    led(model, lambda engine: systems.run_paged(engine, work.requests[:8], ignore_eos=True, cache_salt="warm-up"))
 
 
-def _measure(work: workload.Workload, stock, engine, options: Options) -> Result:
+def _measure(work: workload.Workload, stock, paged_model, options: Options) -> Result:
     runs: dict[str, list[Run]] = {SYSTEMS[name]: [] for name in SYSTEMS if name in options.systems}
     stock_runs: dict[str, list[list[int]]] = {name: [] for name in runs if name != PAGED}
     plan = _stock_plan(work, options)
-    with tqdm(total=_total_tokens(work, plan, options), unit="tok", smoothing=0.1, file=sys.stderr) as bar:
+    total = _total_tokens(work, plan, options)
+    with tqdm(total=total, unit="tok", smoothing=0.1, file=sys.stderr, disable=bool(options.rank)) as bar:
 
         def paged(turn: int) -> None:
             bar.set_description(f"{work.name}: {PAGED}")
-            salt = f"{work.name}-{turn}"
-            runs[PAGED].append(
-                systems.run_paged(engine, work.requests, ignore_eos=True, cache_salt=salt, progress=bar.update)
-            )
+            more = {"ignore_eos": True, "cache_salt": f"{work.name}-{turn}", "progress": bar.update}
+            runs[PAGED].append(led(paged_model, lambda engine: systems.run_paged(engine, work.requests, **more)))
 
         def stock_slice(system: str, batch: int, indices: list[int]) -> None:
             bar.set_description(f"{work.name}: {system}")
             chosen = [work.requests[i] for i in indices]
-            runs[system].append(systems.run_stock(stock, chosen, batch=batch, ignore_eos=True, progress=bar.update))
+            run = systems.run_stock(stock, chosen, batch=batch, ignore_eos=True, progress=bar.update)
+            runs[system].append(_rank_0s(run, options))
             stock_runs[system].append(indices)
 
         for turn in range(options.rounds):
@@ -171,6 +188,14 @@ def _measure(work: workload.Workload, stock, engine, options: Options) -> Result
             paged(options.rounds)
     compared, differences = _compare(work, stock, runs, stock_runs, skip={PAGED} if options.quantization else set())
     return Result(work, runs, _ratios(runs), compared, differences)
+
+
+def _rank_0s(value, options: Options):
+    """Rank 0's value, on all ranks."""
+    holder = [value]
+    if options.num_ranks > 1:
+        torch.distributed.broadcast_object_list(holder, 0)
+    return holder[0]
 
 
 def _stock_plan(work: workload.Workload, options: Options) -> dict[str, list[list[int]]]:
@@ -238,20 +263,23 @@ def _compare(work, stock, runs, stock_runs, skip: set[str]) -> tuple[dict[str, i
     return compared, differences
 
 
-def _profile(engine, stock, mixed: workload.Workload) -> Profile:
+def _profile(model, stock, mixed: workload.Workload) -> Profile:
     """The first 32 mixed requests: all prefilled, then decoding together, then run to their end for the memory."""
     requests = mixed.requests[:PROFILE_SEQS]
-    prefill = systems.run_paged(
-        engine, [workload.Request(r.prompt, 1) for r in requests], ignore_eos=True, cache_salt="profile-prefill"
-    )
-    whole = systems.run_paged(engine, mixed.requests, ignore_eos=True, cache_salt="profile-memory")
-    preemptions = engine.stats()["preemptions"]
-    stats, seconds = _steady_decode(engine, requests)
+
+    def work(engine):
+        prompts = [workload.Request(r.prompt, 1) for r in requests]
+        prefill = systems.run_paged(engine, prompts, ignore_eos=True, cache_salt="profile-prefill")
+        whole = systems.run_paged(engine, mixed.requests, ignore_eos=True, cache_salt="profile-memory")
+        return prefill, whole, engine.stats()["preemptions"], _steady_decode(engine, requests)
+
+    prefill, whole, preemptions, (stats, seconds) = led(model, work)
     total = stats["time_total"]
     parts = ("schedule", "build", "sample", "detokenize")
     shares = {"model": stats["time_model"] / total} | {name: stats[f"time_{name}"] / total for name in parts}
     shares["other"] = 1 - sum(shares.values())
     return Profile(
+        running=len(requests),
         own_share=1 - shares["model"],
         shares=shares,
         decode_rate=len(requests) * PROFILE_STEPS / seconds,
@@ -298,6 +326,8 @@ def _measures(results: list[Result], profile: Profile | None, options: Options, 
             "speculation": options.speculation,
             "quantization": options.quantization,
         }
+        if options.num_ranks > 1:
+            detail |= {"ranks": options.num_ranks, "expert_parallel": options.expert_parallel}
         for system, runs in result.runs.items():
             here = common | {"workload": result.work.name, "system": system}
             equal = (
@@ -315,7 +345,7 @@ def _measures(results: list[Result], profile: Profile | None, options: Options, 
             here = common | {"workload": result.work.name, "system": PAGED, "baseline": system}
             rows.append(schema.Measure(**here, metric="speedup", unit="ratio", samples=ratios))
     if profile:
-        here = common | {"workload": f"{PROFILE_SEQS} running", "system": PAGED}
+        here = common | {"workload": f"{profile.running} running", "system": PAGED}
         for metric, unit, value in (
             ("own_time", "share", profile.own_share),
             ("decode_tokens", "1/s", profile.decode_rate),

@@ -54,7 +54,7 @@ def _print_profile(console, profile: Profile) -> None:
     saved = 1 - profile.kv_bytes / profile.static_bytes
     shares = ", ".join(f"{name} {share:.1%}" for name, share in profile.shares.items())
     console.print(
-        f"At 32 running requests: the engine's own time is {profile.own_share:.1%} of a step ({shares});\n"
+        f"At {profile.running} running requests: the engine's own time is {profile.own_share:.1%} of a step ({shares});\n"
         f"decode {profile.decode_rate:.0f} tokens/s, prefill {profile.prefill_rate:.0f} tokens/s; KV peak "
         f"{profile.kv_bytes / MIB:.0f} MiB, padded static batch {profile.static_bytes / MIB:.0f} MiB: "
         f"{saved:.0%} less; {profile.preemptions} preemptions.",

@@ -253,21 +253,25 @@ def bench(
     stock_sample: Annotated[
         int | None, typer.Option(help="How many requests stock runs in all (it is slow). Default all.")
     ] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests of a workload. Default 64 mixed, 32 shared.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences hf_paged runs at once.")] = 64,
     speculation: Annotated[str | None, typer.Option(help="ngram: hf_paged guesses tokens ahead.")] = None,
     quantization: Annotated[
         str | None, typer.Option(help="int4, int8 or fp8: hf_paged rounds its weights; stock's stay as they are.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    expert_parallel: ExpertParallel = False,
+    threads: Annotated[int, typer.Option(help="CPU threads, of each process.")] = 2,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of the workloads.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for engine.csv and engine.png.")] = None,
 ) -> None:
-    """Measure hf_paged against stock `generate`, interleaved in one run (about 20 minutes on 2 cores)."""
-    from .common import check_alone, dtype_name, quiet_libraries
+    """Measure hf_paged against stock `generate`, interleaved in one run (about 20 minutes on 2 cores).
 
-    check_alone("bench")
+    Under torchrun both are sharded by the same plan.
+    """
+    from .common import dtype_name, num_ranks, quiet_libraries, rank
+
     quiet_libraries()
     from hf_paged.benchmarks.engine.bench import SYSTEMS, WORKLOADS, Options, run_bench
 
@@ -279,6 +283,7 @@ def bench(
             systems=system or tuple(SYSTEMS),
             rounds=rounds,
             stock_sample=stock_sample,
+            requests=requests,
             max_num_seqs=max_num_seqs,
             speculation=speculation,
             quantization=quantization,
@@ -286,6 +291,9 @@ def bench(
             dtype=dtype_name(dtype),
             device=device,
             seed=seed,
+            rank=rank(),
+            num_ranks=num_ranks(),
+            expert_parallel=expert_parallel,
             **where,
         )
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -35,6 +37,11 @@ from .team import SharedCalls, find_team
 from .verify import Verification
 from .watch import without_hooks
 from .weights import is_spread
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+T = TypeVar("T")
 
 
 class Patch:
@@ -271,6 +278,18 @@ def follow(model) -> None:
     if undo.calls_of_all is None:
         raise InvalidArgument("model: it is not sharded, so there is no rank to follow")
     undo.calls_of_all.follow()
+
+
+def led(model, work: Callable[[Engine], T]) -> T:
+    """`work(engine)` with the engine of a patched model. Of a sharded one all ranks call this at the same time.
+
+    Rank 0 does the work while the others take part in what its engine runs. All get its result, or its exception; what is
+    inside is pickled.
+    """
+    undo = patch_of(model)
+    if undo.calls_of_all is None:
+        return work(undo.engine())
+    return undo.calls_of_all.run(lambda: work(undo.engine()), (), {})
 
 
 def _restore(model: torch.nn.Module, undo: Patch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -53,6 +54,21 @@ def test_experts_are_dealt_out_to_several_ranks(experts):
         load_model(str(experts), expert_parallel=True)
 
 
+def test_bench(folder, tmp_path):
+    """Stock on both ranks against hf_paged on both: the same tokens; rank 0 alone prints and writes."""
+    few = ["--workload", "shared", "--requests", "2", "--rounds", "1", "--system", "paged", "--system", "one", "--threads", "1"]
+    done = torchrun("-m", "hf_paged", "bench", str(folder), *few, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("rows appended") == 1
+    with (tmp_path / "engine.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rates = {row["system"]: json.loads(row["detail"]) for row in rows if row["metric"] == "output_tokens"}
+    assert set(rates) == {"hf_paged", "stock, one at a time"} and all(detail["ranks"] == 2 for detail in rates.values())
+    assert (rates["hf_paged"]["compared"], rates["hf_paged"]["different"]) == (4, 0)
+    [speedup] = [row for row in rows if row["metric"] == "speedup"]
+    assert float(speedup["p50"]) > 0
+
+
 def test_what_runs_in_one_process_says_so(folder):
-    done = torchrun("-m", "hf_paged", "bench", str(folder))
-    assert done.returncode and "bench runs in one process" in done.stderr
+    done = torchrun("-m", "hf_paged", "demo", str(folder))
+    assert done.returncode and "demo runs in one process" in done.stderr
