@@ -61,6 +61,20 @@ def _gemma3(tokenizer):
     return transformers.Gemma3Processor(_image_processor("Gemma3", size=SIDE), tokenizer, image_seq_length=4)
 
 
+class StillQwen2VLProcessor(transformers.Qwen2VLProcessor):
+    """Without the part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor, tokenizer):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        transformers.ProcessorMixin.__init__(self, image_processor, tokenizer)
+
+
+def _qwen2_vl(tokenizer):
+    images = _image_processor("Qwen2VL", patch_size=4, size=dict(shortest_edge=64, longest_edge=400))
+    return StillQwen2VLProcessor(images, tokenizer)
+
+
 STRATEGY = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
 PLACES = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
 # the text for an image, how the processor is made, and its special tokens, the placeholder first
@@ -71,6 +85,11 @@ PROCESSORS = {
         "<image>",
         _idefics3,
         *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *PLACES),
+    ),
+    "qwen2_vl": (
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        _qwen2_vl,
+        *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     ),
     "gemma3": ("<start_of_image>", _gemma3, "<image_soft_token>", "<start_of_image>", "<end_of_image>"),
 }

@@ -53,6 +53,13 @@ def generate(
             "else text with one prompt a line; - is standard input.",
         ),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An image that every prompt is about, for a model that takes some; to be repeated. Without --chat a prompt has "
+            "the model's placeholder for it."
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens of a request.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -81,7 +88,7 @@ def generate(
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization}
     loading |= {"expert_parallel": expert_parallel}
-    raise typer.Exit(run_generate(prompt or [], file, chat, sampling, json_lines, loading))
+    raise typer.Exit(run_generate(prompt or [], file, image or [], chat, sampling, json_lines, loading))
 
 
 @app.command()

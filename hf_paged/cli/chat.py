@@ -69,7 +69,7 @@ class Chat:
         """Stream the answer to `text`; returns what was answered, up to where Ctrl-C stopped it."""
         write = write or _write
         asked = [*self.messages, {"role": "user", "content": text}]
-        request_id = self.engine.add(chat_prompt(self.tokenizer, [*self.system, *asked]), self.params)
+        request_id = self.engine.add(chat_prompt(self.engine, self.tokenizer, [*self.system, *asked]), self.params)
         answer = ""
         with interrupts() as interrupted:
             while self.engine.has_unfinished():

@@ -170,6 +170,7 @@ def open_engine(
         engine: more fields of EngineConfig.
     """
     import hf_paged
+    from hf_paged.hf.build import load_processor
     from hf_paged.hf.quantize.spot import check_kind
 
     config = hf_paged.EngineConfig(speculation=speculation, **(engine or {}))  # a mistake shows before the weights are read
@@ -178,7 +179,8 @@ def open_engine(
     draft = None if draft_model is None or rank() else load(**loading | {"model": draft_model, "expert_parallel": False})[0]
     if rank():
         config = config.replace(speculation=None)  # rank 0 guesses
-    hf_paged.patch(model, config, tokenizer=tokenizer, draft_model=draft, quantization=quantization)
+    processor = load_processor(loading["model"], model, tokenizer) if loading["model"] else None
+    hf_paged.patch(model, config, tokenizer=processor or tokenizer, draft_model=draft, quantization=quantization)
     try:
         if rank():
             for name in (signal.SIGINT, signal.SIGTERM):
@@ -200,13 +202,16 @@ def follow_rank_0(**loading) -> None:
             raise AssertionError("only rank 0 has an engine")
 
 
-def chat_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's next words.
+def chat_prompt(engine, tokenizer, messages: list[dict]) -> list[int] | list[dict]:
+    """A conversation as the engine takes it, ready for the assistant's next words: token ids, or itself where there may be
+    images in it.
 
     Raises UserError if the model has no chat template or its template refuses the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model has no chat template; use plain prompts")
+    if engine.processor is not None:
+        return messages
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise jinja's own errors, by way of whatever they call

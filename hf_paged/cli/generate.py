@@ -11,9 +11,15 @@ from .common import UserError, chat_prompt, follow_rank_0, one_line, open_engine
 
 
 def run_generate(
-    prompts: list[str], file: Path | None, chat: bool, sampling: dict, json_lines: bool, loading: dict
+    prompts: list[str],
+    file: Path | None,
+    images: list[Path],
+    chat: bool,
+    sampling: dict,
+    json_lines: bool,
+    loading: dict,
 ) -> int:
-    """Read, generate, print. Returns 1 if any request failed, else 0."""
+    """Read, generate, print. `images` are beside every prompt. Returns 1 if any request failed, else 0."""
     from hf_paged.base.sampling_params import SamplingParams
 
     follow_rank_0(**loading)
@@ -23,8 +29,9 @@ def run_generate(
     if not entries:
         raise UserError("nothing to generate from: give --prompt or --file")
     params = [make_params(SamplingParams, entry, sampling, place) for place, entry in enumerate(entries, 1)]
+    encoded = [image.read_bytes() for image in images]
     with open_engine(**loading) as (_, tokenizer, engine):
-        inputs = [to_input(tokenizer, entry, chat) for entry in entries]
+        inputs = [to_input(engine, tokenizer, entry, chat, encoded) for entry in entries]
         results = run_all(engine, inputs, params, progress=loading["progress"])
     for place, (entry, result) in enumerate(zip(entries, results, strict=True)):
         print(as_json(place, entry, result) if json_lines else as_text(place, entry, result, alone=len(entries) == 1))
@@ -32,15 +39,19 @@ def run_generate(
 
 
 def run_all(engine, inputs: list, params: list, *, progress: bool) -> list:
-    """Each input's RequestOutput, or the exception that refused or ended it. One bad input leaves the rest alone."""
+    """Each input's RequestOutput, or the exception that refused or ended it. One bad input leaves the rest alone.
+
+    Args:
+        inputs: keyword arguments of `engine.add`.
+    """
     from tqdm import tqdm
 
     results: list = [None] * len(inputs)
     places, tokens, guessed, right = {}, 0, 0, 0
     with tqdm(total=len(inputs), unit="request", disable=not progress, file=sys.stderr) as bar:
-        for place, (prompt, sampling) in enumerate(zip(inputs, params, strict=True)):
+        for place, (given, sampling) in enumerate(zip(inputs, params, strict=True)):
             try:
-                places[engine.add(prompt, sampling)] = place
+                places[engine.add(params=sampling, **given)] = place
             except ValueError as error:  # refused by name: too long, say
                 results[place] = error
                 bar.update()
@@ -97,10 +108,16 @@ def make_params(cls, entry: dict, sampling: dict, place: int):
         raise UserError(f"prompt {place}: {one_line(error)}") from error
 
 
-def to_input(tokenizer, entry: dict, chat: bool) -> str | list[int]:
-    if "messages" in entry:
-        return chat_prompt(tokenizer, entry["messages"])
-    return chat_prompt(tokenizer, [{"role": "user", "content": entry["prompt"]}]) if chat else entry["prompt"]
+def to_input(engine, tokenizer, entry: dict, chat: bool, images: list[bytes]) -> dict:
+    """Keyword arguments of `engine.add`. In a chat the images come before what is said of them."""
+    more = {"images": images} if images else {}
+    if "messages" not in entry and not chat:
+        return {"prompt": entry["prompt"], **more}
+    messages = entry.get("messages")
+    if messages is None:
+        said = {"type": "text", "text": entry["prompt"]}
+        messages = [{"role": "user", "content": [*({"type": "image"} for _ in images), said] if images else entry["prompt"]}]
+    return {"prompt": chat_prompt(engine, tokenizer, messages), **more}
 
 
 def as_text(place: int, entry: dict, result, *, alone: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..base.images import ImageLimits
 from .common import (
     Device,
     DraftModel,
@@ -120,6 +121,8 @@ def serve(
     ] = 30,
     header_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's headers must come.")] = 15,
     body_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's body must come.")] = 60,
+    max_images: Annotated[int, _option(_BOUNDS, "Most images of a request.", min=1)] = 16,
+    max_image_pixels: Annotated[int, _option(_BOUNDS, "Most pixels of an image.", min=1)] = 1 << 25,
     media_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which an image that a request names must come.")] = 10,
     max_connections: Annotated[
         int | None, _option(_BOUNDS, "Most open connections; more are closed. Default: as many as the system allows.", min=1)
@@ -158,6 +161,7 @@ def serve(
     process |= {"ssl_keyfile_password": ssl_keyfile_password, "log_format": log_format, "log_level": log_level}
     engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
     engine |= {"max_batch_tokens": max_batch_tokens, "kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
+    engine["images"] = ImageLimits(max_count=max_images, max_pixels=max_image_pixels)
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
     loading |= {"expert_parallel": expert_parallel}

@@ -15,11 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from .vision.model import images_of
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 FOLDER = "smollm2-135m-instruct"
@@ -43,8 +46,8 @@ def load_model(
 ):
     """A model in eval mode, of the kind that the checkpoint was saved as, and its tokenizer (padding on the left).
 
-    Checkpoints for sequence classification, and those without a head, are loaded as such; all others as causal language
-    models.
+    Checkpoints for sequence classification, those without a head and those that take images are loaded as such; all others
+    as causal language models.
 
     Args:
         name: hub id or local folder; None is the embedded default, built on first use.
@@ -101,6 +104,35 @@ def distributed_config(num_ranks: int, expert_parallel: bool = False):
     if hasattr(DistributedConfig, "ep_size"):
         return DistributedConfig(tp_size=num_ranks, ep_size=num_ranks)
     return DistributedConfig(tp_size=num_ranks, enable_expert_parallel=True)
+
+
+def load_processor(name: str, model, tokenizer):
+    """The processor of a checkpoint whose model takes images on pages, for that tokenizer; None if it has none.
+
+    The tokenizer gets the processor's chat template, where it has one. A processor that cannot be had on this machine (some
+    need torchvision, say) is warned of: what is then left is text.
+    """
+    from transformers import AutoProcessor
+    from transformers.utils import cached_file
+
+    if images_of(model) is None:
+        return None
+    files = ("processor_config.json", "preprocessor_config.json")
+    options = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    if not any(cached_file(name, file, **options) for file in files):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (ImportError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"images are not taken: the processor of {name} cannot be loaded: {reason}", stacklevel=2)
+        return None
+    if not hasattr(processor, "image_processor"):
+        return None
+    if isinstance(getattr(processor, "chat_template", None), str):
+        tokenizer.chat_template = processor.chat_template
+    processor.tokenizer = tokenizer
+    return processor
 
 
 def _auto_class(source: str):

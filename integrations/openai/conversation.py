@@ -125,6 +125,7 @@ class Conversation:
         tool_choice: ToolChoice | None = None,
         parallel_tool_calls: bool = True,
         reasoning_effort: str | None = None,
+        image_names: Sequence[str] | None = None,
         **template,
     ) -> Conversation:
         """
@@ -140,6 +141,7 @@ class Conversation:
             tool_choice: None is "auto".
             parallel_tool_calls: whether an answer may have more calls than one.
             reasoning_effort: for the chat template.
+            image_names: see `chat_prompt`.
             template: more of `chat_prompt`'s: add_generation_prompt, continue_final_message, chat_template,
                 chat_template_kwargs, documents.
 
@@ -153,11 +155,14 @@ class Conversation:
             message = "tools: how this model writes calls is not known; start the server with a tool_parser"
             raise Refused(message, param="tools", code="unsupported")
         listed = list(usable.values())
-        prompt = await asyncio.to_thread(
-            chat_prompt, service, messages, tools=listed, reasoning_effort=reasoning_effort, **template
+        prompt = await chat_prompt(
+            service, messages, tools=listed, reasoning_effort=reasoning_effort, image_names=image_names, **template
         )
+        if prompt.media.spans and adapter is not None:
+            raise Refused("model: adapters take no images", param="model", code="unsupported")
         job = Job(
             prompt=prompt.token_ids,
+            media=prompt.media,
             params=params,
             request_id=request_id,
             priority=generation.priority,

@@ -24,7 +24,7 @@ FETCHES = 16  # at once, of all requests; others wait, in their own time
 RESOLVERS = 4  # threads that look names up; they may hang for as long as the system's resolver does
 
 
-class Media:
+class MediaReader:
     """Reads the images of requests.
 
     Args:
@@ -50,7 +50,9 @@ class Media:
             name = urls[self._most_images][0]
             message = f"{name}: {len(urls)} images are more than the {self._most_images} allowed"
             raise Refused(message, param=name, code="too_many")
-        names = {url: name for name, url in reversed(urls)}  # one that is there twice is read once
+        names: dict[str, str] = {}  # one that is there twice is read once
+        for name, url in urls:
+            names.setdefault(url, name)
         budget = _Budget(self._most_bytes)
         inside = {url: name for url, name in names.items() if _scheme(url) == "data"}
         images = await asyncio.to_thread(lambda: {url: _decoded(name, url, budget) for url, name in inside.items()})

@@ -79,7 +79,7 @@ def router(service: Service) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> dict:
         """The tokens of a text, or of a conversation as the model sees it."""
         service.adapter(body.model)
-        tokens = await asyncio.to_thread(_tokenize, service, body)
+        tokens = await _tokenize(service, body)
         strings = {"token_strs": service.tokenizer.convert_ids_to_tokens(tokens)} if body.return_token_strs else {}
         return {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, **strings}
 
@@ -91,14 +91,15 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
+async def _tokenize(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise Refused("exactly one of prompt and messages must be given", param="prompt", code="invalid_value")
     if body.prompt is not None:
         service.check_length("prompt", body.prompt)
-        return service.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids
+        made = await asyncio.to_thread(service.tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
+        return made.input_ids
     tools = usable_tools(tools_of(tool.function for tool in body.tools or ()), ToolChoice(), service.settings.limits)
-    prompt = chat_prompt(
+    prompt = await chat_prompt(
         service,
         body.messages,
         add_generation_prompt=body.add_generation_prompt,

@@ -20,9 +20,11 @@ from ...base.sampling_params import SamplingParams
 from ...base.tasks import ClassifyParams, EmbedParams
 from ...base.types import RequestDelta
 from ...engine.async_engine import AsyncEngine, Together
+from ...runtime.media import NO_MEDIA, Media
 from .cutting import Cutter
 from .drain import Drain
 from .errors import Refused
+from .images import Images, takes_images, with_images
 from .metrics import Metrics
 from .observation import current
 from .parsing import Dialect
@@ -41,6 +43,7 @@ class Service:
 
     Attributes:
         tasks: what runs with no client waiting.
+        images: what becomes of images; None if the model takes none.
     """
 
     def __init__(self, engine: AsyncEngine, settings: Settings):
@@ -48,6 +51,8 @@ class Service:
         self.tokenizer = engine.engine.tokenizer
         if self.tokenizer is None:
             raise InvalidArgument("engine: a server needs an engine with a tokenizer")
+        if takes_images(engine.engine):
+            self.tokenizer = with_images(self.tokenizer, engine.engine.processor)
         model = engine.engine.model
         config = model.module.config
         self.model_name = settings.model_name or getattr(config, "_name_or_path", "") or type(model.module).__name__
@@ -59,6 +64,7 @@ class Service:
         self.started = int(time.time())
         self.tasks: set[asyncio.Task] = set()
         self.sandbox = Sandbox() if settings.request_chat_templates else None
+        self.images = Images(engine.engine, settings) if takes_images(engine.engine) else None
 
     @cached_property
     def cutter(self) -> Cutter:
@@ -75,6 +81,8 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.images is not None:
+            await self.images.reader.close()
 
     def adapter(self, name: str | None) -> str | None:
         """The adapter that a request's `model` names, for requests that may have one; None for the model as it is.
@@ -169,6 +177,7 @@ class Service:
             cache_salt=job.cache_salt,
             adapter=job.adapter,
             deadline=seconds_left(self.settings.request_timeout),
+            media=job.media,
             together=together,
         )
 
@@ -195,6 +204,7 @@ class Job:
     user: str | None = None
     cache_salt: str | None = None
     adapter: str | None = None
+    media: Media = NO_MEDIA  # of a prompt of token ids
 
 
 def jobs_of(prompts: list, params, body, *, request_id: str, user: str | None, adapter: str | None) -> list[Job]:

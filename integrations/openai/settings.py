@@ -27,7 +27,6 @@ class Limits:
         logit_bias: entries.
         allowed_token_ids: tokens of that field.
         logprobs: most likely tokens to report beside each.
-        images: of one request.
         image_bytes: of all images of one request, as they are encoded (PNG, JPEG).
         tools: functions of one request.
         tool_characters: of the schemas and descriptions of all of them.
@@ -45,7 +44,6 @@ class Limits:
     logit_bias: int = 1024
     allowed_token_ids: int = 65_536
     logprobs: int = 20
-    images: int = 32
     image_bytes: int = 32 * 2**20
     tools: int = 128
     tool_characters: int = 256 * 1024

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from jinja2 import TemplateError, meta
@@ -14,7 +15,9 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
+from ...runtime.media import NO_MEDIA, Media
 from .errors import Refused
+from .images import named_images, parts_of, reads_parts
 from .protocol import Message
 from .service import Service
 from .tools import Tool
@@ -29,17 +32,41 @@ class Prompt:
     """What the model reads.
 
     Attributes:
+        text: with a placeholder for each image.
+        token_ids: with as many for each image as it has tokens.
         continued: the beginning of the answer, if it ends with one.
+        media: the images.
     """
 
     text: str
     token_ids: list[int]
     continued: str | None = None
+    media: Media = NO_MEDIA
 
 
-def chat_prompt(
+async def chat_prompt(
+    service: Service, messages: Sequence[Message], *, image_names: Sequence[str] | None = None, **options
+) -> Prompt:
+    """What the model's chat template makes of a conversation, with its images.
+
+    Args:
+        image_names: of the fields that the images are in; None: those of a chat completion's messages.
+        options: `_rendered`'s.
+
+    Raises Refused, naming the field at fault.
+    """
+    named = named_images(messages, image_names, service.images is not None)
+    prompt = await asyncio.to_thread(_rendered, service, messages, bool(named), **options)
+    if not named:
+        return prompt
+    token_ids, media = await service.images.put(prompt.text, named)
+    return replace(prompt, token_ids=token_ids, media=media)
+
+
+def _rendered(
     service: Service,
     messages: Sequence[Message],
+    images: bool,
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
@@ -49,10 +76,13 @@ def chat_prompt(
     tools: Sequence[Tool] = (),
     reasoning_effort: str | None = None,
 ) -> Prompt:
-    """Runs the template, which may take a while. Raises Refused, naming the field at fault."""
+    """Runs the template, which may take a while. With `images` the token ids are left out."""
     options = dict(chat_template_kwargs or {})
     _check_asked(service, messages, chat_template, options)
-    plain = _plain_messages(messages)
+    parts = service.images is not None and reads_parts(service.tokenizer)
+    if images and not parts:
+        raise Refused("messages: this model's chat template knows no images", param="messages", code="unsupported")
+    plain = _plain_messages(messages, parts)
     listed = [tool.for_template() for tool in tools] or None
     if reasoning_effort is not None:
         if options.get("reasoning_effort", reasoning_effort) != reasoning_effort:
@@ -75,8 +105,8 @@ def chat_prompt(
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(f"messages: the chat template refuses them: {error}", param="messages", code="template") from error
     service.check_length("messages", text)
-    ids = service.tokenizer(text, add_special_tokens=False).input_ids
-    return Prompt(text, ids, plain[-1]["content"] if continue_final_message else None)
+    ids = [] if images else service.tokenizer(text, add_special_tokens=False).input_ids
+    return Prompt(text, ids, messages[-1].text if continue_final_message else None)
 
 
 def _check_asked(service: Service, messages: Sequence[Message], chat_template: str | None, options: dict) -> None:
@@ -114,20 +144,18 @@ def _check_known(known: frozenset[str], must_read: list[str]) -> None:
             raise Refused(f"{name}: this model's chat template does not know it", param=name, code="unsupported")
 
 
-def _plain_messages(messages: Sequence[Message]) -> list[dict]:
-    """Messages as templates read them: text in one string, arguments as objects, results with their functions' names."""
+def _plain_messages(messages: Sequence[Message], parts: bool) -> list[dict]:
+    """Messages as templates read them: text in one string, arguments as objects, results with their functions' names.
+
+    With `parts` contents are lists of texts and images.
+    """
     names: dict[str, str] = {}  # of the calls so far, by id
-    return [_plain(message, f"messages.{place}", names) for place, message in enumerate(messages)]
+    return [_plain(message, f"messages.{place}", names, parts) for place, message in enumerate(messages)]
 
 
-def _plain(message: Message, place: str, names: dict[str, str]) -> dict:
+def _plain(message: Message, place: str, names: dict[str, str], parts: bool) -> dict:
     plain = message.model_dump(exclude_none=True, exclude={"reasoning", "reasoning_content", "tool_calls"})
-    plain["content"] = message.text
-    for index in message.images:
-        name = f"{place}.content.{index}.image_url"
-        if message.role != "user":
-            raise Refused(f"{name}: images are the user's", param=name, code="invalid_value")
-        raise Refused(f"{name}: this model takes no images", param=name, code="unsupported")
+    plain["content"] = parts_of(message) if parts else message.text
     if plain["role"] == "developer":
         plain["role"] = "system"
     for field in ("tool_calls", "reasoning", "reasoning_content"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import patch
-from ...hf.build import load_model
+from ...hf.build import load_model, load_processor
 from .options import Options
 
 
@@ -20,6 +20,7 @@ def load(options: Options, rank: int):
         config = config.replace(speculation=None)  # rank 0 guesses
     elif options.draft_model is not None:
         draft, _ = load_model(options.draft_model, dtype=dtype, progress=False)
+    processor = load_processor(options.model, model, tokenizer) if options.model else None
     if options.chat_template is not None:
         tokenizer.chat_template = options.chat_template
-    return patch(model, config, tokenizer=tokenizer, draft_model=draft, quantization=options.quantization)
+    return patch(model, config, tokenizer=processor or tokenizer, draft_model=draft, quantization=options.quantization)

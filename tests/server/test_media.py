@@ -14,7 +14,7 @@ import trustme
 
 from hf_paged.base.errors import InvalidArgument
 from hf_paged.integrations.openai.errors import Refused
-from hf_paged.integrations.openai.media import Media
+from hf_paged.integrations.openai.media import MediaReader
 from hf_paged.integrations.openai.media_hosts import AllowedHosts, as_address
 
 PNG = b"\x89PNG\r\n" + bytes(range(256)) * 16
@@ -129,7 +129,7 @@ class serve:
 
 def read(*urls, hosts=(), images=8, most=MOST, timeout=5.0):
     async def run():
-        media = Media(hosts, most_images=images, most_bytes=most, timeout=timeout)
+        media = MediaReader(hosts, most_images=images, most_bytes=most, timeout=timeout)
         try:
             return await media.read([(f"images.{place}", url) for place, url in enumerate(urls)])
         finally:
@@ -234,7 +234,7 @@ def test_one_that_fails_ends_the_others(server):
 
 def test_the_loop_goes_on_while_a_host_is_slow(server):
     async def run():
-        media = Media([f"127.0.0.1:{server.port}"], most_images=1, most_bytes=9999, timeout=0.5)
+        media = MediaReader([f"127.0.0.1:{server.port}"], most_images=1, most_bytes=9999, timeout=0.5)
         reading = asyncio.ensure_future(media.read([("image", f"http://127.0.0.1:{server.port}/slow")]))
         turns = 0
         while not reading.done():

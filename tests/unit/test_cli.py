@@ -38,7 +38,7 @@ class Engine:
         self.running: dict[str, RequestOutput] = {}
         self.params = {}
         self.prompts, self.aborted, self.on_step = [], [], None
-        self.guesses_by = None, None
+        self.guesses_by, self.processor = (None, None), None
 
     def add(self, prompt, params):
         if prompt == "huge":
@@ -251,7 +251,7 @@ def test_interrupt_stops_the_answer_not_the_chat(engine, monkeypatch, capsys):
 
 
 def test_chat_survives_a_failed_turn(engine, monkeypatch, capsys):
-    monkeypatch.setattr(chat, "chat_prompt", lambda tokenizer, messages: messages[-1]["content"])
+    monkeypatch.setattr(chat, "chat_prompt", lambda engine, tokenizer, messages: messages[-1]["content"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("huge\nfail\nfine\n"))
     assert run("chat", "--max-tokens", "1") == 0
     out = capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_chat_survives_a_failed_turn(engine, monkeypatch, capsys):
 
 def test_a_model_without_template_is_refused():
     with pytest.raises(common.UserError, match="no chat template"):
-        common.chat_prompt(SimpleNamespace(chat_template=None), [])
+        common.chat_prompt(SimpleNamespace(processor=None), SimpleNamespace(chat_template=None), [])
 
 
 def test_guard_lets_bugs_through():

@@ -67,6 +67,17 @@ def messages_of(items: Sequence[dict], instructions: str | None) -> list[Message
     return [*messages, _assistant(said)] if said else messages
 
 
+def image_names(items: Sequence[dict], num_earlier: int) -> list[str]:
+    """The fields that the images of kept items are in, in order; those of the first `num_earlier` are an earlier response's."""
+    return [
+        f"input.{place - num_earlier}.content.{index}.image_url" if place >= num_earlier else "previous_response_id"
+        for place, item in enumerate(items)
+        if item["type"] == "message"
+        for index, part in enumerate(item["content"])
+        if part["type"] == "input_image"
+    ]
+
+
 def _assistant(items: list[dict]) -> Message:
     text, reasoning, calls = [], [], []
     for item in items:

@@ -13,7 +13,7 @@ from ..errors import Refused, describe
 from ..protocol import Generation, JSONSchema, ResponseFormat
 from ..service import Service, first_of, new_id
 from ..tools import ToolChoice, tools_of
-from .items import given, messages_of
+from .items import given, image_names, messages_of
 from .protocol import AllowedTools, JSONSchemaFormat, NamedTool, ResponsesRequest
 from .store import Record, Store
 from .writer import Writer
@@ -59,6 +59,7 @@ class Run:
         record = Record(owner, response, [], [] if body.background and body.stream else None)
         try:
             record.items = items + await asyncio.to_thread(given, body.input)
+            names = image_names(record.items, len(items))
             conversation = await Conversation.prepare(
                 service,
                 await asyncio.to_thread(messages_of, record.items, body.instructions),
@@ -72,6 +73,7 @@ class Run:
                 parallel_tool_calls=body.parallel_tool_calls,
                 reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
                 chat_template_kwargs=body.chat_template_kwargs,
+                image_names=names,
             )
         except Exception as error:
             raise _renamed(error) from error
