@@ -90,8 +90,11 @@ class Intake:
         check_head(params, self._model)
         pairs = isinstance(params, ClassifyParams)
         text, ids, media = self._prompt(prompt, images, media, pairs=pairs)
-        if media.spans and adapter is not None:
-            raise UnsupportedOption("adapter: requests with images run without one, as it may change what the encoder sees")
+        number = self._model.adapters.number(adapter)
+        if media.spans and self._model.adapters.changes_images(number):
+            raise UnsupportedOption(
+                f"adapter {adapter!r} changes more than the language model's layers, and images are encoded without one"
+            )
         check_options(deadline, priority, user, cache_salt, self._config.policy)
         common = dict(
             request_id=new_request_id() if request_id is None else request_id,
@@ -100,7 +103,7 @@ class Intake:
             arrival=arrival,
             deadline=None if deadline is None else arrival + deadline,
             cache_salt=cache_salt,
-            adapter=self._model.adapters.number(adapter),
+            adapter=number,
             media=media.spans,
             # a function on activations sees every token of its request, and what it changes is nobody else's
             write_prefix_cache=not hooks.forward_hooks,

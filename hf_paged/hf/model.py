@@ -24,7 +24,7 @@ from .peft_bank.bank import AdapterBank, Loaded
 from .peft_bank.check import check_apart, why_not_together
 from .selfcheck import Observed
 from .sequence_hooks import sequence_hooks
-from .spec import model_lengths, probe_layers, text_config, vocab_size
+from .spec import language_modules, model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
 from .vision.deepstack import deepened
 from .vision.model import images_of
@@ -216,7 +216,9 @@ class TransformersModel:
             raise InvalidArgument(
                 f"forward_hooks: {name!r} is a {type(modules[name]).__name__}, which is never called; name its parts"
             )
-        if self.media is not None and not _is_of_the_language_model(self.module, modules[name]):
+        module = modules[name]
+        around = self.media is None or self.module.get_decoder() in set(module.modules())
+        if not around and module not in language_modules(self.module):
             raise InvalidArgument(
                 f"forward_hooks: {name!r} sees images, which are encoded apart from the requests; hook the module itself"
             )
@@ -249,10 +251,3 @@ class TransformersModel:
 def _told(context: StepContext) -> torch.Tensor:
     """The positions that the model is given."""
     return context.position_ids if context.rope_positions is None else context.rope_positions
-
-
-def _is_of_the_language_model(model: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether `module` runs on the tokens of a step: it is a part of the decoder, around it, or the output embedding."""
-    decoder = model.get_decoder()
-    inside = set(decoder.modules()) | {model.get_input_embeddings(), model.get_output_embeddings()}
-    return module in inside or decoder in set(module.modules())

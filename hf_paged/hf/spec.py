@@ -86,6 +86,11 @@ def encoders_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if id(getattr(module, "config", None)) in configs]
 
 
+def language_modules(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """The modules that run on the tokens of a step: the decoder's, and the embeddings. Those of a model that sees images."""
+    return set(model.get_decoder().modules()) | {model.get_input_embeddings(), model.get_output_embeddings()}
+
+
 def has_mrope(model: torch.nn.Module) -> bool:
     """Whether the model's rotary embedding takes three positions a token, which are the same where there is only text."""
     return "mrope_section" in (getattr(text_config(model), "rope_parameters", None) or {})

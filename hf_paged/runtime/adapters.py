@@ -43,6 +43,10 @@ class Adapters(Protocol):
         """What a request of this adapter is told; None: of none. Raises InvalidArgument for one that is not loaded."""
         ...
 
+    def changes_images(self, number: int) -> bool:
+        """Whether requests told this number would want images encoded otherwise than others."""
+        ...
+
     def is_loaded(self, number: int) -> bool:
         """Whether requests told this number can run."""
         ...

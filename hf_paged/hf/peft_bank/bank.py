@@ -30,6 +30,7 @@ from ..fusion.adapted import AdaptedLayer
 from ..fusion.linear import FusedConv1D, FusedLinear
 from ..fusion.merged import MergedLinear
 from ..peft import BY_TOKEN, is_wrapped, tuner_of
+from ..spec import language_modules
 from ..swap import can_swap, restore, swap
 from .loading import check_config, load_folder, require_peft, structure_of
 from .overlay import MERGED, Overlay, merged_in, set_in, tuners_of
@@ -129,6 +130,16 @@ class AdapterBank:
 
     def is_loaded(self, number: int) -> bool:
         return number == AS_IT_IS or number in self._by_number
+
+    def changes_images(self, number: int) -> bool:
+        """See `runtime.adapters.Adapters`."""
+        if number == AS_IT_IS:
+            return False
+        loaded = self._by_number[number]
+        if self._tuners or loaded.reason is not None:
+            return True  # encoders run on the model's own modules, with whatever is on them
+        inside = language_modules(self._model)
+        return any(target.layer not in inside for target in loaded.targets)
 
     def look(self, modules: list[nn.Module]) -> None:
         """The model's modules are these now."""
