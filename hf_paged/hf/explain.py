@@ -66,6 +66,7 @@ class Explanation:
         fallbacks: every slower path that this model takes on this machine, with its reason.
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
+        images: how images get their embeddings; None if the model takes none on pages.
         graphs: which steps run as CUDA graphs; None if none do.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
         alone: class of attention modules or decoder layers that run their own code, part by part -> why.
@@ -91,6 +92,7 @@ class Explanation:
     largest_difference: float | None = None
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
+    images: str | None = None
     graphs: str | None = None
     weights: list[WeightsExplanation] = field(default_factory=list)
     adapters: list[AdapterInfo] = field(default_factory=list)
@@ -117,6 +119,8 @@ class Explanation:
             lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
         if self.guesses:
             lines.append(f"guesses {self.guesses}")
+        if self.images:
+            lines.append(f"images  {self.images}")
         if self.graphs:
             lines.append(f"graphs  {self.graphs}")
         lines += [f"slower  {name}: {reason}" for name, reason in {**self.fallbacks, **self.calls}.items()]
@@ -211,6 +215,7 @@ def explain_patch(model, patch, config) -> Explanation:
         largest_difference=patch.largest_difference,
         limits=limits,
         guesses=_guesses(config),
+        images=_images(adapter, config),
         graphs=_graphs(patch, config),
         weights=weights,
         adapters=adapters,
@@ -294,6 +299,17 @@ def _kind(spec, adaptations) -> str:
     if spec.chunk is not None:
         kind = f"chunks of {spec.chunk}"
     return ", ".join(filter(None, (kind, adaptations.kinds.get(spec.layer_idx))))
+
+
+def _images(adapter, config: EngineConfig) -> str | None:
+    if adapter.media is None:
+        return None
+    limits, encoder = config.images, type(adapter.module.base_model).__name__
+    sight = ", which see each other and are computed in one step" if adapter.media.family.bidirectional else ""
+    return (
+        f"encoded by {encoder}.get_image_features, up to {limits.tokens_per_step} tokens a step, {limits.cache_memory / 2**20:.0f} "
+        f"MiB kept; on pages they are tokens{sight}"
+    )
 
 
 def _guesses(config: EngineConfig) -> str | None:

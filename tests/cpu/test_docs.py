@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from PIL import Image
 from quantized_checkpoints import gptq_layer, save_quantized
 from tiny_models import tiny_config, tiny_model
+from tiny_processors import tiny_pair
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
@@ -73,6 +76,19 @@ def test_structured(names, capsys):
     (text,) = tokenizer.batch_decode(names["beams"][:, len(tokenizer("Where?").input_ids) :], skip_special_tokens=True)
     assert isinstance(json.loads(text)["on_the_coast"], bool)
     assert int(capsys.readouterr().out.split()[0]) > 0
+
+
+def test_vision(names, capsys):
+    model, processor, _ = tiny_pair("llava")
+    processor.tokenizer.padding_side = "left"
+    photo = Image.effect_mandelbrot((20, 12), (-2, -1, 1, 1), 50).convert("RGB")
+    encoded = io.BytesIO()
+    photo.save(encoded, "PNG")
+    names |= dict(model=model, processor=processor, photo=photo, encoded=encoded.getvalue())
+    run("vision.md", names)
+    assert names["tokens"].shape[0] == 2 and names["output"].outputs[0].token_ids == names["same"].outputs[0].token_ids
+    assert names["vector"].embedding.shape == (48,)
+    assert "LlavaModel.get_image_features" in capsys.readouterr().out
 
 
 def test_quantization(names, capsys):

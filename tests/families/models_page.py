@@ -8,9 +8,9 @@ from pathlib import Path
 INTRO = """# Models
 
 Every name of transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`, and those of its `MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING` that
-run (text on pages, images on transformers' own path), written by `make models` (tests/families/coverage.py). Of each a
-tiny random model is built in fp32 and run stock and patched on ragged prompts, with chunked prefill, prefix hits and
-preemption, and so are variants of it that change its masks or layers. **Right**: the same greedy tokens, and logits
+run, written by `make models` (tests/families/coverage.py). Of each a tiny random model is built in fp32 and run stock and
+patched on ragged prompts, with chunked prefill, prefix hits and preemption, and so are variants of it that change its masks
+or layers. [vision.md](vision.md) tells which of them take images on pages. **Right**: the same greedy tokens, and logits
 within 1e-4 of the largest one. **Refused**: `hf_paged.patch` raises UnsupportedModel with the reason given here. **Not
 built**: there is no tiny model that stock transformers itself generates text with. Nothing may be wrong.
 
