@@ -72,6 +72,7 @@ def embedded_per_token(sizes: Sizes) -> int:
     return sizes.hidden * sizes.activation_bytes
 
 
+PEAK = 4  # bytes that a rank gives for a token's largest input of a layer, cut by inputs, that rounds them to 8 bits
 WINNER = 16  # bytes that a rank gives for a sampled row of which the largest logit is wanted: it, and its token
 
 

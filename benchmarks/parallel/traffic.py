@@ -19,8 +19,10 @@ import torch.distributed as dist
 import hf_paged
 from hf_paged import SamplingParams
 from hf_paged.hf.build import load_model
+from hf_paged.hf.sharding import num_rounded_jointly
+from hf_paged_kernels import ops
 
-from .cost import WINNER, Sizes, embedded_per_token, summed_per_token
+from .cost import PEAK, WINNER, Sizes, embedded_per_token, summed_per_token
 
 
 def sizes_of(model) -> Sizes:
@@ -59,12 +61,14 @@ def report(engine, sequences: int, prompt: int, tokens: int) -> None:
     sizes = sizes_of(model.module)
     attention_is_whole = model.layers[0].num_heads == sizes.heads  # only experts are dealt out
     split = hasattr(model.module.get_input_embeddings().weight, "placements")
+    kernels = ops.resolve_backend("auto", model.device)
     first, later, seconds = measure(engine, sequences, prompt, tokens)
     for name, step, count in (("prompts", first, sequences * prompt), ("decode", later, sequences)):
         planned = {
             "all_reduce": count * summed_per_token(sizes, 1 if attention_is_whole else 2),
             "embedding": count * embedded_per_token(sizes) * split,
             "winners": sequences * WINNER * model.finds_winners,
+            "scales": count * PEAK * num_rounded_jointly(model.module, kernels),
         }
         for kind, bytes_planned in planned.items():
             print(f"{name}: {count} tokens: {kind}: {step.get(kind, 0)} bytes in {step.get(f'calls {kind}', 0)} calls, "

@@ -15,6 +15,7 @@ from ..quant.packed import Packed
 from .attention import drops_softcap
 from .fusion.sharded import WholeExperts
 from .quantize.targets import left_plain
+from .sharding import describe_shards
 from .spec import NO_LIMIT, text_config
 from .watch import hooked_modules
 
@@ -76,6 +77,7 @@ class Explanation:
             the unpatched model's, as a share of the row's size (in 16-bit types: of the median row, where that is
             largest); None if it was not asked to.
         limits: what holds on a patched model and would not hold on an unpatched one.
+        shards: how a sharded model's layers are dealt out to its ranks.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Explanation:
     graphs: str | None = None
     weights: list[WeightsExplanation] = field(default_factory=list)
     adapters: list[AdapterInfo] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
 
     def raise_on_fallback(self) -> None:
         """Raise KernelUnavailable if anything takes a slower path now, whatever calls did (`EngineConfig(strict=True)`)."""
@@ -111,6 +114,7 @@ class Explanation:
             lines.append(f"{number:<7} {layer.kind:<22} {layer.heads:<15} {layer.kernel}")
         fused = ", ".join(f"{count} {kind}" for kind, count in self.fused.items())
         lines += ["", f"fused   {fused or 'nothing'}"]
+        lines += [f"shards  {shards}" for shards in self.shards]
         lines += [f"weights {weights}" for weights in self.weights]
         lines += [f"adapter {_adapter(info)}" for info in self.adapters]
         lines += [f"plain   {name}: {reason}" for name, reason in self.plain.items()]
@@ -219,6 +223,7 @@ def explain_patch(model, patch, config) -> Explanation:
         graphs=_graphs(patch, config),
         weights=weights,
         adapters=adapters,
+        shards=[] if adapter.team is None else describe_shards(model, adapter.team, multiplies),
     )
 
 

@@ -220,6 +220,33 @@ for _label in MODELS:
 
 
 @check
+def what_explain_tells():
+    for label, expected in (
+        ("gemma3_text with one key head", ["rank 0 of 2", "by outputs: q_proj, k_proj, v_proj, gate_proj, up_proj",
+                                           "key/value heads: 1, each on 2 ranks, with its cache"]),
+        ("GPTQ 4 bit, act-order", ["act-order: 4 layers cut by inputs are filled up with zeros"]),
+        ("compressed-tensors W8A8", ["inputs of 4 layers are rounded by scales that the ranks find together"]),
+    ):  # fmt: skip
+        pair = pairs.get(label) or Pair(Path(FOLDER[0]), label)
+        told = pair.led(lambda engine: str(hf_paged.explain(engine.model.module)))
+        missing = [line for line in expected if told and f"shards  {line}" not in told]
+        assert not missing, f"{missing} in {told}"
+
+
+@check
+def peaks_of_inputs_that_are_rounded():
+    def work(engine):
+        engine.model.team.traffic.clear()
+        tokens(engine, prompts(1), max_tokens=1)
+        return dict(engine.model.team.traffic)
+
+    pair = Pair(Path(FOLDER[0]), "compressed-tensors W8A8")
+    traffic = pair.led(work)
+    if traffic:  # 2 layers of 2 layers, 20 tokens, a float32 each
+        assert (traffic["scales"], traffic["calls scales"]) == (4 * 20 * 4, 4), traffic
+
+
+@check
 def shared_heads_outside_of_steps():
     """A head that both ranks have: gradients, stock's own decoding with a cache of fixed size, files that are saved."""
     pair = pairs["gemma3_text with one key head"]
