@@ -1,11 +1,14 @@
 """Whatever one engine can hold at once, each request gets what it gets alone.
 
-Random mixtures of requests of every kind, on engines of every configuration, with aborts and with beam search in another
-thread: the same tokens, texts and reasons to stop, log-probabilities to 1e-4, embeddings to 1e-5, and no block lost.
+Random mixtures of requests of every kind, on engines of every configuration and policy, stepped here or by AsyncEngine, with
+aborts, and with calls of `generate` in another thread (beams, guided beams, assisted, with callables of the caller's): the
+same tokens, texts and reasons to stop, log-probabilities to 1e-4, embeddings to 1e-5, and no block lost.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import threading
 from dataclasses import dataclass
@@ -21,7 +24,16 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 import hf_paged
-from hf_paged import ClassifyParams, EmbedParams, Engine, EngineConfig, SamplingParams, ScoreParams
+from hf_paged import (
+    AsyncEngine,
+    ClassifyParams,
+    EmbedParams,
+    Engine,
+    EngineConfig,
+    SamplingParams,
+    ScoreParams,
+    StructuredOutputsProcessor,
+)
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
@@ -30,7 +42,17 @@ PREFIXES = [(), (7,) * 20, tuple(range(30, 78)), tuple(range(30, 64))]
 ADAPTERS = ("lora", "lora-dora", "ia3")  # the last runs apart, in forwards of its own
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 FORMS = [{"choice": ["north", "south", "nor"]}, {"regex": "[a-d]{2,9}"}, {"json": SCHEMA}]
-BEAM_PROMPT, BEAMS = (9, 10, 11, 12, 13), dict(num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+CALL_PROMPT = (9, 10, 11, 12, 13)
+CALLS = {  # of `generate`, beside the requests
+    "beams": dict(num_beams=3),
+    "guided beams": dict(num_beams=2, form={"regex": "[a-d]{2,9}"}, max_new_tokens=10),
+    "guided": dict(form={"json": SCHEMA, "disable_any_whitespace": True}, max_new_tokens=20),
+    "assisted": dict(assistant=True),
+    "looked up": dict(prompt_lookup_num_tokens=3, max_new_tokens=12),
+    "guided and assisted": dict(form={"choice": ["north", "south"]}, assistant=True, max_new_tokens=10),
+    "with callables": dict(functions=True),
+    "greedy": dict(),
+}
 
 
 @dataclass(frozen=True)
@@ -142,15 +164,17 @@ def jobs(draw, kinds) -> Job:
 
 engines = st.fixed_dictionaries(
     dict(
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair"]),
         max_batch_tokens=st.sampled_from([256, 40, 16]),
         max_num_seqs=st.sampled_from([16, 5, 3]),
         tokens=st.sampled_from([4000, 400, 240]),  # of KV cache
         prefix_cache=st.booleans(),
         overlap=st.booleans(),
         speculation=mostly(None, "ngram", "draft"),
+        by_async=mostly(False, True),
     )
 )
+calls = st.lists(st.sampled_from(sorted(CALLS)), max_size=3)
 
 # What it is compared with
 
@@ -195,8 +219,32 @@ def draft():
 
 
 @functools.cache
-def beams(name: str) -> list[int]:
-    return fresh(name).generate(torch.tensor([BEAM_PROMPT]), **BEAMS)[0].tolist()
+def assistant():
+    return tiny_model("llama", vocab_size=VOCAB, seed=4, num_hidden_layers=1)
+
+
+@functools.cache
+def stock(name: str):
+    return fresh(name)
+
+
+@functools.cache
+def by_stock(name: str, call: str) -> list[int]:
+    return generated(stock(name), call)
+
+
+def generated(model, call: str) -> list[int]:
+    """What a call of CALLS gives."""
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=PAD) | CALLS[call]
+    processors = []
+    if (form := options.pop("form", None)) is not None:
+        processors.append(StructuredOutputsProcessor(form, tiny_tokenizer(VOCAB), model))
+    if options.pop("functions", False):
+        processors.append(lambda ids, scores: scores.index_fill(1, ids[0, -1:], -50.0))
+        options["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= len(CALL_PROMPT) + 4)]
+    if options.pop("assistant", False):
+        options["assistant_model"] = assistant()
+    return model.generate(torch.tensor([CALL_PROMPT]), logits_processor=processors, **options)[0].tolist()
 
 
 def alone(name: str, work: list[Job]) -> list:
@@ -229,7 +277,6 @@ class Mixture:
         self.engine.check_integrity()
 
     def run(self, work: list[Job]) -> list:
-        with_priorities = self.engine.config.policy == "priority"
         for place, job in enumerate(work):
             for _ in range(job.wait):
                 self.step()
@@ -237,10 +284,10 @@ class Mixture:
                 list(job.prompt),
                 job.params,
                 request_id=str(place),
-                priority=job.priority if with_priorities else 0,
                 deadline=job.deadline,
                 on_output=lambda output: self.outputs.__setitem__(output.request_id, output),
                 **job.options(),
+                **turn(job, self.engine),
             )
             if job.abort_after is not None:
                 self.aborts[str(place)] = self.steps + job.abort_after
@@ -249,27 +296,67 @@ class Mixture:
         return [self.outputs[str(place)] for place in range(len(work))]
 
 
-def check(name: str, work: list[Job], options: dict, searching: bool) -> None:
+def turn(job: Job, engine: Engine) -> dict:
+    """What `add` is given that the policy goes by."""
+    return {
+        "fcfs": {},
+        "priority": {"priority": job.priority},
+        "fair": {"user": f"user {job.priority}" if job.priority else None},
+    }[engine.config.policy]
+
+
+async def run_async(engine: Engine, work: list[Job], calls: threading.Thread) -> list:
+    """The jobs at once, by AsyncEngine: one's pieces put together, the next one's last output, and so on."""
+
+    async def run(place: int, job: Job):
+        options = dict(request_id=str(place), deadline=job.deadline, **job.options(), **turn(job, engine))
+        read = running.stream if place % 2 else running.generate
+        await asyncio.sleep(0.002 * job.wait)
+        whole, pieces = None, 0
+        async with contextlib.aclosing(read(list(job.prompt), job.params, **options)) as news:
+            async for one in news:
+                whole = one if whole is None or not place % 2 else whole.then(one)
+                pieces += 1
+                if pieces == job.abort_after:
+                    await running.abort(str(place))
+        return whole
+
+    async with AsyncEngine(engine) as running:
+        try:
+            return await asyncio.gather(*(run(place, job) for place, job in enumerate(work)))
+        finally:
+            await asyncio.to_thread(calls.join)
+            check_idle(engine)
+
+
+def run_here(engine: Engine, work: list[Job], calls: threading.Thread) -> list:
+    try:
+        return Mixture(engine).run(work)
+    finally:
+        calls.join()
+        check_idle(engine)
+
+
+def check_idle(engine: Engine) -> None:
+    engine.step()
+    engine.check_integrity()
+    stats = engine.stats()
+    assert stats["kv_bytes_in_use"] == 0 and stats["waiting"] == stats["running"] == 0
+
+
+def check(name: str, work: list[Job], options: dict, beside: list[str]) -> None:
     config = dict(options)
+    by_async = config.pop("by_async")
     memory = config.pop("tokens") * 3 * 2 * 2 * 12 * 4
     if name == "classifier":
         config["speculation"] = None
     draft_model = draft() if config["speculation"] == "draft" else None
     found = []
     with opened(name, work, draft_model, kv_cache_memory=memory, **config) as engine:
-        search = threading.Thread(target=lambda: found.append(model(name).generate(torch.tensor([BEAM_PROMPT]), **BEAMS)))
-        if searching:
-            search.start()
-        try:
-            outputs = Mixture(engine).run(work)
-        finally:
-            if searching:
-                search.join()
-        assert not searching or found[0][0].tolist() == beams(name)
-        engine.step()
-        engine.check_integrity()
-        stats = engine.stats()
-        assert stats["kv_bytes_in_use"] == 0 and stats["waiting"] == stats["running"] == 0
+        calls = threading.Thread(target=lambda: found.extend(generated(model(name), call) for call in beside))
+        calls.start()
+        outputs = asyncio.run(run_async(engine, work, calls)) if by_async else run_here(engine, work, calls)
+    assert found == [by_stock(name, call) for call in beside], beside
     for job, got, expected in zip(work, outputs, alone(name, work), strict=True):
         assert expected.error is None, (job, expected.error)
         compare(job, got, expected)
@@ -321,16 +408,16 @@ few = settings(max_examples=10, deadline=None, derandomize=True, suppress_health
 
 @pytest.mark.parametrize("name", KINDS)
 @few
-@given(data=st.data(), options=engines, searching=st.booleans())
-def test_each_gets_what_it_gets_alone(name, data, options, searching):
+@given(data=st.data(), options=engines, beside=calls)
+def test_each_gets_what_it_gets_alone(name, data, options, beside):
     work = data.draw(st.lists(jobs(KINDS[name]), min_size=2, max_size=8))
-    check(name, work, options, searching and name != "classifier")
+    check(name, work, options, [] if name == "classifier" else beside)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @settings(few, max_examples=400)
-@given(data=st.data(), options=engines, searching=st.booleans())
-def test_each_gets_what_it_gets_alone_at_length(name, data, options, searching):
+@given(data=st.data(), options=engines, beside=calls)
+def test_each_gets_what_it_gets_alone_at_length(name, data, options, beside):
     work = data.draw(st.lists(jobs(KINDS[name]), min_size=2, max_size=14))
-    check(name, work, options, searching and name != "classifier")
+    check(name, work, options, [] if name == "classifier" else beside)
