@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 MIN_GROWTH_BLOCKS = 16
 
@@ -21,6 +21,7 @@ class BlockPool:
         min_growth: fewest blocks it grows by.
 
     Attributes:
+        on_evict: called as `on_evict(block, key)` when a block with a key is handed out for something else.
         refs: reference count of every block.
         num_in_use: blocks with a count above 0.
         peak_in_use: highest `num_in_use` since the start or `reset_peak`.
@@ -34,6 +35,7 @@ class BlockPool:
         "_min_growth",
         "max_blocks",
         "num_in_use",
+        "on_evict",
         "peak_in_use",
         "refs",
     )
@@ -42,6 +44,7 @@ class BlockPool:
         assert 0 <= num_blocks <= max_blocks, (num_blocks, max_blocks)
         self.max_blocks = max_blocks
         self._min_growth = min_growth
+        self.on_evict: Callable[[int, bytes], None] | None = None
         self.refs = [0] * num_blocks
         self.num_in_use = 0
         self.peak_in_use = 0
@@ -79,7 +82,10 @@ class BlockPool:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
+            key = self._key_of.pop(block)
+            del self._block_of[key]
+            if self.on_evict is not None:
+                self.on_evict(block, key)
         self.refs[block] = 1
         self._count_used()
         return block
@@ -128,6 +134,15 @@ class BlockPool:
         if self.refs[block] == 0:
             del self._cached[block]
             self._blank.append(block)
+
+    def touch(self, block: int) -> None:
+        """The block, which has a key, is now the last to be evicted."""
+        if self.refs[block] == 0:
+            self._cached.move_to_end(block)
+
+    def cached(self) -> Iterator[tuple[int, bytes]]:
+        """Blocks that nobody holds, with their keys: the one used last comes first."""
+        return ((block, self._key_of[block]) for block in reversed(self._cached))
 
     def clear_cache(self) -> None:
         """Drop every key. Blocks in use stay in use."""

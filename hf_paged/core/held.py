@@ -141,7 +141,7 @@ class HeldSequences:
         if not (self._tables.prefix_cache and sequence.publishable):
             return 0
         sequence.token_ids = list(token_ids)
-        self._tables.take_hit(sequence, self._tables.longest_hit(sequence))
+        self._tables.take_hit(sequence, self._tables.longest_hit(sequence, on_device=True))
         del sequence.token_ids[sequence.num_computed :]
         return sequence.num_computed
 
@@ -183,6 +183,7 @@ class HeldSequences:
 
     def commit(self, plan: StepPlan) -> None:
         """The plan was computed."""
+        self._tables.settle_moves(plan.step)
         for seq_id, count in zip(plan.seq_ids, plan.num_new, strict=True):
             sequence = self._sequences.get(seq_id)
             if sequence is not None:
@@ -191,6 +192,8 @@ class HeldSequences:
     def rollback(self, sequences: Iterable[Sequence], step: StepBuilder) -> None:
         """The plan failed: nobody may find the blocks it was to fill, and its sequences are good for `release` only."""
         step.changes.unpublish()
+        if step.number is not None:
+            self._tables.take_back_moves(step.number)
         for sequence in sequences:
             self.truncate(sequence, sequence.num_computed)
 

@@ -8,14 +8,37 @@ from .media import MediaRows
 
 
 @dataclass(slots=True)
+class TierMoves:
+    """What moves between the device's blocks and host memory before a step: first all that leaves, then all that comes.
+
+    Attributes:
+        spilled: (group, host slot, key) of prefixes that give their place in host memory up; before anything is written.
+        out: [group] -> (block, host slot) to copy to the host.
+        back: [group] -> (host slot, block) to copy to the device.
+        states_out: (state slot, host slot) to copy to the host.
+        states_back: (host slot, state slot) to copy to the device.
+        num_slots: [group] -> host slots there must be; they are as large as a block. It only grows.
+        num_states: host slots there must be for states. It only grows.
+    """
+
+    spilled: list[tuple[int, int, bytes]]
+    out: list[list[tuple[int, int]]]
+    back: list[list[tuple[int, int]]]
+    states_out: list[tuple[int, int]]
+    states_back: list[tuple[int, int]]
+    num_slots: list[int]
+    num_states: int
+
+
+@dataclass(slots=True)
 class StepPlan:
     """One forward pass over a packed batch, made by `Scheduler.schedule`.
 
     A sequence may carry draft tokens: guesses of what comes after its last known token, computed and sampled along with
     it. `Scheduler.commit` keeps those that turn out to be what is sampled.
 
-    Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: block copies
-    (all of them before the first layer), then all new keys and values are written, then attention runs: sequences
+    Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: moves to and from
+    host memory and then block copies (all of them before the first layer), then all new keys and values are written, then attention runs: sequences
     may read blocks that another sequence of the same plan fills. A layer that keeps a state reads the states of all
     sequences before it writes any of them.
 
@@ -43,6 +66,7 @@ class StepPlan:
             sequence with draft tokens has its last known token's row and those of the drafts, in a run.
         adapters: `Request.adapter` of each sequence; empty if it is 0 of all.
         media: the rows whose embeddings come from an encoder, instead of their tokens'.
+        moves: what moves to and from host memory; None if nothing does.
     """
 
     step: int
@@ -59,6 +83,7 @@ class StepPlan:
     samples: list[tuple[int, int]]
     adapters: list[int] = field(default_factory=list)
     media: list[MediaRows] = field(default_factory=list)
+    moves: TierMoves | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,7 @@ from itertools import islice
 
 from .media import EncoderBudget, longest_block, rest_of_block, whole_blocks
 from .overtaking import Overtaking
+from .parking import FIRST_HOST, Parked
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
 from .step import StepBuilder
@@ -17,11 +18,17 @@ from .tables import BlockTables
 
 @dataclass(slots=True)
 class Counts:
-    """What a scheduler counts from one `reset` to the next, in tokens, preemptions and requests that overtook others."""
+    """What a scheduler counts from one `reset` to the next.
+
+    Tokens; preemptions, and how many of them were to host memory and came back; requests that overtook others.
+    """
 
     prefix_hit_tokens: int = 0
     prefix_queried_tokens: int = 0
+    host_hit_tokens: int = 0
     preemptions: int = 0
+    swaps_out: int = 0
+    swaps_in: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     forced_tokens: int = 0
@@ -98,17 +105,23 @@ class Planner:
         self._queues.send_back(seq)
         self._tables.release(seq)
 
-    def preempt(self, victim: Sequence) -> None:
-        """`send_back`, counted as preemption."""
+    def preempt(self, victim: Sequence, *, may_swap: bool = True) -> None:
+        """From running to waiting, with what was computed in host memory, or with nothing."""
         victim.num_preemptions += 1
         self._counts.preemptions += 1
-        self.send_back(victim)
+        if may_swap and self._tables.swap_out(victim):
+            self._counts.swaps_out += 1
+            self._queues.send_back(victim)
+        else:
+            self.send_back(victim)
 
-    def preempt_last(self) -> bool:
-        """Preempt the running sequence that is last in order, for a held one. False if none runs."""
+    def preempt_last(self, *, may_swap: bool = True) -> bool:
+        """Take the blocks of somebody that waits, or of the running sequence that is last in order. False if nobody has any."""
+        if self._tables.parking.empty_one():
+            return True
         if not self._queues.running:
             return False
-        self.preempt(self._queues.running[-1])
+        self.preempt(self._queues.running[-1], may_swap=may_swap)
         return True
 
     # -- those that run
@@ -146,7 +159,7 @@ class Planner:
         most = min(seq.num_remaining, step.spare_budget)
         if most < 1:
             return 1, 0
-        if self._whole_prompts and begin < seq.num_prompt:
+        if self._whole_prompts and not begin:
             return seq.num_prompt, seq.num_prompt
         if not media or begin >= media[-1].end:
             return 1, most
@@ -195,26 +208,44 @@ class Planner:
         tables = self._tables
         if not self._free_seats(step, seq):
             return False
-        num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
-        if self._is_coming(step, seq, num_hit):
-            step.walk.pass_over(seq)
-            return True
-        tables.take_hit(seq, num_hit)
+        parked = tables.parking.take(seq)
+        if parked is None:
+            num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
+            if self._is_coming(step, seq, num_hit):
+                step.walk.pass_over(seq)
+                return True
+            tables.take_hit(seq, num_hit)
         if self._chunk(step, seq)[1] < 1:  # its next image has to wait for the encoder
-            tables.release(seq)
+            self._put_back(seq, parked)
             step.walk.pass_over(seq)
             return True
         while not self._fits(step, seq):
             if not self._make_room(step, seq, admitting=True):
-                tables.release(seq)
+                self._put_back(seq, parked)
                 self._blocked = (seq.seq_id, tables.num_releases)
                 return False
+        self._load(step, seq, parked)
         self._queues.seat(seq)
-        seq.publishable = seq.request.write_prefix_cache
         self._note_admission(seq)
         self._advance(step, seq)
         assert seq.seq_id in step.busy, "admitted without room: it might share blocks whose step fails"
         return True
+
+    def _put_back(self, seq: Sequence, parked: Parked | None) -> None:
+        """It is not admitted after all."""
+        if parked is None:
+            self._tables.release(seq)
+        else:
+            self._tables.parking.put_back(seq, parked)
+
+    def _load(self, step: StepBuilder, seq: Sequence, parked: Parked | None) -> None:
+        """Bring what an admitted sequence has in host memory to the device."""
+        seq.publishable = seq.request.write_prefix_cache and (parked is None or parked.publishable)
+        num_blocks = self._tables.load(seq, step.changes)
+        if parked is None:
+            self._counts.host_hit_tokens += num_blocks * self._tables.block_size
+        elif num_blocks or parked.state is not None and parked.state <= FIRST_HOST:
+            self._counts.swaps_in += 1
 
     def _free_seats(self, step: StepBuilder, seq: Sequence) -> bool:
         """Whether `seq` finds seats, for the siblings it will fork too; preempts for them if that is enough."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence as AbstractSequence
+from typing import Protocol
 
-from .blocks import BlockPool
 from .groups import GroupSpec
 from .request import MediaSpan
 
@@ -51,6 +51,24 @@ def extend_keys(
         keys.append(key)
 
 
+class Findable(Protocol):
+    """Blocks of one group, by key."""
+
+    def lookup(self, key: bytes) -> int | None:
+        """A block; None if there is none."""
+        ...
+
+
+class EitherPool:
+    """Blocks that are in one pool or another. A `Findable`."""
+
+    def __init__(self, *pools: Findable):
+        self._pools = pools
+
+    def lookup(self, key: bytes) -> int | None:
+        return next((block for pool in self._pools if (block := pool.lookup(key)) is not None), None)
+
+
 def _begun(media: AbstractSequence[MediaSpan], start: int, end: int) -> bytes:
     """The spans that begin in a block: place, length, whether bidirectional, offset, key."""
     parts = []
@@ -62,7 +80,7 @@ def _begun(media: AbstractSequence[MediaSpan], start: int, end: int) -> bytes:
 
 
 def longest_hit(
-    pools: AbstractSequence[BlockPool],
+    pools: AbstractSequence[Findable],
     groups: AbstractSequence[GroupSpec],
     keys: AbstractSequence[bytes],
     max_hit_blocks: int,

@@ -20,6 +20,7 @@ from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import InvalidArgument, QueueFull
 from .held import HeldSequences
+from .host_tier import HostTier
 from .intake import Deadlines, check_request
 from .media import EncoderBudget
 from .plan import StepPlan
@@ -53,6 +54,7 @@ class Scheduler(SchedulerUpkeep):
         max_queue: most sequences waiting; `add` raises QueueFull beyond. None: unbounded.
         encoder: what a step may have encoded of the requests' media; None: they have none, or nobody counts.
         clock: nanoseconds; what "priority" tells the time by.
+        host: host memory for evicted prefixes and preempted sequences. None: there is none.
 
     Attributes:
         requests: unfinished requests by id.
@@ -77,6 +79,7 @@ class Scheduler(SchedulerUpkeep):
         max_queue: int | None = None,
         encoder: EncoderBudget | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        host: HostTier | None = None,
     ):
         assert max_batch_tokens >= 1 and max_num_seqs >= 1
         assert not whole_prompts or all(group.window is None for group in groups)
@@ -88,7 +91,7 @@ class Scheduler(SchedulerUpkeep):
         self.requests: dict[str, Request] = {}
         self._prefix_cache = prefix_cache
         self._policy = make_policy(policy, clock)
-        self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache, max_slots)
+        self._tables = BlockTables(groups, block_size, num_blocks, max_blocks, prefix_cache, max_slots, host)
         self._queues = Queues(self._policy)
         self._counts = Counts()
         self._planner = Planner(
@@ -101,8 +104,8 @@ class Scheduler(SchedulerUpkeep):
             whole_prompts=whole_prompts,
             encoder=encoder,
             new_sequence=self._new_sequence,
-            held_blocks=lambda: self.held.holds_blocks,
-            empty_held=lambda: self.held.empty_one(),
+            held_blocks=lambda: self.held.holds_blocks or self._tables.parking.holds_blocks,
+            empty_held=lambda: self.held.empty_one() or self._tables.parking.empty_one(),
         )
         self.held = HeldSequences(
             self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._planner.preempt_last

@@ -29,6 +29,7 @@ class StepBuilder:
         changes: what happened to the block pools.
         drafts: seq_id -> its draft tokens.
         certain: those of `drafts` whose tokens are no guesses.
+        number: of the plan, once it is packed.
     """
 
     __slots__ = (
@@ -41,6 +42,7 @@ class StepBuilder:
         "decodes",
         "drafts",
         "forked",
+        "number",
         "only",
         "preempted",
         "prefills",
@@ -62,6 +64,7 @@ class StepBuilder:
         self.changes = TableChanges(num_groups)
         self.drafts: dict[int, list[int]] = {}
         self.certain: set[int] = set()
+        self.number: int | None = None
         self._entries: list[tuple[Sequence, int, list[int]]] = []
 
     @property
@@ -109,6 +112,7 @@ class StepBuilder:
         """
         if not self._entries:
             return None
+        self.number = step
         entries = [(*entry, self.drafts.get(entry[0].seq_id, ())) for entry in self._entries]
         entries.sort(key=lambda entry: entry[1] + len(entry[3]) > 1)
         token_ids: list[int] = []
@@ -145,4 +149,5 @@ class StepBuilder:
             samples=samples,
             adapters=adapters if any(adapters) else [],
             media=media,
+            moves=self.changes.take_moves(tables.host, step),
         )

@@ -13,11 +13,12 @@ from collections.abc import Sequence as AbstractSequence
 
 from .blocks import BlockPool
 from .groups import GroupSpec
+from .host_tier import HostTier
 from .media import longest_block
-from .prefix import extend_keys, longest_hit
+from .parking import FIRST_HOST, RELEASED, Parking, on_host
+from .plan import TierMoves
+from .prefix import EitherPool, Findable, extend_keys, longest_hit
 from .request import Request, Sequence
-
-RELEASED = -1  # table entry of a block that a sliding group gave back
 
 
 class TableChanges:
@@ -32,7 +33,7 @@ class TableChanges:
         states: by seq_id, (slot its state is read from, slot it is written to); -1 to read: an empty state.
     """
 
-    __slots__ = ("copies", "leaving", "published", "sources", "states")
+    __slots__ = ("_moves", "copies", "leaving", "published", "sources", "states")
 
     def __init__(self, num_groups: int):
         self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_groups)]
@@ -40,6 +41,13 @@ class TableChanges:
         self.leaving: Counter[tuple[int, int]] = Counter()
         self.published: list[tuple[BlockPool, int, bytes]] = []
         self.states: dict[int, tuple[int, int]] = {}
+        self._moves: TierMoves | None = None
+
+    def take_moves(self, host: HostTier | None, step: int) -> TierMoves | None:
+        """What moves to and from host memory with the step; a step that is packed again has it again."""
+        if self._moves is None and host is not None:
+            self._moves = host.take_moves(step)
+        return self._moves
 
     def release_sources(self) -> None:
         for pool, block in self.sources:
@@ -60,6 +68,8 @@ class BlockTables:
     Attributes:
         pools: one per group.
         slots: the pool of state slots; it has none if the model keeps no state.
+        host: host memory behind them; None: there is none.
+        parking: what waiting sequences have nonetheless.
         num_releases: counts releases; while it stands still, no block has become free.
     """
 
@@ -71,6 +81,7 @@ class BlockTables:
         max_blocks: AbstractSequence[int],
         prefix_cache: bool,
         max_slots: int = 0,
+        host: HostTier | None = None,
     ):
         assert groups or max_slots, "a model keeps keys and values, or a state"
         assert len(groups) == len(num_blocks) == len(max_blocks), "one pool per group"
@@ -80,7 +91,14 @@ class BlockTables:
         self.pools = [BlockPool(now, most) for now, most in zip(num_blocks, max_blocks, strict=True)]
         self.slots = BlockPool(0, max_slots, min_growth=1)  # a slot may be large, so no more of them than needed
         self.prefix_cache = prefix_cache
+        self.host = host
+        self.parking = Parking(self.pools, self.slots, host)
         self.num_releases = 0
+        self._findable: list[Findable] = self.pools
+        if host is not None:
+            self._findable = [EitherPool(*pair) for pair in zip(self.pools, host.pools, strict=True)]
+            for group, pool in enumerate(self.pools):
+                host.watch(group, pool)
         self._sliding = [index for index, group in enumerate(groups) if group.span is not None]
         self._whole = next((index for index, group in enumerate(groups) if group.span is None), 0)
 
@@ -96,14 +114,15 @@ class BlockTables:
 
     # -- prefix cache
 
-    def longest_hit(self, seq: Sequence) -> int:
-        """Leading blocks of `seq` that the prefix cache holds."""
+    def longest_hit(self, seq: Sequence, *, on_device: bool = False) -> int:
+        """Leading blocks of `seq` that the prefix cache holds, or the part of it `on_device`."""
         self._extend_keys(seq, len(seq.token_ids) // self.block_size)
-        return longest_hit(self.pools, self.groups, seq.block_keys, self._most_hit(seq), self.block_size)
+        pools = self.pools if on_device else self._findable
+        return longest_hit(pools, self.groups, seq.block_keys, self._most_hit(seq), self.block_size)
 
     def num_cached(self, seq: Sequence) -> int:
         """About `longest_hit`, found with few lookups: as if a block that is cached had all those before it cached, too."""
-        pool, keys, most = self.pools[self._whole], seq.block_keys, self._most_hit(seq)
+        pool, keys, most = self._findable[self._whole], seq.block_keys, self._most_hit(seq)
         if most and not keys:
             self._extend_keys(seq, 1)
         if not most or pool.lookup(keys[0]) is None:
@@ -125,20 +144,61 @@ class BlockTables:
         return most // self.block_size
 
     def take_hit(self, seq: Sequence, num_blocks: int) -> None:
-        """Start the empty `seq` with its first `num_blocks` blocks from the prefix cache."""
+        """Start the empty `seq` with its first `num_blocks` blocks from the prefix cache.
+
+        Those that are in host memory have to be loaded (`load`) before anything else is done with it but `release`.
+        """
         seq.num_computed = num_blocks * self.block_size
-        for pool, group, table in zip(self.pools, self.groups, seq.block_tables, strict=True):
+        for index, (pool, group, table) in enumerate(zip(self.pools, self.groups, seq.block_tables, strict=True)):
             assert not table, "a hit starts a sequence"
             unseen = group.num_unseen_blocks(seq.num_computed, self.block_size)
             table.extend([RELEASED] * unseen)
             for key in seq.block_keys[unseen:num_blocks]:
                 block = pool.lookup(key)
-                pool.incref(block)
-                table.append(block)
+                if block is not None:
+                    pool.incref(block)
+                    table.append(block)
+                else:
+                    slot = self.host.pools[index].lookup(key)
+                    self.host.pools[index].incref(slot)
+                    table.append(on_host(slot))
+
+    def load(self, seq: Sequence, changes: TableChanges) -> int:
+        """Give `seq` blocks of the device for what it has in host memory; `fits` said that there are enough.
+
+        Returns how many of its leading blocks come from there, in any group.
+        """
+        loaded: set[int] = set()
+        for group, table in enumerate(seq.block_tables):
+            for index, entry in enumerate(table):
+                if entry <= FIRST_HOST:
+                    table[index] = self._load(group, on_host(entry), seq, changes)
+                    loaded.add(index)
+        if seq.state_slot is not None and seq.state_slot <= FIRST_HOST:
+            host_slot, seq.state_slot = on_host(seq.state_slot), self.slots.allocate()
+            self.host.copy_state_back(host_slot, seq.state_slot)
+        return len(loaded)
+
+    def _load(self, group: int, slot: int, seq: Sequence, changes: TableChanges) -> int:
+        pool, host_pool = self.pools[group], self.host.pools[group]
+        key = host_pool.key_of(slot) if self.prefix_cache and seq.publishable else None
+        block = None if key is None else pool.lookup(key)
+        if block is not None:  # it is there already: of another sequence, or since this one left
+            pool.incref(block)
+            host_pool.release(slot)
+            return block
+        block = pool.allocate()
+        self.host.copy_back(group, slot, block)
+        if key is not None and pool.publish(block, key):
+            changes.published.append((pool, block, key))
+        return block
 
     def clear_cache(self) -> None:
         for pool in self.pools:
             pool.clear_cache()
+        if self.host is not None:
+            self.host.clear_cache()
+        self.parking.clear()
 
     # -- taking blocks
 
@@ -263,14 +323,34 @@ class BlockTables:
 
         The tables are replaced, not emptied: a plan under way still refers to the old lists.
         """
-        for pool, table in zip(self.pools, seq.block_tables, strict=True):
-            for block in reversed(table):
-                if block != RELEASED:
-                    pool.release(block)
+        self.parking.drop(seq.seq_id)
+        for group, table in enumerate(seq.block_tables):
+            for entry in reversed(table):
+                self.parking.release_entry(group, entry)
         seq.block_tables = [[] for _ in self.pools]
         self._release_slot(seq)
         seq.num_computed = 0
         self.num_releases += 1
+
+    def swap_out(self, seq: Sequence) -> bool:
+        """`release`, but for a copy in host memory with which `seq` goes on later. False (and nothing done) without one."""
+        self.release_unseen(seq)
+        record = self.parking.save(seq)
+        if record is None:
+            return False
+        self.release(seq)
+        self.parking.park(seq, record)
+        return True
+
+    def settle_moves(self, step: int) -> None:
+        """The step was computed, and with it came what it moved."""
+        if self.host is not None:
+            self.host.settle(step)
+
+    def take_back_moves(self, step: int) -> None:
+        """The step failed: what it was to move to host memory, and whatever was to be moved later, is not there."""
+        if self.host is not None:
+            self.parking.drop_since(self.host.drop_unsettled(step))
 
     # -- sizes
 
@@ -279,7 +359,10 @@ class BlockTables:
 
         No more may be in use. Returns per group which blocks' contents have to go where, {old: new}.
         """
+        if self.host is not None:  # what was to be copied is not where it was
+            self.parking.drop_since(self.host.drop_unplanned())
         moves = [pool.resize(most) for pool, most in zip(self.pools, max_blocks, strict=True)]
+        self.parking.move(moves)
         for seq in sequences:
             for moved, table in zip(moves, seq.block_tables, strict=True):
                 if moved:
@@ -288,7 +371,10 @@ class BlockTables:
         return moves
 
     def reset(self, num_blocks: list[int]) -> None:
-        """Begin anew, each group with so many blocks; no sequence may hold any, nor a state."""
+        """Begin anew, each group with so many blocks; no sequence may hold any, nor a state. Host memory, too."""
+        self.parking.clear()
+        if self.host is not None:
+            self.host.reset()
         for pool, count in zip(self.pools, num_blocks, strict=True):
             pool.reset(count)
         self.slots.reset(0)
@@ -303,8 +389,8 @@ class BlockTables:
             return False
         num_blocks = _ceil_div(len(seq.token_ids), self.block_size)
         for pool, group, table in zip(self.pools, self.groups, seq.block_tables, strict=True):
-            held = sum(block != RELEASED for block in table)
-            need = num_blocks - len(table) + held
+            held = sum(entry >= 0 for entry in table)
+            need = num_blocks - table.count(RELEASED)
             if group.span is not None:
                 need = min(need, _most_touched(group.span + chunk, self.block_size))
             if max(need - held, 1) + headroom > pool.num_free:
@@ -339,12 +425,16 @@ class BlockTables:
                     expected[group][block] += 1
                     key = pool.key_of(block)
                     assert key is None or key == seq.block_keys[index], f"{seq} holds a block of another prefix"
+        slots = {seq.seq_id: seq.state_slot for seq in sequences if seq.state_slot is not None}
+        slot_refs = Counter(slots.values())
+        host_refs = self.parking.count(expected, slot_refs)
         for pool, refs in zip(self.pools, expected, strict=True):
             pool.check_integrity(refs)
-        slots = {seq.seq_id: seq.state_slot for seq in sequences if seq.state_slot is not None}
         begun = {seq.seq_id for seq in sequences if num_tokens[seq.seq_id]} if self.has_state else set()
         assert slots.keys() == begun, f"states of {begun ^ slots.keys()} are missing, or were kept"
-        self.slots.check_integrity(Counter(slots.values()))
+        self.slots.check_integrity(slot_refs)
+        if self.host is not None:
+            self.host.check_integrity(*host_refs)
 
     # -- private
 

@@ -120,6 +120,7 @@ class UnderWay:
             self.launched(plan)
         assert self._launched and self._launched[0].plan is plan, "not the plan that is due: the oldest comes first"
         step = self._launched.popleft()
+        self._tables.settle_moves(plan.step)
         drafts, advanced = step.builder.drafts, []
         for seq in self._known_now(step):
             num_known, taken = len(seq.token_ids), tokens.get(seq.seq_id, [])
@@ -148,6 +149,7 @@ class UnderWay:
             self._launched.pop()
         self._planned = None
         step.builder.changes.unpublish()
+        self._tables.take_back_moves(plan.step)
         self._known_now(step)
         for seq in [self._running(seq_id) for seq_id in plan.seq_ids] + step.builder.forked:
             if seq is not None and seq.status is SequenceStatus.RUNNING:

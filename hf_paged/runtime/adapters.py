@@ -108,5 +108,6 @@ def part_of(plan: StepPlan, places: list[int], *, with_copies: bool) -> tuple[St
         samples=[(where[row], seq_id) for row, seq_id in plan.samples if row in where],
         adapters=some(plan.adapters),
         media=[span._replace(row=where[span.row]) for span in plan.media if span.row in where],
+        moves=plan.moves if with_copies else None,
     )
     return part, rows

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_paged.base.errors import InvalidArgument, RequestTooLarge
+from hf_paged.core.host_tier import HostTier
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.request import Request, Sequence, SequenceStatus
 from hf_paged.core.scheduler import GroupSpec, Scheduler
@@ -86,6 +87,7 @@ class World:
         self.drafts: dict[int, list[int]] = {}  # of the current plan
         self.memory = [{} for _ in windows]
         self.states = {}
+        self.host_memory, self.host_states = [{} for _ in windows], {}
         self.version = 0  # of the weights
         self.stale = set()  # sequences that were running when the weights last changed
         self.requests: list[Request] = []
@@ -312,7 +314,28 @@ class World:
     def slot(self, group, row, position):
         return self.plan.block_tables[group][row][position // self.block_size], position % self.block_size
 
+    def move(self):
+        """What the plan moves to and from host memory, a whole block at a time; all that leaves before all that comes."""
+        moves = self.plan.moves
+        if moves is None:
+            return
+        for group, slot, _ in moves.spilled:
+            assert slot in self.host_memory[group], "a slot leaves that was never filled"
+        for group, (out, back) in enumerate(zip(moves.out, moves.back)):
+            device, host = self.memory[group], self.host_memory[group]
+            filled, read = [slot for _, slot in out], [slot for slot, _ in back]
+            assert len(set(filled)) == len(filled) and all(0 <= slot < moves.num_slots[group] for slot in filled + read)
+            assert len({block for _, block in back}) == len(back)
+            leaving = [[device.get((block, offset)) for offset in range(self.block_size)] for block, _ in out]
+            host.update(zip(filled, leaving))
+            for slot, block in back:
+                assert block < self.plan.num_blocks[group]
+                device.update({(block, offset): content for offset, content in enumerate(host[slot])})
+        self.host_states.update([(slot, self.states[state]) for state, slot in moves.states_out])
+        self.states.update([(state, self.host_states[slot]) for slot, state in moves.states_back])
+
     def copy(self):
+        self.move()
         for group, copies in enumerate(self.plan.copies):
             sources, destinations = {s for s, _ in copies}, [d for _, d in copies]
             assert len(set(destinations)) == len(destinations) and not sources & set(destinations)
@@ -441,12 +464,24 @@ CONFIGS = st.fixed_dictionaries(
         policy=st.sampled_from(["fcfs", "priority", "fair"]),
         guesses=st.sampled_from([0, 3, 9]),
         overlap=st.booleans(),
+        host_slots=st.sampled_from([None, None, 2, 8, 60]),
+        swaps=st.sampled_from(["never", "always", "long"]),
     )
 )
 
 
 def make_world(
-    windows, block_size, max_blocks, max_slots, prefix_cache, guesses, overlap, whole_prompts=False, **limits
+    windows,
+    block_size,
+    max_blocks,
+    max_slots,
+    prefix_cache,
+    guesses,
+    overlap,
+    whole_prompts=False,
+    host_slots=None,
+    swaps="always",
+    **limits,
 ) -> World:
     # smaller pools for sliding groups, so that each kind runs short now and then
     most = [max_blocks if window is None else max(2, max_blocks // 2) for window in windows]
@@ -460,10 +495,22 @@ def make_world(
         whole_prompts=whole_prompts,
         prefix_cache=prefix_cache and not max_slots,
         clock=itertools.count(step=12_000_000_000).__next__,  # every few requests a level of priority is worth less
+        host=None if host_slots is None else host_tier(len(windows), host_slots, swaps, prefix_cache and not max_slots),
         **limits,
     )
     guesses = 0 if max_slots or overlap else guesses  # a state cannot be taken back; guesses follow known tokens
     return World(windows, block_size, guesses, overlap, scheduler)
+
+
+def host_tier(num_groups: int, num_slots: int, swaps: str, keeps_prefixes: bool) -> HostTier:
+    prefers = {"never": lambda *_: False, "always": lambda *_: True, "long": lambda tokens, *_: tokens > 6}
+    return HostTier(
+        [num_slots] * num_groups,
+        max_states=min(num_slots, 4),
+        prefers_swap=prefers[swaps],
+        keeps_prefixes=keeps_prefixes,
+        spills=True,
+    )
 
 
 def apply(world: World, operation: str, argument) -> None:
@@ -518,6 +565,8 @@ def test_heavy_traffic_on_scarce_blocks(seed):
         policy=random.choice(["fcfs", "priority", "fair"]),
         guesses=random.choice([0, 2, 5, 12]),
         overlap=random.random() < 0.5,
+        host_slots=random.choice([None, 4, 16, 60]),
+        swaps=random.choice(["never", "always", "long"]),
     )
     heavy_traffic(world, random)
 
@@ -540,6 +589,8 @@ def test_heavy_traffic_on_scarce_state_slots(seed):
         policy=random.choice(["fcfs", "priority", "fair"]),
         guesses=0,
         overlap=random.random() < 0.5,
+        host_slots=random.choice([None, 4, 16, 60]),
+        swaps=random.choice(["never", "always", "long"]),
     )
     heavy_traffic(world, random)
 
