@@ -11,6 +11,7 @@ results are read late; now and then a step turns out only then to have failed.
 
 import itertools
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
@@ -48,6 +49,7 @@ def expected_output(request: Request, index: int) -> tuple[list[int], str, int |
                 return output, "stop", tokens[-1]
         if len(output) >= request.max_tokens or len(tokens) >= MAX_MODEL_LEN:
             return output, "length", None
+
 
 CHUNK = GroupSpec(chunk=6)
 
@@ -595,12 +597,42 @@ def test_heavy_traffic_on_scarce_state_slots(seed):
     heavy_traffic(world, random)
 
 
-def heavy_traffic(world: World, random: Random) -> None:
+def test_long_outputs_that_push_each_other_to_host_memory():
+    """Outputs that outgrow the blocks together, so that most of the preempted go on from a copy in host memory."""
+    counts = Counter()
+    for seed in range(150):
+        random = Random(seed)
+        world = crowded_world(random)
+        heavy_traffic(world, random, long_spec)
+        counts.update({name: world.scheduler.stats()[name] for name in ("swaps_out", "swaps_in", "host_hit_tokens")})
+    assert counts["swaps_out"] > 250 and counts["swaps_in"] > 200 and counts["host_hit_tokens"] > 100, counts
+
+
+def crowded_world(random: Random) -> World:
+    block_size, has_state = random.choice([1, 2, 4]), random.random() < 0.25
+    kinds = [[], [None], [None, 4]] if has_state else [[None], [None], [None, 3], [5], [None, CHUNK]]
+    return make_world(
+        windows=random.choice(kinds),
+        block_size=block_size,
+        max_blocks=random.choice([36, 44, 60]) // block_size,
+        max_slots=random.choice([4, 5]) if has_state else 0,
+        max_batch_tokens=random.choice([4, 8, 16, 64]),
+        max_num_seqs=random.randint(4, 7),
+        prefix_cache=random.random() < 0.8,
+        policy=random.choice(["fcfs", "priority"]),
+        guesses=random.choice([0, 2, 5]),
+        overlap=random.random() < 0.5,
+        host_slots=random.choice([12, 40, 120]),
+        swaps=random.choice(["always", "always", "long"]),
+    )
+
+
+def heavy_traffic(world: World, random: Random, spec=None) -> None:
     names = ["steps", "fail", "abort", "abort_in_step", "abort_in_failing_step", "lose_sample", "finish"]
     names += ["fail_late", "change_weights", "interrupt"]
     for _ in range(40):
         if random.random() < 0.5:
-            world.add(random_spec(random))
+            world.add((spec or random_spec)(random))
         name = random.choices(names, weights=[20] + [1] * 9)[0]
         apply(world, name, random.random() < 0.5 if name == "change_weights" else random.randint(1, 5))
     world.drain()
@@ -618,3 +650,8 @@ def random_spec(random: Random) -> tuple:
         random.randint(0, 2),
         random.random() < 0.85,
     )
+
+
+def long_spec(random: Random) -> tuple:
+    base, shared, tail, _, _, _, *others = random_spec(random)
+    return base, shared, tail, random.choice([1, 1, 1, 2]), random.choice([10, 14]), 6, *others
