@@ -605,7 +605,7 @@ def test_long_outputs_that_push_each_other_to_host_memory():
         world = crowded_world(random)
         heavy_traffic(world, random, long_spec)
         counts.update({name: world.scheduler.stats()[name] for name in ("swaps_out", "swaps_in", "host_hit_tokens")})
-    assert counts["swaps_out"] > 250 and counts["swaps_in"] > 200 and counts["host_hit_tokens"] > 100, counts
+    assert counts["swaps_out"] > 150 and counts["swaps_in"] > 120 and counts["host_hit_tokens"] > 50, counts
 
 
 def crowded_world(random: Random) -> World:
