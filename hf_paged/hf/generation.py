@@ -298,10 +298,11 @@ class _Decoding:
             yield "position_ids", f"it has {positions.dim()} dimensions"
 
     def _has_place_for(self, positions: torch.Tensor) -> bool:
-        """Whether positions of more than 2 dimensions are those of M-RoPE. Ranks are told of one a token."""
+        """Whether positions of more than 2 dimensions are those of M-RoPE, of text or of a model whose images are on pages."""
         if not has_mrope(self.model) or positions.dim() != 3 or len(positions) not in (1, 3, 4):
             return False
-        return self.model._hf_paged.adapter.team is None or _is_text_only(positions)
+        images = self.model._hf_paged.adapter.media
+        return _is_text_only(positions) or (images is not None and images.shifts_positions)
 
     def on_stock(self, logits_processor, stopping_criteria, **options):
         pages = cache_of(self.kwargs)

@@ -1,29 +1,16 @@
-"""The pipeline itself: transformers' TextGenerationPipeline, its prompts decoded together.
-
-Prompts, chats, tokenization, options and results are handled by transformers, unchanged. Only where it would call
-`generate` for one prompt after another, the calls are started ahead and run in the engine side by side.
-"""
+"""The pipeline for text: transformers' TextGenerationPipeline, its prompts decoded together."""
 
 from __future__ import annotations
 
-import copy
 import types
-from collections.abc import Iterator, Sized
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from tqdm.auto import tqdm
 from transformers.pipelines.text_generation import TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
-from ...base.config import EngineConfig
-from ...base.errors import EngineClosed, InvalidArgument, UnsupportedOption
+from ...base.errors import InvalidArgument, UnsupportedOption
 from ...engine.text import IncrementalDetokenizer
-from ...hf.generation import start_generate
-from ...hf.patch import engine_of, is_patched, patch, patch_of, unpatch
-from .ahead import Ahead, Started
+from .base import PagedPipeline
 
 # What shapes a call's result has no meaning in a stream of text.
 _NOT_IN_STREAM = (
@@ -32,7 +19,7 @@ _NOT_IN_STREAM = (
 )
 
 
-class PagedTextGenerationPipeline(TextGenerationPipeline):
+class PagedTextGenerationPipeline(PagedPipeline, TextGenerationPipeline):
     """A TextGenerationPipeline whose prompts are decoded by hf_paged's engine, side by side.
 
     Arguments, calls and results are those of TextGenerationPipeline, and so are the tokens (when sampling: for a single
@@ -57,39 +44,6 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         InvalidArgument: `engine_config` is none, or differs from that of a model which is patched already.
     """
 
-    def __init__(self, *args, engine_config: EngineConfig | None = None, **kwargs):
-        if engine_config is not None and not isinstance(engine_config, EngineConfig):
-            raise InvalidArgument(f"engine_config must be an EngineConfig, got {type(engine_config).__name__}")
-        super().__init__(*args, **kwargs)
-        self._engine_config = engine_config
-        self._patched_here = self._closed = False
-        if is_patched(self.model) and engine_config not in (None, patch_of(self.model).config):
-            raise InvalidArgument(
-                "engine_config: this model is patched with another configuration; leave engine_config out, or call "
-                "hf_paged.patch(model, engine_config) first"
-            )
-        self._ensure_patched()
-
-    def _ensure_patched(self) -> None:
-        if self._closed:
-            raise EngineClosed("the pipeline is closed")
-        if not is_patched(self.model):  # also where a copy, or another pipeline's end, made it plain again
-            patch(self.model, self._engine_config, tokenizer=self.tokenizer)
-            self._patched_here = True
-
-    def close(self) -> None:
-        """Unpatch the model if this pipeline patched it; calls are refused from now on. Closing twice is fine."""
-        self._closed = True
-        if self._patched_here and is_patched(self.model):
-            unpatch(self.model)
-        self._patched_here = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.close()
-
     def __call__(self, text_inputs, **kwargs):
         """Complete the prompt(s), as TextGenerationPipeline does; with `progress=True` behind a progress bar."""
         self._ensure_patched()
@@ -98,62 +52,6 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         if isinstance(text_inputs, Iterator) and not isinstance(text_inputs, types.GeneratorType):
             text_inputs = (item for item in text_inputs)  # the one kind of iterator that transformers takes
         return super().__call__(text_inputs, **kwargs)
-
-    def _sanitize_parameters(self, progress=None, **parameters):
-        preprocess, forward, postprocess = super()._sanitize_parameters(**parameters)
-        if progress is not None:
-            forward["progress"] = bool(progress)
-        return preprocess, forward, postprocess
-
-    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        forward_params = dict(forward_params)
-        with _bar(1, forward_params.pop("progress", False)) as bar:
-            outputs = super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
-            bar.update()
-        return outputs
-
-    def get_iterator(
-        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
-    ):
-        forward_params = dict(forward_params)
-        progress = forward_params.pop("progress", False)
-        results = super().get_iterator(
-            inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
-        )
-        length = len(inputs) if isinstance(inputs, Sized) else None
-        alone = length is not None and length <= batch_size
-        forwards = results.loader  # it applies `forward` to what a DataLoader collates
-        forwards.loader = Ahead(
-            forwards.loader,
-            partial(self._start, alone, forward_params),
-            most_rows=engine_of(self.model).config.max_num_seqs,
-            batch_size=batch_size,
-            whole=isinstance(inputs, list),
-            bar=partial(_bar, length, progress),
-        )
-        forwards.infer = self._finish
-        return results
-
-    def _start(self, alone: bool, forward_params: dict, model_inputs) -> Started:
-        """`forward` as far as its `generate` is started."""
-        self._ensure_patched()  # results are read later than they were asked for
-        started = Started(model_inputs)
-
-        def begin(**kwargs):
-            started.take(start_generate(self.model, alone=alone, **kwargs))
-            return torch.empty((started.num_prompts, 0), dtype=torch.int64)  # `forward` wants a result
-
-        self._forward_with(begin, forward_params, model_inputs)
-        return started
-
-    def _finish(self, started: Started, **forward_params):
-        """`forward` again, now with the result of its `generate`."""
-        return self._forward_with(lambda **kwargs: started.result, forward_params, started.model_inputs)
-
-    def _forward_with(self, generate, forward_params: dict, model_inputs):
-        twin = copy.copy(self)
-        twin.model = _StandIn(self.model, generate)
-        return twin.forward(model_inputs, **forward_params)
 
     def stream(self, text_inputs, **kwargs) -> Iterator[str]:
         """Yield the new text of one prompt or chat piece by piece, as it is made.
@@ -210,21 +108,3 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         if getattr(self.tokenizer, "response_template", None):
             skip = False
         return IncrementalDetokenizer(self.tokenizer, (), skip_special_tokens=skip)
-
-
-@dataclass
-class _StandIn:
-    """The model as a pipeline's `_forward` sees it, with a `generate` of ours."""
-
-    model: Any
-    generate: Any
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-
-def _bar(total: int | None, progress: bool):
-    return tqdm(total=total, disable=not progress, unit="prompt", dynamic_ncols=True)
