@@ -6,7 +6,9 @@ cannot run. `why_unavailable` says where fusing modules into these functions gai
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 
@@ -37,13 +39,29 @@ def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:
     return ops.why_unsupported(backend, parameter.device)
 
 
+_exact = threading.local()
+
+
+@contextmanager
+def exact(on: bool = True):
+    """While inside, in this thread, a row of `linear` has the same bits beside whatever other rows, on CPU. Slower in bf16.
+
+    In fp32 that is so anyway.
+    """
+    before, _exact.on = getattr(_exact, "on", False), on
+    try:
+        yield
+    finally:
+        _exact.on = before
+
+
 def supports_linear(weight: Tensor | QuantizedWeight, *, backend: str = "auto") -> bool:
-    """Whether `linear` has a kernel for this weight, so that it does better than torch."""
+    """Whether `linear` has a kernel for this weight, so that it does better than torch, or inside `exact` another way."""
     name = _kernels("linear", backend, weight.device)[1]
     if isinstance(weight, QuantizedWeight):
         return name in _QUANTIZED and _quantized(backend, weight.device).supports_weight(weight)
     if name == "cpu":
-        return weight.dtype == torch.float32
+        return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and getattr(_exact, "on", False)
     return name == "triton" and weight.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -81,7 +99,8 @@ def linear(
         return run.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, backend=backend)
-    if name == "cpu" and run.supports_linear(x, weight):
+    own = x.dtype == torch.float32 or getattr(_exact, "on", False)
+    if name == "cpu" and own and run.supports_linear(x, weight):
         y = run.linear(x, weight, bias)
     else:
         y = F.linear(x, weight, bias)

@@ -90,6 +90,9 @@ class EngineConfig:
             "draft" goes without saying. None: off.
         cuda_graphs: record the forward of decode steps and replay it, so that the host need not launch its kernels one by
             one. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
+        exact: a token's logits have the same bits whatever is computed beside it, in whatever chunks, and whatever of its
+            prompt was cached; and `model(input_ids)` of the patched model gives those bits, so that its log-probabilities
+            are those of generated tokens. On CPU in float32 and bfloat16.
         parallel_timeout: of a model sharded over several processes, most seconds that one waits for another in the middle
             of a step. Then all of them end, with the reason.
         images: limits on images in prompts, what a step encodes of them and what is kept; see ImageLimits.
@@ -111,6 +114,7 @@ class EngineConfig:
     overlap: bool | None = None
     speculation: Literal["ngram", "draft"] | Speculation | None = None
     cuda_graphs: bool | None = None
+    exact: bool = False
     parallel_timeout: float = 120.0
     images: ImageLimits = ImageLimits()
 
@@ -138,6 +142,10 @@ class EngineConfig:
             raise InvalidArgument(f"overlap must be True, False or None, got {self.overlap!r}")
         if self.cuda_graphs not in (None, True, False):
             raise InvalidArgument(f"cuda_graphs must be True, False or None, got {self.cuda_graphs!r}")
+        if not isinstance(self.exact, bool):
+            raise InvalidArgument(f"exact must be True or False, got {self.exact!r}")
+        if self.exact and not (self.fuse and self.attention_backend in ("auto", "cpu")):
+            raise InvalidArgument("exact: it needs hf_paged's own kernels; leave out fuse and attention_backend")
         timeout = self.parallel_timeout
         if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < 1e6:
             raise InvalidArgument(f"parallel_timeout must be a positive number of seconds, got {timeout!r}")

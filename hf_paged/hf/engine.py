@@ -49,8 +49,9 @@ class Engine(BatchEngine):
         elif draft_model is not None:
             check_draft(model, draft_model)
         undo = patch_of(model)
-        if config is not None and config.fuse != undo.config.fuse:
-            raise InvalidArgument("fuse is decided when the model is patched; pass it to hf_paged.patch")
+        for option in ("fuse", "exact"):
+            if config is not None and getattr(config, option) != getattr(undo.config, option):
+                raise InvalidArgument(f"{option} is decided when the model is patched; pass it to hf_paged.patch")
         try:
             undo.adopt(self)
             self._open(undo, tokenizer, config or undo.config, draft_model)

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..runtime.batch import active_context
-from . import row_adapters
+from . import exact, row_adapters
 from .embeds import check_embeds
 from .names import CACHE_NAME, CACHE_NAMES
 from .paged_cache import PagedCache, begun
@@ -76,6 +76,8 @@ class PagedMixin(Swapped):
             return paged_call(cache, *args, **options)
         if self._hf_paged.calls_of_all is not None:
             self._hf_paged.calls_of_all.check_free()
+        if exact.takes(self, args, kwargs):
+            return exact.exact_forward(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def _sample(

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import StepContext, active_context
 from .spec import text_config
+from .swap import own_forwards
 
 POOLING_FILE = "1_Pooling/config.json"
 _MODE = "pooling_mode_"
@@ -120,7 +121,7 @@ def stock_rows(model: torch.nn.Module, ids: torch.Tensor) -> StockRows:
     head, length = head_of(model), ids.shape[1]
     positions = torch.arange(length, device=ids.device)[None]
     bodies = _bodies(model)
-    with _recording([*bodies, *filter(None, [head.classifier])]) as outputs:
+    with own_forwards(), _recording([*bodies, *filter(None, [head.classifier])]) as outputs:
         output = model(input_ids=ids, position_ids=positions, use_cache=False)
     # some models call parts of what is said to be their body
     states = [(body, _first(outputs[body])) for body in bodies if body in outputs]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from hf_paged_kernels import fused
+
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, KernelUnavailable, UnsupportedModel, UnsupportedOption
 from ..base.types import AdapterInfo
@@ -18,6 +20,7 @@ from .attention import attention_configs, paged_attention, paged_masks
 from .fusion import Fusions
 from .fusion.experts import paged_experts
 from .fusion.sharded import SplitHead
+from .fusion.linear import linear_layers, newcomers
 from .heads import head_of, keeping_hidden, stated_pooling
 from .peft import obstacles
 from .peft_bank.bank import AdapterBank, Loaded
@@ -65,6 +68,7 @@ class TransformersModel:
         self.generation = 0
         self.media = images_of(model) if team is None else None
         self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
+        self._linear = linear_layers(model)
         self._seen: Snapshot | None = None
         self._look()
 
@@ -131,6 +135,7 @@ class TransformersModel:
         """Scope in which calls of the model's modules are one forward of the packed batch of `context`."""
         self._check_obstacle()
         with (
+            fused.exact(self.fusions.exact),
             self.adapters.running(context.plan),
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
@@ -239,6 +244,8 @@ class TransformersModel:
         self.why_unrecordable = self._why_unrecordable()
         self.adapters.look(self._seen.modules)
         self._obstacle = next(obstacles(self.module), None)
+        if self.fusions.exact and any(newcomers(self._seen.modules, self._linear)):
+            self._obstacle = "exact", "linear layers came after it was patched; patch it again"
         if self.team is not None and any(hasattr(module, "base_layer") for module in self._seen.modules):
             self._obstacle = "a PEFT adapter", "the model is sharded"
         device = self._seen.device

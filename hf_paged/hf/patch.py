@@ -23,6 +23,7 @@ from ..parallel.team import Team
 from ..runtime.runner import as_in_a_step
 from .adapters import adapt
 from .draft import check_draft, draft_config
+from .exact import check_exact
 from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse, fuse_layers, voting
 from .generation import PagedMixin
@@ -64,7 +65,7 @@ class Patch:
         try:
             if config.fuse:
                 with evaluating(model), without_hooks(model):
-                    self.fusions = fuse(model, config.attention_backend, team)
+                    self.fusions = fuse(model, config.attention_backend, team, exact=config.exact)
         except BaseException:
             self.adaptations.undo()
             raise
@@ -72,6 +73,7 @@ class Patch:
         self.calls_of_all: SharedCalls | None = None  # `generate` of a sharded model
         self.largest_difference: float | None = None  # that `verify` found
         self.launches: list[str] | None = None  # kernels of a layer that decodes, where they are Triton's
+        self.exact = False  # once the model's own forwards were looked at
         self.scatter: float | None = None  # of the model's own logits, where its layers round activations to 8 bits
         self.calls: dict[str, str] = {}  # options of calls so far that took a slower path, and why
         self._engine = None
@@ -88,6 +90,10 @@ class Patch:
                     fuse_layers(model, self.fusions, self.adapter.length_limit)
             if check:
                 self.launches, self.scatter = check_forward(self.adapter, observed, self.config)
+        if self.config.exact:
+            with without_hooks(model):
+                check_exact(self.adapter, observed, self.config)
+            self.exact = True
         self.adapter.weights_replaced()  # with its hooks
         if self.team is not None:
             self.calls_of_all = SharedCalls(self.adapter, self.team)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import functools
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -75,3 +76,21 @@ def evaluating(model: torch.nn.Module, modules: list[torch.nn.Module] | None = N
     finally:
         for module in training:
             module.training = True
+
+
+_own: ContextVar[bool] = ContextVar("hf_paged_own_forwards", default=False)
+
+
+@contextmanager
+def own_forwards():
+    """While inside, a call of a patched model is its own forward, also in exact mode."""
+    token = _own.set(True)
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
+def are_own() -> bool:
+    """Whether this is inside `own_forwards`."""
+    return _own.get()

@@ -86,14 +86,16 @@ def capability() -> str:
     return name if name in _CAPABILITY_FLAGS else "DEFAULT"
 
 
-def _vnni_flags() -> tuple[str, ...]:
-    """Products of int8 values in one instruction, where there is AVX-512 and the processor has them."""
+def _product_flags() -> tuple[str, ...]:
+    """Products of int8 and of bf16 values in one instruction, where there is AVX-512 and the processor has them."""
     if capability() != "AVX512":
         return ()
     try:
-        return ("-mavx512vnni",) if "avx512_vnni" in Path("/proc/cpuinfo").read_text() else ()
+        processor = Path("/proc/cpuinfo").read_text()
     except OSError:
         return ()
+    flags = {"avx512_vnni": "-mavx512vnni", "avx512_bf16": "-DHF_PAGED_AVX512_BF16"}
+    return tuple(flag for feature, flag in flags.items() if feature in processor)
 
 
 def _switched_off() -> bool:
@@ -120,7 +122,7 @@ def build(sources: list[Path] | None = None, cache_dir: Path | None = None) -> P
     """Compile `sources` (default: every .cpp of this folder) unless the cache has them; the library's path."""
     sources = sorted(_HERE.glob("*.cpp")) if sources is None else sources
     compiler = _find_compiler()
-    flags = (*_COMMON_FLAGS, *_CAPABILITY_FLAGS.get(capability(), _DEFAULT_FLAGS), *_vnni_flags())
+    flags = (*_COMMON_FLAGS, *_CAPABILITY_FLAGS.get(capability(), _DEFAULT_FLAGS), *_product_flags())
     key = _key(sources, compiler, flags)
     library = (cache_dir or _default_cache_dir()) / key / _LIBRARY_NAME
     if not library.exists():

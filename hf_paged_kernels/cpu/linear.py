@@ -1,4 +1,4 @@
-"""Dense fp32 linear layers on the live weight, in its own layout: see linear.cpp and head_linear.cpp."""
+"""Dense linear layers on the live weight, in its own layout: see linear.cpp, linear_bf16.cpp and head_linear.cpp."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from . import build
 
 
 def supports_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` takes these tensors: fp32 on the CPU, weight rows and x rows contiguous, shapes that fit."""
+    """Whether `linear` takes these tensors: fp32 or bf16 on the CPU, rows of the weight contiguous, shapes that fit."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.device.type == weight.device.type == "cpu"
         and weight.dim() == 2
         and x.dim() >= 1
@@ -28,7 +29,7 @@ def linear(
     bias_N: torch.Tensor | None = None,
     out_MN: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T + bias` in fp32, without autograd.
+    """`x @ weight.T + bias` in fp32, rounded to the type of x, without autograd.
 
     A row of the result depends, bit for bit, on that row of x and the weight alone: not on the number of rows, its
     place among them, or the number of threads.
@@ -44,7 +45,7 @@ def linear(
     """
     if not supports_linear(x_MK, weight_NK):
         raise ValueError(
-            f"linear takes float32 x [..., K] and weight [N, K] with contiguous rows, on the CPU; got x "
+            f"linear takes float32 or bfloat16 x [..., K] and weight [N, K] with contiguous rows, on the CPU; got x "
             f"{_describe(x_MK)} and weight {_describe(weight_NK)}"
         )
     N, K = weight_NK.shape
@@ -55,19 +56,26 @@ def linear(
         x_MK = x_MK.contiguous()
     M = x_MK.shape[0]
     if out_MN is None:
-        result = torch.empty((*shape[:-1], N), dtype=torch.float32)
+        result = out_MN = torch.empty((*shape[:-1], N), dtype=x_MK.dtype)
         out_stride = N
     else:
         result, out_MN = out_MN, out_MN.view(M, N) if out_MN.dim() != 2 else out_MN
-        if out_MN.shape != (M, N) or out_MN.dtype != torch.float32 or (out_MN.stride(1) != 1 and N > 1):
-            raise ValueError(f"out must be float32 [{M}, {N}] with contiguous rows; got {_describe(out_MN)}")
+        if out_MN.shape != (M, N) or out_MN.dtype != x_MK.dtype or (out_MN.stride(1) != 1 and N > 1):
+            raise ValueError(f"out must be {x_MK.dtype} [{M}, {N}] with contiguous rows; got {_describe(out_MN)}")
         out_stride = out_MN.stride(0)
     bias = None
     if bias_N is not None:
-        if bias_N.dtype != torch.float32 or bias_N.shape != (N,) or (bias_N.stride(0) != 1 and N > 1):
-            raise ValueError(f"bias must be contiguous float32 [{N}]; got {_describe(bias_N)}")
+        if bias_N.dtype != x_MK.dtype or bias_N.shape != (N,) or (bias_N.stride(0) != 1 and N > 1):
+            raise ValueError(f"bias must be contiguous {x_MK.dtype} [{N}]; got {_describe(bias_N)}")
         bias = bias_N.data_ptr()
-    if M and N:
+    if not (M and N):
+        return result
+    if x_MK.dtype == torch.bfloat16:
+        _kernel("hfp_linear_bf16")(
+            x_MK.data_ptr(), x_MK.stride(0), weight_NK.data_ptr(), weight_NK.stride(0), bias, result.data_ptr(),
+            out_stride, M, N, K,
+        )  # fmt: skip
+    else:
         _kernel("hfp_linear_f32")(
             x_MK.data_ptr(), 0, x_MK.stride(0), weight_NK.data_ptr(), 0, weight_NK.stride(0), bias, result.data_ptr(),
             0, out_stride, 1, M, N, K,
@@ -122,7 +130,8 @@ def supports_head_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _kernel(name: str):
     function = getattr(build.load(), name)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, *[size] * 6]
+    heads = [] if name == "hfp_linear_bf16" else [size]
+    function.argtypes = [pointer, *heads, size, pointer, *heads, size, pointer, pointer, *heads * 2, *[size] * 4]
     function.restype = None
     return function
 

@@ -38,16 +38,17 @@ from .sharded import shard_modules
 __all__ = ["Fusions", "fuse", "fuse_layers", "voting"]
 
 
-def fuse(model: nn.Module, backend: str = "auto", team: Team | None = None) -> Fusions:
+def fuse(model: nn.Module, backend: str = "auto", team: Team | None = None, *, exact: bool = False) -> Fusions:
     """Fuse what is proven equal in `model`; what cannot be fused is left alone and noted.
 
     Args:
         backend: whose kernels to use: a name of `ops.BACKENDS` that can run on the model's device.
         team: the ranks of a sharded model, all of which do this at the same time.
+        exact: linear layers run on our kernels, whatever torch's are good for.
     """
     parameter = float_parameter(model)
     like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-    fusions = Fusions(ops.resolve_backend(backend, like.device), like)
+    fusions = Fusions(ops.resolve_backend(backend, like.device), like, exact=exact)
     try:
         with torch.no_grad(), voting(team and team.unanimous):
             if team is not None:

@@ -78,6 +78,7 @@ class Fusions:
     Attributes:
         backend: whose kernels the fused forms call, resolved: "cpu", "triton" or "reference".
         like: of the dtype and on the device of the model's hidden states.
+        exact: rows of linear layers get the same bits in any batch.
         counts: kind -> fused modules.
         notes: slower paths and their reasons.
         expert_configs: configurations whose experts implementation is ours inside a step.
@@ -86,6 +87,7 @@ class Fusions:
 
     backend: str = "reference"
     like: Tensor = field(default_factory=lambda: torch.empty(0))
+    exact: bool = False
     swapped: list[nn.Module] = field(default_factory=list)
     merged: list = field(default_factory=list)
     unwrap: list[Callable[[], None]] = field(default_factory=list)

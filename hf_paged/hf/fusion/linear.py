@@ -54,8 +54,9 @@ def rows_for(layer: nn.Module, fusions: Fusions) -> Tensor:
 def fuse_linear(module: nn.Module, fusions: Fusions) -> None:
     if not (isinstance(module, (*LINEAR, Conv1D)) and can_swap(module) and has_known_weight(module)) or is_sharded(module):
         return
-    if not fused.supports_linear(weight_of(module), backend=fusions.backend):
-        return
+    with fused.exact(fusions.exact):
+        if not fused.supports_linear(weight_of(module), backend=fusions.backend):
+            return
     if type(module) is Conv1D:
         if fusions.backend == "cpu":
             fusions.swap(module, FusedConv1D, None, "linear")
@@ -72,3 +73,13 @@ def _only_linear(module: nn.Linear, backend: str) -> bool:
     return isinstance(expected, Tensor) and agree(
         actual, expected, tolerance=1e-5, backend=backend, truth=in_fp32(module, x)
     )
+
+
+def linear_layers(model: nn.Module) -> set[int]:
+    """The ids of the plain linear layers that a model has."""
+    return {id(module) for module in model.modules() if isinstance(module, nn.Linear)}
+
+
+def newcomers(modules: list[nn.Module], known: set[int]) -> list[nn.Module]:
+    """Plain linear layers among `modules` that were not `known`, and so run on torch's kernel."""
+    return [module for module in modules if type(module) is nn.Linear and id(module) not in known]
