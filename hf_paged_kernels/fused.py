@@ -55,6 +55,13 @@ def exact(on: bool = True):
         _exact.on = before
 
 
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """x [..., K] @ weight [N, K].T + bias [N], a row of which has the same bits beside whatever others; None where no kernel
+    gives that."""
+    run, name = _kernels("linear", "auto", x.device)
+    return run.linear(x, weight, bias) if name == "cpu" and run.supports_linear(x, weight) else None
+
+
 def supports_linear(weight: Tensor | QuantizedWeight, *, backend: str = "auto") -> bool:
     """Whether `linear` has a kernel for this weight, so that it does better than torch, or inside `exact` another way."""
     name = _kernels("linear", backend, weight.device)[1]

@@ -39,15 +39,20 @@ def check_exact(adapter, observed: Observed, config: EngineConfig) -> None:
         raise UnsupportedOption(f"exact: float32 and bfloat16 on CPU are exact, not {adapter.dtype} on {adapter.device.type}")
     if not adapter.generates:
         raise UnsupportedOption(f"exact: {adapter.name} does not generate")
+    if adapter.states:
+        raise UnsupportedOption(f"exact: layers of {adapter.name} keep a state, which goes on from a prompt's chunks")
     tokens = observed.ids[0].tolist()
     whole = _logits(adapter, config, [tokens], len(tokens))[0]
+    if adapter.torch_ops.others:
+        raise UnsupportedModel(
+            f"exact: {adapter.name} calls {', '.join(sorted(adapter.torch_ops.others))}, whose results depend on the batch"
+        )
     for budget in _BUDGETS:
         prompts = [tokens, tokens[: max(1, len(tokens) // 2)], tokens[: max(1, len(tokens) - 3)]]
         for mine in _logits(adapter, config, prompts, budget):
             if not torch.equal(mine, whole[: len(mine)]):
                 raise UnsupportedModel(
-                    f"exact: a token's logits of {adapter.name} depend on what is computed beside it; some of its layers do "
-                    "not run on hf_paged's kernels (`explain` of the model patched without exact tells which)"
+                    f"exact: a token's logits of {adapter.name} depend on what is computed beside it"
                 )
 
 

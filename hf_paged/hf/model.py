@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -18,9 +18,10 @@ from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
 from .fusion import Fusions
-from .fusion.experts import paged_experts
+from .fusion.experts import eager_experts, paged_experts
 from .fusion.sharded import SplitHead
 from .fusion.linear import linear_layers, newcomers
+from .fusion.torch_ops import TorchOps
 from .heads import head_of, keeping_hidden, stated_pooling
 from .peft import obstacles
 from .peft_bank.bank import AdapterBank, Loaded
@@ -69,6 +70,7 @@ class TransformersModel:
         self.media = images_of(model) if team is None else None
         self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
         self._linear = linear_layers(model)
+        self.torch_ops = TorchOps()  # of exact mode
         self._seen: Snapshot | None = None
         self._look()
 
@@ -136,11 +138,13 @@ class TransformersModel:
         self._check_obstacle()
         with (
             fused.exact(self.fusions.exact),
+            self.torch_ops if self.fusions.exact else nullcontext(),
             self.adapters.running(context.plan),
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
             paged_masks(),
             paged_experts(self.fusions.expert_configs),
+            eager_experts(self.fusions.eager_configs),
             activate(context),
             sequence_hooks(self.module, context),
             keeping_hidden(self._body, context),

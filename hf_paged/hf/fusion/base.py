@@ -82,6 +82,7 @@ class Fusions:
         counts: kind -> fused modules.
         notes: slower paths and their reasons.
         expert_configs: configurations whose experts implementation is ours inside a step.
+        eager_configs: configurations whose experts run one after another inside a step.
         alone: class name -> why attention modules or layers of that class run their own code, part by part.
     """
 
@@ -94,6 +95,7 @@ class Fusions:
     counts: Counter = field(default_factory=Counter)
     notes: dict[str, str] = field(default_factory=dict)
     expert_configs: list = field(default_factory=list)
+    eager_configs: list = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)
 
     def swap(self, module: nn.Module, mixin: type, state, kind: str) -> None:

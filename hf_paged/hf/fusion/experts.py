@@ -25,6 +25,8 @@ from .sharded import WholeExperts, is_sharded, local_parameters
 NAME = "hf_paged"
 # `with paged_experts(configs):` they name our function as their experts implementation.
 paged_experts = Switch("_experts_implementation_internal", NAME)
+# Expert after expert: a token's sums have one order, whatever else is in the batch.
+eager_experts = Switch("_experts_implementation_internal", "eager")
 LIMIT = 1e-4  # of fp32: largest difference as a share of a row's largest value
 LIMIT_NARROW = 0.02  # of bf16 and fp16: root mean square of a row's differences as a share of the row's
 
@@ -97,9 +99,11 @@ def fuse_experts(model: nn.Module, fusions: Fusions) -> None:
             fusions.swap(module, FusedExperts, fusions.backend, "experts")
         elif isinstance(module, ExpertLayers) and module.reason is not None:
             fusions.notes[f"{module.num_experts} experts"] = f"they run one after the other: {module.reason}"
+    modules = [module for module in model.modules() if is_experts(module)]
+    if fusions.exact:
+        fusions.eager_configs = list({id(module.config): module.config for module in modules}.values())
     if fusions.backend != "triton":
         return
-    modules = [module for module in model.modules() if is_experts(module)]
     for module in modules:
         with local_parameters(module):
             reason = _why_not(module)
