@@ -57,6 +57,7 @@ _HOMES = {
     "follow": "hf.patch",
     "patch": "hf.patch",
     "register_quantizers": "hf.quantizers",
+    "rollout": "hf.rollout",
     "unpatch": "hf.patch",
     "unregister_quantizers": "hf.quantizers",
 }

@@ -113,7 +113,7 @@ def exact_forward(model, forward, args: tuple, options: dict):
             raise UnsupportedOption(f"exact: {name} is not supported by an exact forward; leave it out")
     if model.training and (name := _dropout(model)) is not None:
         raise UnsupportedOption(f"exact: {name} drops out in training mode, which no generated token saw; set it to 0")
-    first, lengths = _extents(input_ids, mask)
+    first, lengths = extents(input_ids, mask)
     columns = input_ids.shape[1]
     keep = options.get("logits_to_keep", 0)
     if not isinstance(keep, int) or keep < 0:
@@ -216,7 +216,7 @@ def _needs_own(model, options: dict) -> bool:
     return gradient or bool(keeps) or asked
 
 
-def _extents(input_ids: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
+def extents(input_ids: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
     """Per row its first column that is no padding, and how many follow."""
     batch, columns = input_ids.shape
     if mask is None:

@@ -14,7 +14,7 @@ DOCUMENTED = {
     *("ClassificationOutput", "ClassifyParams", "EmbedParams", "EmbeddingOutput", "ScoreOutput", "ScoreParams"),
     *("CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"),
     *("current_batch", "engine_of", "explain", "follow", "patch", "unpatch"),
-    *("register_quantizers", "unregister_quantizers"),
+    *("register_quantizers", "rollout", "unregister_quantizers"),
 }
 HEAVY = ("torch", "transformers", "numpy", "typer", "rich", "gguf", "matplotlib", "tqdm")
 
