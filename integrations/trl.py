@@ -21,6 +21,7 @@ from ..base.errors import InvalidArgument, UnsupportedOption
 from ..base.sampling_params import SamplingParams
 from ..hf.exact import with_gradient_of
 from ..hf.rollout import Rollout
+from ..hf.swap import own_forwards
 
 # of TRL's `generation_kwargs`: transformers' name -> ours
 _NAMES = {
@@ -110,9 +111,10 @@ class PagedRollouts:
         asked = compute_entropy or kwargs.get("compute_aux_loss") or torch.is_grad_enabled()
         own = entropies = aux_loss = None
         if asked:
-            own, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                *call, compute_entropy=compute_entropy, **kwargs
-            )
+            with own_forwards():
+                own, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                    *call, compute_entropy=compute_entropy, **kwargs
+                )
         exact = self.rollout.logprobs(
             input_ids, attention_mask, count=logits_to_keep, temperature=self._sampling["temperature"]
         )

@@ -24,7 +24,8 @@ from .swap import are_own
 from .weights import float_parameter
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_KNOWN = frozenset({"input_ids", "attention_mask", "logits_to_keep", "labels", "use_cache", "return_dict", "position_ids"})
+_KNOWN = frozenset({"input_ids", "attention_mask", "logits_to_keep", "labels", "use_cache", "return_dict"})
+_OWN = frozenset({"output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch"})
 _BUDGETS = (5, 16)  # tokens of a step, for the check
 
 # -- when a model is patched
@@ -97,7 +98,7 @@ def takes(model, args: tuple, options: dict) -> bool:
 def exact_forward(model, forward, args: tuple, options: dict):
     """The output of `model(*args, **options)`, its logits those of the engine for the same tokens.
 
-    Rows may have padding on both sides. Their positions count from their first token.
+    Rows may have padding on both sides, whose logits are zeros. Their positions count from their first token.
 
     Args:
         forward: the model's own; it runs for the gradient of the logits, and for whatever else the output holds.
@@ -108,8 +109,8 @@ def exact_forward(model, forward, args: tuple, options: dict):
         raise UnsupportedOption("exact: give everything but input_ids by name")
     options = dict(options, input_ids=args[0]) if args else dict(options)
     input_ids, mask = options["input_ids"], options.get("attention_mask")
-    for name in ("position_ids", "inputs_embeds", "pixel_values"):
-        if options.get(name) is not None:
+    for name, value in options.items():
+        if name not in _KNOWN | _OWN and value is not None and value is not False:
             raise UnsupportedOption(f"exact: {name} is not supported by an exact forward; leave it out")
     if model.training and (name := _dropout(model)) is not None:
         raise UnsupportedOption(f"exact: {name} drops out in training mode, which no generated token saw; set it to 0")
@@ -135,9 +136,9 @@ def exact_forward(model, forward, args: tuple, options: dict):
         logits = _WithGradientOf.apply(output.logits, logits)
     output.logits = logits
     if labels is not None:
-        known = {name: options[name] for name in ("num_items_in_batch", "shift_labels") if name in options}
+        count = {"num_items_in_batch": options["num_items_in_batch"]} if "num_items_in_batch" in options else {}
         output.loss = model.loss_function(
-            logits=logits, labels=labels, vocab_size=text_config(model).vocab_size, **known
+            logits=logits, labels=labels, vocab_size=text_config(model).vocab_size, **count
         )
     return output
 
@@ -212,7 +213,7 @@ def _needs_own(model, options: dict) -> bool:
     """Whether the model's own forward must run as well."""
     keeps = options.get("use_cache", getattr(text_config(model), "use_cache", False))
     gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
-    asked = any(value not in (None, False) for name, value in options.items() if name not in _KNOWN)
+    asked = any(options.get(name) for name in _OWN - {"num_items_in_batch"})
     return gradient or bool(keeps) or asked
 
 

@@ -77,7 +77,9 @@ def _by_vectors(function, x: Tensor, *args, **kwargs) -> Tensor:
 
 def _length(count: int, threads: int) -> int:
     """The least length from `count` on of which every thread's share is whole vectors."""
-    shares = min(threads, math.ceil(count / _GRAIN)) or 1
+    if not count:
+        return 0
+    shares = min(threads, math.ceil(count / _GRAIN))
     length = math.ceil(count / (shares * _VECTORS)) * shares * _VECTORS
     return length if min(threads, math.ceil(length / _GRAIN)) == shares else _length(length, threads)
 
