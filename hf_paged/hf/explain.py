@@ -67,6 +67,7 @@ class Explanation:
         fallbacks: every slower path that this model takes on this machine, with its reason.
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
+        exact: whether a token's logits are the same bits in any batch (`EngineConfig.exact`).
         images: how images get their embeddings; None if the model takes none on pages.
         graphs: which steps run as CUDA graphs; None if none do.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
@@ -94,6 +95,7 @@ class Explanation:
     largest_difference: float | None = None
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
+    exact: bool = False
     images: str | None = None
     graphs: str | None = None
     weights: list[WeightsExplanation] = field(default_factory=list)
@@ -121,6 +123,8 @@ class Explanation:
         lines += [f"alone   {name}: {reason}" for name, reason in self.alone.items()]
         if self.launches is not None:
             lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
+        if self.exact:
+            lines.append("exact   a token's logits have the same bits in any batch, and in model(input_ids)")
         if self.guesses:
             lines.append(f"guesses {self.guesses}")
         if self.images:
@@ -219,6 +223,7 @@ def explain_patch(model, patch, config) -> Explanation:
         largest_difference=patch.largest_difference,
         limits=limits,
         guesses=_guesses(config),
+        exact=config.exact,
         images=_images(adapter, config),
         graphs=_graphs(patch, config),
         weights=weights,

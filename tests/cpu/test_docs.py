@@ -10,12 +10,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from quantized_checkpoints import gptq_layer, save_quantized
 from tiny_models import tiny_config, tiny_model
 from tiny_processors import tiny_pair
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
+from trl import GRPOConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -89,6 +91,24 @@ def test_vision(names, capsys):
     assert names["tokens"].shape[0] == 2 and names["output"].outputs[0].token_ids == names["same"].outputs[0].token_ids
     assert names["vector"].embedding.shape == (48,)
     assert "LlavaModel.get_image_features" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # TRL's
+def test_rl(names, tmp_path):
+    torch.manual_seed(0)
+    model, tokenizer = tiny_model("llama", vocab_size=320), tiny_tokenizer(320)
+    model.generation_config.eos_token_id = 2
+    args = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=1,
+        report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+    )  # fmt: skip
+    before = [parameter.clone() for parameter in model.parameters()]
+    names |= dict(model=model, tokenizer=tokenizer, batches=[["one two", "three"], ["four"]], args=args)
+    names |= dict(reward=lambda completion_ids, **_: [len(set(ids)) / len(ids) for ids in completion_ids])
+    names["dataset"] = Dataset.from_dict({"prompt": ["one two", "three four"]})
+    run("rl.md", names)
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
+    assert names["trainer"].state.global_step == 1
 
 
 def test_quantization(names, capsys):

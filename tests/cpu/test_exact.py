@@ -17,9 +17,10 @@ from hf_paged.hf.fusion.torch_ops import _length
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own
 
-FAMILIES = ["llama", "qwen3", "gemma3_text", "mixtral", "deepseek_v3", "gpt2"]
-NARROW = ["llama", "gemma2", "qwen3_moe"]
-CASES = [(name, torch.float32) for name in FAMILIES] + [(name, torch.bfloat16) for name in NARROW]
+CASES = [("llama", torch.float32), ("gemma3_text", torch.float32), ("llama", torch.bfloat16), ("qwen3_moe", torch.bfloat16)]
+MORE = [(name, torch.float32) for name in ("qwen3", "mixtral", "deepseek_v3", "gpt2", "gemma4_text", "opt", "falcon", "bloom")]
+MORE += [(name, torch.bfloat16) for name in ("gemma2", "mixtral", "phi3", "olmo2", "glm4", "cohere2")]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 def padded(sequences, *, right: int = 0):
