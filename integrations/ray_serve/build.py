@@ -12,7 +12,7 @@ from .replica import Replica
 from .scaling import by_sequences
 
 SPINS = "1000"  # of OpenMP's threads that wait, as of `hf-paged serve`: the event loop needs the cores, too
-FRONT_CPUS = 0.1  # it passes on what others have computed
+FRONT_CPUS = 0  # as of Ray's own proxies: it passes on what others have computed
 MOST_AT_FRONT = 10_000  # requests under way in one front; the replicas' own limits come first
 
 
