@@ -249,6 +249,16 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             vision_feature_select_strategy="full",
         ),
     ),
+    "llava-pixtral": (
+        "llava",
+        dict(
+            text_config=dict(LANGUAGE),
+            vision_config=dict(model_type="pixtral", image_size=16, patch_size=4, num_hidden_layers=2),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+    ),
     "llava_next": (
         "llava_next",
         dict(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from tiny_configs import IMAGE
 
-LABELS = ["llava", "llava-mistral", "llava_next", "smolvlm", "idefics3", "gemma3"]
+LABELS = ["llava", "llava-mistral", "llava-pixtral", "llava_next", "smolvlm", "idefics3", "gemma3"]
 LABELS += ["qwen2_vl", "qwen2_vl-window", "qwen2_5_vl", "qwen3_vl"]
 SIDE = 8  # pixels of what an encoder sees at once
 SIZES = [(8, 16), (16, 8), (13, 15), (8, 8)]  # height and width of images that LLaVA-NeXT cuts up
+RAGGED = [(8, 12), (16, 4), (12, 12), (4, 8)]  # height and width of images that Pixtral sees as they are
 GRIDS = [(1, 4, 4), (1, 2, 6), (1, 6, 4), (1, 2, 2)]  # time, height and width of Qwen's images, in patches
 PIXELS = ("pixel_values", "image_sizes", "pixel_attention_mask")
 
@@ -26,6 +27,9 @@ def picture(label: str, seed: int) -> dict:
         height, width = SIZES[seed % len(SIZES)]
         patches = 1 + {(8, 16): 2, (16, 8): 2}.get((height, width), 4 if height > 8 else 2)
         return dict(pixel_values=random(1, patches, 3, SIDE, SIDE), image_sizes=torch.tensor([[height, width]]))
+    if label == "llava-pixtral":
+        height, width = RAGGED[seed % len(RAGGED)]
+        return dict(pixel_values=random(1, 3, height, width), image_sizes=torch.tensor([[height, width]]))
     if label.startswith("qwen"):
         grid = torch.tensor([GRIDS[seed % len(GRIDS)]])
         return dict(pixel_values=random(int(grid.prod()), 3 * 2 * 4 * 4), image_grid_thw=grid)
@@ -49,6 +53,10 @@ def prompt(model, label: str, row: list) -> tuple[list[int], list[dict]]:
             ids.append(piece)
             continue
         images.append(picture(label, piece[0]))
+        if label == "llava-pixtral":  # row by row
+            height, width = (images[-1]["image_sizes"][0] // 4).tolist()
+            ids += ([*[IMAGE] * width, 193] * height)[:-1] + [192]
+            continue
         for length in lengths(model, label, images[-1]):  # each part stands between tokens of its own
             ids += [191, *[IMAGE] * length, 192]
     return ids, images
@@ -70,6 +78,13 @@ def joined(label: str, rows: list[list[dict]]) -> dict:
                     padded[index, : len(tiles)] = tiles
             result[name] = padded
         return result
+    if label == "llava-pixtral":
+        height, width = (max(image["pixel_values"].shape[dim] for image in images) for dim in (2, 3))
+        padded = torch.zeros(len(images), 3, height, width)
+        for index, image in enumerate(images):
+            own = image["pixel_values"][0]
+            padded[index, :, : own.shape[1], : own.shape[2]] = own
+        return dict(pixel_values=padded, image_sizes=torch.cat([image["image_sizes"] for image in images]))
     if label == "llava_next":
         most = max(image["pixel_values"].shape[1] for image in images)
         pad = lambda value: torch.nn.functional.pad(value, (0,) * 6 + (0, 0, 0, most - value.shape[1])[2:])  # noqa: E731

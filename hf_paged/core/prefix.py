@@ -47,7 +47,9 @@ def extend_keys(
     key = keys[-1] if keys else root_key(cache_salt, adapter)
     for start in range(len(keys) * block_size, num_blocks * block_size, block_size):
         block = array("q", token_ids[start : start + block_size]).tobytes()
-        key = hashlib.sha256(key + block + _begun(media, start, start + block_size)).digest()
+        if media:
+            block += _begun(media, start, start + block_size)
+        key = hashlib.sha256(key + block).digest()
         keys.append(key)
 
 

@@ -56,6 +56,7 @@ REASONS = {
     "inkling2_loop_text": _RELATIVE,
     "inkling2_text": _RELATIVE,
     "inkling_text": _RELATIVE,
+    "mllama": "its layers look at images by cross-attention",
     "moshi": "its cache keeps fewer tokens than its layers see",
     "prophetnet": "it computes streams for several tokens ahead beside the text's own",
     "qwen4_exp_text": "its layers mix n-grams of tokens and choose keys by an indexer",

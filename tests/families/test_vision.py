@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from vision_inputs import LABELS, batch
 
 import hf_paged
-from hf_paged import EngineConfig
+from hf_paged import Engine, EngineConfig, ImageLimits, SamplingParams
 
 ROWS = [
     [*range(20, 33), [1], 40, 41, 42],
@@ -31,7 +31,15 @@ def model(label):
     return tiny_model(label)
 
 
+# The others differ from one of these in little that the slow tests are about.
+CORE = ["llava", "gemma3", "smolvlm", "qwen2_vl"]
 of_every_family = pytest.mark.parametrize("label", LABELS, indirect=True, scope="module")
+of_most_families = pytest.mark.parametrize(
+    "label",
+    [pytest.param(label, marks=() if label in CORE else pytest.mark.slow) for label in LABELS],
+    indirect=True,
+    scope="module",
+)
 
 
 @pytest.fixture
@@ -63,12 +71,13 @@ WAYS = {
 }
 
 
-FEW = ["greedy", "logits", "beams", "prompt lookup"]
+FEW = ["greedy", "beams"]
+SOME = [*FEW, "logits", "prompt lookup"]
 
 
 @pytest.mark.parametrize(
     "label, way",
-    [(label, way) for label in LABELS for way in (WAYS if label in ("llava", "gemma3") else FEW)],
+    [(label, way) for label in LABELS for way in (WAYS if label == "gemma3" else SOME if label in CORE else FEW)],
     indirect=["label"],
     scope="module",
 )
@@ -103,14 +112,14 @@ def test_images_run_on_pages_with_stocks_tokens(patched, label, way):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@of_every_family
+@of_most_families
 def test_several_rows_of_one_prompt(patched, label):
     options = dict(max_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=3)
     theirs = stock(patched, **batch(patched, label, ROWS), **options)
     assert torch.equal(patched.generate(**batch(patched, label, ROWS), **options), theirs)
 
 
-@of_every_family
+@of_most_families
 def test_the_image_decides(patched, label):
     one, other = ([20, [seed], 40, 41] for seed in (4, 8))  # of the same size
     inputs = [batch(patched, label, [row]) for row in (one, other)]
@@ -122,7 +131,7 @@ def test_the_image_decides(patched, label):
     assert all(torch.equal(answer, stock(patched, **mine, **GREEDY)) for answer, mine in zip(answers, inputs))
 
 
-@of_every_family
+@of_most_families
 def test_the_same_image_is_found_in_the_prefix_cache_and_another_is_not(patched, label):
     engine = hf_paged.engine_of(patched)
     row = [*range(100, 140), [4], *range(20, 60)]
@@ -140,7 +149,7 @@ def test_the_same_image_is_found_in_the_prefix_cache_and_another_is_not(patched,
     assert torch.equal(other, stock(patched, **batch(patched, label, [row]), **GREEDY))
 
 
-@of_every_family
+@of_most_families
 def test_images_of_rows_in_little_memory(model, label):
     """Rows are preempted and computed again."""
     inputs = lambda: batch(model, label, ROWS * 2)  # noqa: E731
@@ -155,6 +164,22 @@ def test_images_of_rows_in_little_memory(model, label):
 
 
 @of_every_family
+def test_an_engine_takes_what_the_processor_made(model, label):
+    """It runs the encoder itself: in small steps, image by image, beside text."""
+    rows = [ROWS[1], ROWS[2], [50, [2], *range(60, 64), [7], 70, [4]]]
+    made = [batch(model, label, [row]) for row in rows]
+    expected = [model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist() for inputs in made]
+    jobs = [(inputs["input_ids"][0].tolist(), None if "pixel_values" not in inputs else inputs) for inputs in made]
+    config = EngineConfig(max_batch_tokens=32, images=ImageLimits(tokens_per_step=5))
+    params = SamplingParams(temperature=0, max_tokens=GREEDY["max_new_tokens"], ignore_eos=True)
+    with Engine(model, config=config) as engine:
+        for _ in range(2):
+            outputs = engine.generate([ids for ids, _ in jobs], params, images=[images for _, images in jobs])
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert engine.stats()["prefix_hit_tokens"] > 0
+
+
+@of_most_families
 def test_more_placeholders_than_images_is_an_error_as_in_stock(patched, label):
     inputs = batch(patched, label, [[20, [4], 30]])
     inputs["input_ids"][0, 0] = 190

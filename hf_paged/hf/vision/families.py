@@ -23,14 +23,14 @@ class Family:
         names: what the encoder takes of a processor's outputs, the pixels first.
         split: those of one prompt -> those of each image, or of each part that is encoded by itself, in order.
         dim: along which several of these are put together.
-        lengths: (model, the parts) -> tokens that each stands for; None: all of them stand for as many.
+        lengths: (model, the parts) -> tokens that each stands for; None, or one that gives None: all of them for as many.
         bidirectional: an image's tokens see each other.
     """
 
     names: tuple[str, ...]
     split: Callable[[torch.nn.Module, Inputs], list[Inputs]]
     dim: int = 0
-    lengths: Callable[[torch.nn.Module, list[Inputs]], list[int]] | None = None
+    lengths: Callable[[torch.nn.Module, list[Inputs]], list[int] | None] | None = None
     bidirectional: bool = False
 
     def join(self, parts: list[Inputs]) -> dict[str, Tensor]:
@@ -61,6 +61,25 @@ def _each(model: torch.nn.Module, inputs: Inputs) -> list[Inputs]:
     if len(count) != 1:
         raise InvalidArgument(f"images: {' and '.join(inputs)} are of different numbers of images")
     return [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(count.pop())]
+
+
+def _pictures(model: torch.nn.Module, inputs: Inputs) -> list[Inputs]:
+    """LLaVA: pixels [N, C, H, W]; with sizes [N, 2] they are padded to the largest image (Pixtral's encoder)."""
+    parts = _each(model, inputs)
+    if "image_sizes" not in inputs:
+        return parts
+    sizes = inputs["image_sizes"].tolist()
+    return [
+        dict(part, pixel_values=part["pixel_values"][..., :height, :width])
+        for part, (height, width) in zip(parts, sizes)
+    ]
+
+
+def _patch_lengths(model: torch.nn.Module, parts: list[Inputs]) -> list[int] | None:
+    if "image_sizes" not in parts[0]:
+        return None
+    side = model.base_model.vision_tower.patch_size
+    return [int((part["image_sizes"] // side).prod()) for part in parts]
 
 
 def _tiles(model: torch.nn.Module, inputs: Inputs) -> list[Inputs]:
@@ -121,7 +140,7 @@ _MERGED = Family(("pixel_values", "image_grid_thw"), _by_grid, lengths=_merged_l
 FAMILIES: dict[str, Family] = {
     "gemma3": Family(("pixel_values",), _each, bidirectional=True),
     "idefics3": _TILED,
-    "llava": Family(("pixel_values",), _each),
+    "llava": Family(("pixel_values", "image_sizes"), _pictures, lengths=_patch_lengths),
     "llava_next": Family(("pixel_values", "image_sizes"), _grids, lengths=_grid_lengths),
     "qwen2_5_vl": _MERGED,
     "qwen2_vl": _MERGED,

@@ -72,8 +72,9 @@ class TransformersImages:
     def _lengths(self, parts: list, num_places: int) -> list[int]:
         if not parts:
             return []
-        if self.family.lengths is not None:
-            return self.family.lengths(self.model, parts)
+        lengths = None if self.family.lengths is None else self.family.lengths(self.model, parts)
+        if lengths is not None:
+            return lengths
         length, rest = divmod(num_places, len(parts))
         if rest or not length:
             raise InvalidArgument(
