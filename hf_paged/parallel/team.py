@@ -225,7 +225,8 @@ class Team:
     def _reason(self, error: BaseException, where: str = "") -> str:
         if isinstance(error, ParallelError):
             return str(error)
-        return why_lost(error) or f"rank {self.rank} failed{where}: {type(error).__name__}: {error}"
+        said = ": ".join(filter(None, (type(error).__name__, str(error))))
+        return why_lost(error) or f"rank {self.rank} failed{where}: {said}"
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """Call it, in another thread, when the team fails or a rank is gone."""

@@ -57,8 +57,8 @@ def lead(model, report: Path) -> None:
     try:
         while engine.has_unfinished():
             engine.step()
-    except ParallelError as error:
-        raised = str(error)
+    except (ParallelError, KeyboardInterrupt) as error:
+        raised = str(error) or type(error).__name__
     try:
         engine.add([1], SamplingParams(max_tokens=2, detokenize=False))
         engine.step()
@@ -86,11 +86,15 @@ def disagree(model):
     model._hf_paged.team._number = 99
 
 
-def in_the_middle(culprit: int, action):
-    """A case: rank `culprit` does that in the middle of the fifth forward."""
+def interrupt(model):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_the_middle(culprit: int, action, forwards: int = 5):
+    """A case: rank `culprit` does that in the middle of a forward, the first of which is the prompts'."""
 
     def case(rank, model, report):
-        after(5, model.model.layers[1], lambda: rank == culprit and action(model))
+        after(forwards, model.model.layers[1], lambda: rank == culprit and action(model))
         if rank:
             hf_paged.follow(model)
         lead(model, report)
@@ -115,12 +119,14 @@ def rank_0_just_ends(rank, model, report):
 
 CASES = {
     "rank_1_dies": in_the_middle(1, die),
+    "rank_1_dies_in_prefill": in_the_middle(1, die, forwards=1),
     "rank_1_hangs": in_the_middle(1, hang),
     "rank_1_fails": in_the_middle(1, fail),
     "rank_1_disagrees": in_the_middle(1, disagree),
     "hooks_on_rank_0": hooks_on_rank_0,
     "rank_0_dies": in_the_middle(0, die),
     "rank_0_hangs": in_the_middle(0, hang),
+    "rank_0_interrupted": in_the_middle(0, interrupt),
     "rank_0_just_ends": rank_0_just_ends,
 }
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def children(pid: int) -> list[int]:
 def rank_of(pid: int) -> str | None:
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next((variable[5:].decode() for variable in variables if variable.startswith(b"RANK=")), None)
+
+
+def error_of(client: openai.OpenAI, model: str) -> int | str:
+    """The status that ends a long request that does not stream."""
+    try:
+        client.completions.create(model=model, prompt="a tent", max_tokens=8000, temperature=0, extra_body={"ignore_eos": True})
+    except openai.APIStatusError as error:
+        return error.status_code
+    return "it was answered"
 
 
 @pytest.mark.slow
@@ -53,19 +63,27 @@ def test_a_rank_that_dies(tmp_path):
         model = client.models.list().data[0].id
         answer = client.completions.create(model=model, prompt="the rain", max_tokens=8, temperature=0)
         assert answer.usage.completion_tokens == 8
+        ended = []
+        waiting = threading.Thread(target=lambda: ended.append(error_of(client, model)))
+        waiting.start()
         stream = client.completions.create(
             model=model, prompt="a hat", max_tokens=8000, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
-        [follower] = [pid for pid in children(launcher.pid) if rank_of(pid) == "1"]
+        ranks = children(launcher.pid)
+        [follower] = [pid for pid in ranks if rank_of(pid) == "1"]
         with pytest.raises(openai.APIError, match="going down"):
             for place, _ in enumerate(stream):
                 if place == 3:
                     os.kill(follower, signal.SIGKILL)
+        waiting.join(60)
+        assert ended == [503], ended
         launcher.wait(60)
         assert launcher.returncode != 0
         assert "hf-paged (rank 0): a rank has died" in log.read_text()
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
+        assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", port))  # raises if something still listens there
     finally:
         launcher.kill()
         launcher.wait()
