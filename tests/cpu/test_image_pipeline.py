@@ -13,7 +13,7 @@ from hf_paged import EngineClosed, EngineConfig, InvalidArgument
 from hf_paged.hf.patch import is_patched
 from hf_paged.integrations.pipeline import PagedImageTextToTextPipeline
 
-GREEDY = dict(generate_kwargs=dict(do_sample=False), max_new_tokens=8)
+GREEDY = dict(generate_kwargs=dict(do_sample=False, max_new_tokens=8))
 
 
 def picture(seed: int, height: int = 12, width: int = 20) -> Image.Image:

@@ -115,17 +115,21 @@ def test_a_prompt_that_ends_in_an_image_goes_on_in_every_plane(patched):
     assert torch.equal(on_pages(patched, **options), stock(patched, **options))
 
 
-@pytest.mark.parametrize("change", ["all moved", "an image stretched", "the text between moved"])
+@pytest.mark.parametrize("change", ["all moved", "an image stretched", "the text between moved", "text's", "one row's"])
 def test_positions_of_the_callers_own(patched, change):
     """They are not the images' own, so nobody else may have what was computed with them."""
     options = dict(with_image(1), **GREEDY)
     positions, _ = patched.model.get_rope_index(**{k: v for k, v in options.items() if k not in GREEDY})
     own = dict(options, position_ids=torch.cat([positions[:1] * 0 + torch.arange(10), positions]))
-    if change == "all moved":
+    if change == "text's":
+        own["position_ids"] = (options["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    elif change == "one row's":
+        own["position_ids"] = own["position_ids"][:, :1]
+    elif change == "all moved":
         own["position_ids"][1:] += torch.tensor([3, 5, 7])[:, None, None]
     elif change == "an image stretched":
         own["position_ids"][1:, :, 4:7] *= 2
-    else:
+    elif change == "the text between moved":
         own["position_ids"][1:, :, -2:] += 3
     expected = [stock(patched, **each) for each in (options, own)]
     assert torch.equal(*expected) == (change == "all moved"), "only differences count"

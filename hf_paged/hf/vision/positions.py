@@ -47,8 +47,8 @@ def planes_of(position_ids: Tensor) -> Tensor:
 
 
 def shifts_of(planes: Tensor) -> np.ndarray:
-    """What is to be added to the places of a row's tokens; `planes` are [P, N]."""
-    return (planes.cpu() - torch.arange(planes.shape[1])).numpy()
+    """int64 [3, N]: what is to be added to the places of a row's tokens. `planes`: [1 or 3, N]."""
+    return (planes.cpu().expand(3, -1) - torch.arange(planes.shape[1])).numpy()
 
 
 def go_on(planes: Tensor, is_image: Tensor) -> bool:

@@ -62,14 +62,16 @@ def take_images(images: TransformersImages, input_ids: Tensor, padding: list[int
             f"pixel_values: image features and image tokens do not match, tokens: {int(places.sum())}, features: "
             f"{len(embeddings)}"
         )
-    types = inputs.get(TYPES)
+    types, planes = inputs.get(TYPES), None
+    if images.shifts_positions:
+        planes = planes_of(inputs["position_ids"]).expand(-1, *input_ids.shape)
     found, start = [], 0
     for row, skipped in enumerate(padding):
         columns = places[row].nonzero()[:, 0]
         own = embeddings[start : start + len(columns)]
         start += len(columns)
         two_way = None if types is None else types[row, columns].tolist()
-        positions = planes_of(inputs["position_ids"])[:, row, skipped:] if images.shifts_positions else None
+        positions = None if planes is None else planes[:, row, skipped:]
         found.append(_row((columns - skipped).tolist(), own, two_way, positions))
     return found
 
