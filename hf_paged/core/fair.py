@@ -27,7 +27,10 @@ from .waiting import Line, LineWalk
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 MAX_ABSENT = 4096  # users without a request whose counters are kept
 
-User = str | None  # requests that name none are one user's
+
+def user_of(request: Request) -> str:
+    """Requests that name nobody are one user's."""
+    return request.user or ""
 
 
 class FairShare(Policy):
@@ -36,34 +39,34 @@ class FairShare(Policy):
     moves = True
 
     def __init__(self):
-        self._lines: dict[User, Line] = {}
+        self._lines: dict[str, Line] = {}
         self._size = 0
-        self._served: dict[User, int] = {}
-        self._open: Counter[User] = Counter()  # requests not ended yet
+        self._served: dict[str, int] = {}
+        self._open: Counter[str] = Counter()  # requests not ended yet
         self._heap: list[list] = []  # [counter as it was, number, user] of those with a line
-        self._entries: dict[User, list] = {}  # the one that counts
+        self._entries: dict[str, list] = {}  # the one that counts
         self._aside: list[list] = []  # taken out of the heap for one step
         self._numbers = count()
         self._floor = 0  # what a newcomer is lifted to; it never falls
-        self._last: User = None  # who waited last
+        self._last = ""  # who waited last
 
     # -- requests
 
     def enter(self, request: Request) -> None:
-        self._open[request.user] += 1
+        self._open[user_of(request)] += 1
 
     def leave(self, request: Request) -> None:
-        user = request.user
+        user = user_of(request)
         self._open[user] -= 1
         if not self._open[user]:
             del self._open[user]
             self._forget()
 
     def order(self, request: Request, seq_id: int) -> tuple[int, int]:
-        return self._counter(request.user), seq_id
+        return self._counter(user_of(request)), seq_id
 
-    def kind(self, request: Request) -> User:
-        return request.user
+    def kind(self, request: Request) -> str:
+        return user_of(request)
 
     # -- those that wait
 
@@ -74,7 +77,7 @@ class FairShare(Policy):
         return (seq for line in self._lines.values() for seq in line)
 
     def wait(self, seq: Sequence) -> None:
-        user = seq.request.user
+        user = user_of(seq.request)
         if user not in self._lines:
             self._served[user] = max(self._counter(user), self._lowest())
             self._lines[user] = Line(kind=self.kind, key=attrgetter("seq_id"))
@@ -83,7 +86,7 @@ class FairShare(Policy):
         self._size += 1
 
     def remove(self, seq: Sequence) -> None:
-        user = seq.request.user
+        user = user_of(seq.request)
         line = self._lines[user]
         line.remove(seq)
         self._size -= 1
@@ -98,10 +101,10 @@ class FairShare(Policy):
     # -- what was done for whom
 
     def computed(self, request: Request, num_prompt: int) -> None:
-        self._charge(request.user, PROMPT_WEIGHT * num_prompt)
+        self._charge(user_of(request), PROMPT_WEIGHT * num_prompt)
 
     def output(self, request: Request, num_tokens: int) -> None:
-        self._charge(request.user, OUTPUT_WEIGHT * num_tokens)
+        self._charge(user_of(request), OUTPUT_WEIGHT * num_tokens)
 
     def stats(self) -> dict[str, int]:
         waiting = [self._counter(user) for user in self._lines]
@@ -114,7 +117,7 @@ class FairShare(Policy):
     def check_integrity(self) -> None:
         for user, line in self._lines.items():
             line.check_integrity()
-            assert len(line) and all(seq.request.user == user for seq in line), "a line is empty, or somebody else's"
+            assert len(line) and all(user_of(seq.request) == user for seq in line), "a line is empty, or somebody else's"
         assert self._size == sum(map(len, self._lines.values())), "the number of those that wait is off"
         listed = {id(entry) for entry in self._heap + self._aside}
         assert self._entries.keys() == self._lines.keys(), "a user with a line has no entry"
@@ -122,30 +125,29 @@ class FairShare(Policy):
 
     # -- along the lines
 
-    def lowest(self) -> User:
-        """Who was served least of those that wait and are not set aside. There must be one."""
-        return self._top()[2]
+    def lowest(self) -> str | None:
+        """Who was served least of those that wait and are not set aside."""
+        top = self._top()
+        return None if top is None else top[2]
 
-    def any_left(self) -> bool:
-        return self._top() is not None
+    def set_aside(self, user: str) -> None:
+        """Until the next walk, ask for `user`, the lowest, no more."""
+        entry = heapq.heappop(self._heap)
+        assert entry is self._entries[user], "not the lowest"
+        self._aside.append(entry)
 
-    def set_aside(self) -> None:
-        """Until the next walk, ask for `lowest` no more."""
-        self._top()
-        self._aside.append(heapq.heappop(self._heap))
-
-    def line(self, user: User) -> Line:
+    def line(self, user: str) -> Line:
         return self._lines[user]
 
     # -- private
 
-    def _counter(self, user: User) -> int:
+    def _counter(self, user: str) -> int:
         return self._served.get(user, self._floor)
 
-    def _charge(self, user: User, amount: int) -> None:
+    def _charge(self, user: str, amount: int) -> None:
         self._served[user] = self._counter(user) + amount
 
-    def _push(self, user: User) -> None:
+    def _push(self, user: str) -> None:
         entry = self._entries[user] = [self._counter(user), next(self._numbers), user]
         heapq.heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._lines) + 64:  # most of them are no more
@@ -183,7 +185,7 @@ class FairShare(Policy):
         """Counters of the absent: those at the floor mean nothing, and of too many the lowest are dropped."""
         if len(self._served) <= len(self._open) + MAX_ABSENT:
             return
-        absent = sorted((self._served[user], user) for user in self._served if user is not None and not self._open[user])
+        absent = sorted((self._served[user], user) for user in self._served if not self._open[user])
         floor = self._lowest()
         for index, (counter, user) in enumerate(absent):
             if counter <= floor or index < len(absent) - MAX_ABSENT // 2:
@@ -198,26 +200,25 @@ class FairWalk:
         self._walks: dict[Line, LineWalk] = {}
 
     def head(self) -> Sequence | None:
-        while self._policy.any_left():
-            user = self._policy.lowest()
+        while (user := self._policy.lowest()) is not None:
             seq = self._walk(user).head()
             if seq is not None:
                 seq.order = self._policy.order(seq.request, seq.seq_id)
                 return seq
-            self._policy.set_aside()
+            self._policy.set_aside(user)
         return None
 
     def pass_over(self, seq: Sequence) -> None:
-        self._walk(seq.request.user).pass_over(seq)
+        self._walk(user_of(seq.request)).pass_over(seq)
 
     def near(self, count: int) -> list[Sequence]:
         head = self.head()
-        found = self._walk(head.request.user).near(count)
+        found = self._walk(user_of(head.request)).near(count)
         for seq in found:
             seq.order = self._policy.order(seq.request, seq.seq_id)
         return found
 
-    def _walk(self, user: User) -> LineWalk:
+    def _walk(self, user: str) -> LineWalk:
         line = self._policy.line(user)
         walk = self._walks.get(line)
         if walk is None:

@@ -30,7 +30,7 @@ class Overtaking:
         Args:
             before: nobody of a higher order.
         """
-        if not self._tables.prefix_cache or not self._tables.pools[0].num_published:
+        if not self._tables.prefix_cache:
             return head
         kind = self._policy.kind(head.request)
         ranked = step.ranked.get(kind)
@@ -50,9 +50,10 @@ class Overtaking:
 
     def _rank(self, step: StepBuilder, head: Sequence) -> list[tuple[int, Sequence]]:
         """(cached blocks, sequence) of those near `head` with any, the most and the first to come at the end."""
-        found = []
-        for seq in step.walk.near(self._reach):
-            if step.may_run(seq) and not seq.num_unknown and (cached := self._tables.num_cached(seq)):
-                found.append((cached, seq))
+        near = step.walk.near(self._reach)
+        if step.only is not None:
+            near = [seq for seq in near if step.may_run(seq)]
+        num_cached = self._tables.num_cached
+        found = [(cached, seq) for seq in near if (cached := num_cached(seq)) and not seq.num_unknown]
         found.sort(key=lambda entry: (entry[0], -entry[1].seq_id))
         return found

@@ -51,7 +51,7 @@ class Request:
         stop_token_ids: tokens that end a completion and are named as its `stop_reason`.
         eos_token_ids: tokens that end a completion; empty when EOS is to be ignored.
         priority: lower runs first under the "priority" policy.
-        user: whose request it is, for the "fair" policy. None: one that names nobody.
+        user: whose request it is, for the "fair" policy. None, as "": nobody's in particular.
         arrival: seconds on the `time.monotonic` clock.
         deadline: same clock; after it `Scheduler.expired` names the request. None: no deadline.
         cache_salt: separates prefix-cache entries: equal prompts share blocks only under equal salts.

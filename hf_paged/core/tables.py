@@ -122,18 +122,14 @@ class BlockTables:
 
     def num_cached(self, seq: Sequence) -> int:
         """About `longest_hit`, found with few lookups: as if a block that is cached had all those before it cached, too."""
-        pool, keys, most = self._findable[self._whole], seq.block_keys, self._most_hit(seq)
-        if most and not keys:
-            self._extend_keys(seq, 1)
-        if not most or pool.lookup(keys[0]) is None:
-            return 0
-        known = 1
+        lookup, keys, most = self._findable[self._whole].lookup, seq.block_keys, self._most_hit(seq)
+        known, probe = 0, min(1, most)
         while known < most:
-            probe = min(2 * known, most)
-            self._extend_keys(seq, probe)
-            if pool.lookup(keys[probe - 1]) is None:
-                return bisect_left(range(probe), True, lo=known, key=lambda index: pool.lookup(keys[index]) is None)
-            known = probe
+            if len(keys) < probe:
+                self._extend_keys(seq, probe)
+            if lookup(keys[probe - 1]) is None:
+                return bisect_left(range(probe), True, lo=known, key=lambda index: lookup(keys[index]) is None)
+            known, probe = probe, min(2 * probe, most)
         return known
 
     def _most_hit(self, seq: Sequence) -> int:

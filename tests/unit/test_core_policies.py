@@ -1,6 +1,11 @@
 """Who runs first: priorities that age, fair shares of users, and cached prefixes within bounds."""
 
+from collections import Counter
+from random import Random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scheduling import add, make
 
 from hf_paged.base.errors import InvalidArgument
@@ -8,7 +13,7 @@ from hf_paged.core.blocks import BlockPool
 from hf_paged.core.fair import MAX_ABSENT, OUTPUT_WEIGHT, FairShare
 from hf_paged.core.overtaking import Overtaking
 from hf_paged.core.policies import AGING_SECONDS
-from hf_paged.core.request import Request, SequenceStatus
+from hf_paged.core.request import Request, Sequence, SequenceStatus
 
 
 class Clock:
@@ -183,6 +188,55 @@ def test_the_policy_tells_how_far_apart_users_are():
 
 
 # -- cached prefixes
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_next_is_always_of_the_user_served_least(seed):
+    """Against a look at all of them, whoever comes, goes, is served or passed over."""
+    random, policy, served, waiting, last = Random(seed), FairShare(), Counter(), [], ""
+    for number in range(300):
+        what = random.choice(["come", "come", "go", "serve", "walk"])
+        if what == "come":
+            user = f"u{random.randint(0, 9)}"
+            one = Request(request_id=str(number), prompt_token_ids=[1], max_tokens=1, user=user)
+            if all(other.request.user != user for other in waiting):
+                floor = min((served[other.request.user] for other in waiting), default=served[last])
+                served[user] = max(served[user], floor)
+            policy.enter(one)
+            waiting.append(Sequence(number, one, 0, policy.order(one, number), 1))
+            policy.wait(waiting[-1])
+        elif what == "go" and waiting:
+            gone = waiting.pop(random.randrange(len(waiting)))
+            last = gone.request.user
+            policy.remove(gone)
+        elif what == "serve" and waiting:
+            one, count = random.choice(waiting).request, random.randint(1, 9)
+            policy.output(one, count)
+            served[one.user] += OUTPUT_WEIGHT * count
+        elif what == "walk":
+            walk, left = policy.walk(), list(waiting)
+            for _ in range(random.randint(1, 12)):
+                head = walk.head()
+                assert (head is None) == (not left)
+                if head is None:
+                    break
+                least = min(served[other.request.user] for other in left)
+                of_user = [other for other in left if other.request.user == head.request.user]
+                assert served[head.request.user] == least == head.order[0] and head is min(of_user, key=by_order_of_coming)
+                left.remove(head)
+                if random.random() < 0.5:
+                    walk.pass_over(head)
+                else:
+                    waiting.remove(head)
+                    last = head.request.user
+                    policy.remove(head)
+        policy.check_integrity()
+        assert len(policy) == len(waiting)
+
+
+def by_order_of_coming(sequence: Sequence) -> int:
+    return sequence.seq_id
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
