@@ -10,6 +10,7 @@ import typer
 
 from . import serve
 from .common import Device, DraftModel, Dtype, ExpertParallel, Model, Quantization, Speculation, Threads, guard
+from .ranks import adopt_mpi, num_ranks, rank
 
 app = typer.Typer(
     name="hf-paged",
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a request failed or tokens differ, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with guard(debug="--debug" in arguments):
+        adopt_mpi()
         app(args=arguments, prog_name="hf-paged")
 
 
@@ -277,7 +279,7 @@ def bench(
 
     Under torchrun both are sharded by the same plan.
     """
-    from .common import dtype_name, num_ranks, quiet_libraries, rank
+    from .common import dtype_name, quiet_libraries
 
     quiet_libraries()
     from hf_paged.benchmarks.engine.bench import SYSTEMS, WORKLOADS, Options, run_bench

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+
+from .ranks import num_ranks, rank
 
 Model = Annotated[
     str | None,
@@ -47,16 +48,6 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 class UserError(ValueError):
     """Bad input to a command; the message is shown as it is."""
-
-
-def rank() -> int:
-    """Which of the processes that torchrun or `accelerate launch` started this is; 0 if it is alone."""
-    return int(os.environ.get("RANK", 0)) if num_ranks() > 1 else 0
-
-
-def num_ranks() -> int:
-    """How many processes there are, which hold one model together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_alone(command: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launch import torchrun
+from launch import python, torchrun
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -72,3 +74,24 @@ def test_bench(folder, tmp_path):
 def test_what_runs_in_one_process_says_so(folder):
     done = torchrun("-m", "hf_paged", "demo", str(folder))
     assert done.returncode and "demo runs in one process" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun on two machines", "mpirun"])
+def test_one_command_for_each_rank(launcher, folder):
+    """Two commands at once: torchrun's own rendezvous, and what mpirun sets for its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = ["-m", "hf_paged", "generate", str(folder), "--prompt", "the rain", "--max-tokens", "12", "--json"]
+    calls = [(command, dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank, OMPI_COMM_WORLD_LOCAL_RANK=rank,
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in ("0", "1")]  # fmt: skip
+    if launcher != "mpirun":
+        rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+        calls = [(["-m", "torch.distributed.run", *rendezvous, *command], {})] * 2
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(lambda call: python(*call[0], **call[1]), calls))
+    assert [done.returncode for done in ended] == [0, 0], ended
+    [line] = [json.loads(line) for done in ended for line in done.stdout.splitlines() if line.startswith("{")]
+    alone = python(*command)
+    assert line["text"] == json.loads(alone.stdout)["text"]

@@ -16,7 +16,7 @@ import pytest
 from hf_paged import cli
 from hf_paged.base.errors import RequestFailed, RequestTooLarge
 from hf_paged.base.types import CompletionOutput, RequestMetrics, RequestOutput
-from hf_paged.cli import chat, common, generate
+from hf_paged.cli import chat, common, generate, ranks
 
 
 class Tokenizer:
@@ -279,3 +279,24 @@ def test_help_is_quick_and_light():
     assert done.returncode == 0 and done.stderr.strip() == "[]"
     for command in ("generate", "chat", "explain", "demo", "bench"):
         assert command in done.stdout
+
+
+class TestRanksOfMpi:
+    def test_get_what_torchrun_sets(self):
+        environment = dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
+        ranks.adopt_mpi(environment)
+        assert (environment["WORLD_SIZE"], environment["RANK"], environment["LOCAL_RANK"]) == ("2", "1", "0")
+
+    def test_have_to_know_where_to_meet(self):
+        with pytest.raises(ValueError, match="set MASTER_ADDR and MASTER_PORT"):
+            ranks.adopt_mpi(dict(PMI_SIZE="2", PMI_RANK="0"))
+
+    @pytest.mark.parametrize("size", [{}, {"PMI_SIZE": "1", "PMI_RANK": "0"}, {"WORLD_SIZE": "3", "OMPI_COMM_WORLD_SIZE": "2"}])
+    def test_alone_or_started_by_torchrun(self, size, capsys):
+        environment = dict(size)
+        ranks.adopt_mpi(environment)
+        assert environment == size and capsys.readouterr().err == ""
+
+    def test_what_accelerate_does_not_start(self, capsys):
+        ranks.adopt_mpi(dict(ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1"))
+        assert "this process is alone" in capsys.readouterr().err
