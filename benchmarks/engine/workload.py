@@ -70,6 +70,11 @@ def windows(tokenizer, count: int, length: int) -> list[list[int]]:
     return [text[start : start + length] for start in starts]
 
 
+def piece(tokenizer, length: int, rng: random.Random) -> tuple[int, ...]:
+    """`length` tokens from anywhere in the text."""
+    return _cut(_reference_tokens(tokenizer), length, rng)
+
+
 def slices(workload: Workload, parts: int, size: int, *, seed: int = 0) -> list[list[int]]:
     """`parts` lists of `size` request indices, each a like mix of small and large requests.
 

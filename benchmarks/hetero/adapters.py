@@ -15,23 +15,19 @@ Before the clock starts it is checked that mixed and in turn give the same token
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import peft
 import torch
 
-import hf_paged
 from hf_paged import Engine, EngineConfig, SamplingParams
 from hf_paged.hf.build import load_model
 
-from .. import schema
+from .common import finish, parser_of, rows_of, take_turns
 
 MIXED, TURNS, STOCK, PLAIN = "mixed", "in turn", "PEFT in turn", "no adapter"
 
@@ -48,11 +44,11 @@ class Plan:
     rounds: int
 
 
-def make_adapters(model, plan: Plan, folder: Path) -> dict[str, Path]:
-    """Saved adapters with random weights, by name. The model is as before afterwards."""
+def make_adapters(model, count: int, rank: int, folder: Path) -> dict[str, Path]:
+    """Saved adapters with random weights on all linear layers, by name. The model is as before afterwards."""
     paths = {}
-    for place in range(plan.adapters):
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=plan.rank, target_modules="all-linear", init_lora_weights=False)
+    for place in range(count):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear", init_lora_weights=False)
         wrapped = peft.get_peft_model(model, config)
         paths[f"adapter-{place}"] = folder / str(place)
         wrapped.save_pretrained(paths[f"adapter-{place}"])
@@ -92,38 +88,20 @@ def systems(engine: Engine, model, plan: Plan, paths: dict[str, Path], stock) ->
     return found if stock is None else found | {STOCK: on_stock}
 
 
-def measure(runs: dict[str, Callable[[], list]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every system in every round, the systems taking turns."""
-    assert runs[MIXED]() == runs[TURNS](), "other tokens"
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub id or folder; by default the embedded model")
+    parser = parser_of(__doc__, rounds=3)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--requests", type=int, default=1, help="of each adapter")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--output", type=int, default=32, help="tokens")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stock", action="store_true", help="measure PEFT, too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=schema.results_folder())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     plan = Plan(*(getattr(options, name) for name in ("adapters", "rank", "requests", "prompt", "output", "rounds")))
     with tempfile.TemporaryDirectory() as folder:
         model, _ = load_model(options.model, device="cpu")
-        paths = make_adapters(model, plan, Path(folder))
+        paths = make_adapters(model, plan.adapters, plan.rank, Path(folder))
         stock = None
         if options.stock:
             first, *others = paths
@@ -136,22 +114,15 @@ def main(arguments: list[str] | None = None) -> None:
             for name, path in paths.items():
                 info = engine.load_adapter(name, path)
                 assert info.apart is None, info.apart
-            seconds = measure(systems(engine, model, plan, paths, stock), plan.rounds)
+            runs = systems(engine, model, plan, paths, stock)
+            assert runs[MIXED]() == runs[TURNS](), "other tokens"
+            seconds = take_turns(runs, plan.rounds)
             about = dict(vars(plan), adapter_bytes=engine.stats()["adapter_bytes"])
-    machine = schema.describe_machine("cpu", options.threads)
     tokens = plan.adapters * plan.requests * plan.output
     workload = f"{plan.adapters} adapters of rank {plan.rank}, {plan.requests} requests each"
     common = dict(benchmark="hetero.adapters", workload=workload, model=model.config._name_or_path, dtype="float32", detail=about)
-    rows = []
-    for name, taken in seconds.items():
-        rates = [tokens / value for value in taken]
-        gains = [base / mine for base, mine in zip(seconds[TURNS], taken)]
-        rows.append(schema.Measure(**common, system=name, metric="output_tokens", unit="1/s", samples=rates))
-        if name != TURNS:
-            rows.append(schema.Measure(**common, system=name, metric="speed-up", unit="1", samples=gains, baseline=TURNS))
-        print(f"{name:14}{median(rates):9.1f} tokens/s  {median(gains):5.2f} times {TURNS}")
-    schema.append_rows(options.out / "hetero.csv", rows, machine)
-    print(f"{workload}; {machine.cpu}, {options.threads} threads; hf_paged {hf_paged.__version__}, commit {machine.commit}")
+    rows = rows_of(seconds, dict.fromkeys(seconds, tokens), "output_tokens", TURNS, **common)
+    finish(rows, options, workload)
 
 
 if __name__ == "__main__":
