@@ -116,13 +116,23 @@ class RowTiles:
         num_rows: of the batch.
         order: int32 [R], the rows that have an adapter, those of one side by side.
         tiles: int32 [n, 3] of (slot, first entry of `order`, how many: at most TILE_ROWS). Where they are padding, none.
-        rows: slot -> its rows, int64 on the batch's device.
+        rows: slot -> its rows, int64 on the batch's device. None: only the device knows; see `rows_on_device`.
     """
 
     num_rows: int
     order: Tensor
     tiles: Tensor
-    rows: dict[int, Tensor]
+    rows: dict[int, Tensor] | None
+
+
+def num_tiles(num_rows: int, num_adapters: int) -> int:
+    """The most tiles that so many rows of so many adapters make."""
+    return min(num_rows, num_adapters + num_rows // TILE_ROWS)
+
+
+def rows_on_device(y: Tensor, x: Tensor, site: Site, backend: str = "auto") -> bool:
+    """Whether `add_terms_` reads which rows are whose on the device, and so needs no `RowTiles.rows`."""
+    return ops.resolve_backend(backend, y.device) == "triton" and x.dtype == y.dtype == site.dtype
 
 
 def tile_rows(slots: np.ndarray, device: torch.device) -> RowTiles:
@@ -182,11 +192,10 @@ def add_terms_(y: Tensor, x: Tensor, tiles: RowTiles, site: Site, *, backend: st
 
 
 def _kernels(backend: str, y: Tensor, x: Tensor, site: Site):
-    name = ops.resolve_backend(backend, y.device)
-    if name == "cpu" and y.dtype == torch.float32:
-        from .cpu import lora
-    elif name == "triton" and x.dtype == y.dtype == site.dtype:
+    if rows_on_device(y, x, site, backend):
         from .triton import lora
+    elif ops.resolve_backend(backend, y.device) == "cpu" and y.dtype == torch.float32:
+        from .cpu import lora
     else:
         from .ref import lora
     return lora

@@ -187,10 +187,10 @@ def build_runner(
         leads: the model is sharded, and the other ranks are to run what this runner does.
     """
     inputs = _inputs(model, config, cache, limits_of(scheduler))
-    graphs = None
+    options: dict = dict(backend=config.attention_backend)
     if wants_graphs(config, model):
-        graphs = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs)
-    options = dict(backend=config.attention_backend, graphs=graphs)
+        for name in ("graphs", "adapted_graphs"):
+            options[name] = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs)
     if leads:
         return LeadingRunner(model, cache, inputs, team=model.team, **options)
     return ModelRunner(model, cache, inputs, **options)

@@ -85,8 +85,8 @@ class Upkeep:
             if not self._stepping:
                 self._stepper.take_back()
             self._stepper.forget_computed()
-            if self.graphs is not None:
-                self.graphs.clear()
+            for graphs in self._runner.all_graphs:
+                graphs.clear()
 
     def resize_kv_cache(self, memory: int | str) -> None:
         """Let the KV cache be larger or smaller from now on, for example beside training.
@@ -156,6 +156,11 @@ class Upkeep:
         """Recorded forwards of decode steps, where there are any."""
         return self._runner.graphs
 
+    @property
+    def adapted_graphs(self) -> DecodeGraphs | None:
+        """Those of steps in which somebody has an adapter."""
+        return self._runner.adapted_graphs
+
     def stats(self) -> dict:
         """Counts since the last `reset_stats`, and memory in bytes now.
 
@@ -187,8 +192,8 @@ class Upkeep:
                 "kv_bytes_in_use": sum(size(i) * count for i, count in enumerate(in_use)),
                 "kv_bytes_limit": sum(size(i) * count for i, count in enumerate(scheduler["blocks_total"])),
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
-                "cuda_graphs": len(self.graphs.recorded) if self.graphs else 0,
-                "cuda_graph_bytes": self.graphs.num_bytes if self.graphs else 0,
+                "cuda_graphs": sum(len(graphs.recorded) for graphs in self._runner.all_graphs),
+                "cuda_graph_bytes": sum(graphs.num_bytes for graphs in self._runner.all_graphs),
                 "adapter_bytes": self.model.adapters.num_bytes,
                 "encoded_tokens": self._encoder.encoded_tokens if self._encoder else 0,
                 "encoder_cache_bytes": self._encoder.num_bytes if self._encoder else 0,

@@ -277,6 +277,11 @@ def _resting(model, patch, config) -> dict[str, str]:
             off[f"fused {kind}"] = f"parts of {_some(names)} are hooked or replaced"
     if reason := _why_no_graphs(patch, config):
         off["cuda graphs"] = reason
+    elif wants_graphs(config, patch.adapter):
+        off |= {f"cuda graphs with {name}": why for name, why in patch.adapter.adapters.unrecordable.items()}
+        adapted = patch.live_engine and patch.live_engine.adapted_graphs
+        if adapted and adapted.problem:
+            off["cuda graphs with adapters"] = adapted.problem
     return off
 
 
@@ -291,11 +296,18 @@ def _why_no_graphs(patch, config) -> str | None:
 def _graphs(patch, config) -> str | None:
     if not wants_graphs(config, patch.adapter) or _why_no_graphs(patch, config):
         return None
-    graphs = patch.live_engine and patch.live_engine.graphs
-    so_far = "none so far"
-    if graphs and graphs.recorded:
-        so_far = f"so far for {', '.join(map(str, graphs.recorded))} ({graphs.num_bytes / 2**20:.0f} MiB)"
-    return f"steps of one token for each of up to {config.max_num_seqs} sequences; {so_far}"
+    engine = patch.live_engine
+    parts = [f"steps of one token for each of up to {config.max_num_seqs} sequences"]
+    parts.append(_recorded(engine and engine.graphs) or "none so far")
+    if with_adapters := _recorded(engine and engine.adapted_graphs):
+        parts.append(f"with adapters {with_adapters}")
+    return "; ".join(parts)
+
+
+def _recorded(graphs) -> str | None:
+    if not graphs or not graphs.recorded:
+        return None
+    return f"so far for {', '.join(map(str, graphs.recorded))} ({graphs.num_bytes / 2**20:.0f} MiB)"
 
 
 def _some(names: list[str]) -> str:

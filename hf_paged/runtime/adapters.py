@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -69,6 +69,23 @@ class Adapters(Protocol):
 
     def for_forward(self, plan: StepPlan) -> StepAdapters | None:
         """What a forward of `plan`, whose adapters are all of one group, runs with; None if it needs nothing."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """Counts changes after which a forward that was recorded with adapters refers to what is not there any more."""
+        ...
+
+    def why_unrecordable(self, plan: StepPlan) -> str | None:
+        """Why no recorded forward can run `plan` with its adapters; None if one can."""
+        ...
+
+    def for_recorded(self, plan: StepPlan, rows: Sequence[int], size: int) -> StepAdapters:
+        """`for_forward` for a recorded forward of `size` sequences of one token, in buffers that do not move.
+
+        Args:
+            rows: packed rows whose logits are wanted.
+        """
         ...
 
 

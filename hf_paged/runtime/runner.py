@@ -159,18 +159,27 @@ class ModelRunner:
 
     Attributes:
         graphs: recorded forwards of decode steps; None: every forward is the model's own. They need StagedInputs.
+        adapted_graphs: the same of steps in which somebody has an adapter.
         prefixes: finds what decodes share; None where the attention kernels make no use of it.
     """
 
     finds_winners = False  # whether `winners` does less than `forward`
 
     def __init__(
-        self, model: PagedModel, cache: KVCache, inputs: Inputs, *, backend: str, graphs: DecodeGraphs | None = None
+        self,
+        model: PagedModel,
+        cache: KVCache,
+        inputs: Inputs,
+        *,
+        backend: str,
+        graphs: DecodeGraphs | None = None,
+        adapted_graphs: DecodeGraphs | None = None,
     ):
         self.model = model
         self.cache = cache
         self.backend = backend
         self.graphs = graphs
+        self.adapted_graphs = adapted_graphs
         self._inputs = inputs
         self._order = StreamOrder(cache.device)
         self.prefixes: PrefixSharing | None = None
@@ -216,7 +225,10 @@ class ModelRunner:
         context.recording, context.num_rows, context.needs_hidden = size, len(rows), hidden
         context.embeddings = list(embeddings)
         if plan.adapters:
-            context.adapters = self.model.adapters.for_forward(plan)
+            with as_in_a_step(self.cache.device):
+                adapters = self.model.adapters
+                recorded = size is not None
+                context.adapters = adapters.for_recorded(plan, rows, size) if recorded else adapters.for_forward(plan)
         return context
 
     def _recording(
@@ -225,10 +237,13 @@ class ModelRunner:
         """The number of sequences to pad a step to, if it is one that a recorded forward can run."""
         count = len(plan.seq_ids)
         decodes = plan.num_tokens == count and 0 < len(rows) <= count
-        special = hooks.functions or plan.adapters or plan.media or (shifts is not None and len(shifts) > 1)
+        special = hooks.functions or plan.media or (shifts is not None and len(shifts) > 1)
         if self.graphs is None or not decodes or special or self.model.why_unrecordable is not None:
             return None
-        return self.graphs.size_for(count, self._valid_for)
+        if plan.adapters and self.model.adapters.why_unrecordable(plan) is not None:
+            return None
+        graphs, valid_for = self._graphs(plan)
+        return graphs.size_for(count, valid_for)
 
     def forward(self, context: StepContext) -> torch.Tensor:
         """Run a prepared batch and return logits [R, V] of its `rows`, valid until the next forward."""
@@ -289,14 +304,22 @@ class ModelRunner:
             # A context of its own, lest anything made for one forward be taken for a part of the other.
             inputs = self._inputs.static(size)
             fresh = StepContext(context.plan, inputs, self.cache, self.backend, context.owner, SequenceHooks())
+            fresh.adapters = context.adapters
             return self.model.forward(fresh, fresh.rows)
 
-        return self.graphs.run(size, self._valid_for, forward)[: context.num_rows]
+        graphs, valid_for = self._graphs(context.plan)
+        return graphs.run(size, valid_for, forward)[: context.num_rows]
+
+    def _graphs(self, plan: StepPlan) -> tuple[DecodeGraphs, tuple[int, ...]]:
+        """(the recorded forwards for a plan, what they refer to as it is now)."""
+        there = self.model.generation, self.cache.generation, self._inputs.generation
+        if plan.adapters:
+            return self.adapted_graphs, (*there, self.model.adapters.generation)
+        return self.graphs, there
 
     @property
-    def _valid_for(self) -> tuple[int, ...]:
-        """What a recorded forward refers to, as it is now."""
-        return self.model.generation, self.cache.generation, self._inputs.generation
+    def all_graphs(self) -> list[DecodeGraphs]:
+        return [graphs for graphs in (self.graphs, self.adapted_graphs) if graphs is not None]
 
     def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:
         """Call `execute` on a prepared batch the way a forward of a step runs."""
@@ -320,6 +343,6 @@ class ModelRunner:
         """Give the memory of the cache and of recorded forwards back; what was in it is lost. A step takes it again."""
         with as_in_a_step(self.cache.device):
             self._order.follow(None)
-            if self.graphs is not None:
-                self.graphs.clear()
+            for graphs in self.all_graphs:
+                graphs.clear()
             self.cache.close()

@@ -37,6 +37,8 @@ def _shrink_kernel(
     FIELDS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
+    if tl.load(tiles + tl.program_id(0) * 3 + 2) == 0:
+        return
     slot, rows, exists = _tile_of(tiles, order, BLOCK_M)
     part = tl.program_id(1) // (RANK // BLOCK_R)
     entry = table + (slot * parts + part) * FIELDS
@@ -64,6 +66,8 @@ def _expand_kernel(
     FIELDS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = y.dtype.element_ty
+    if tl.load(tiles + tl.program_id(0) * 3 + 2) == 0:
+        return
     slot, rows, exists = _tile_of(tiles, order, BLOCK_M)
     part = tl.program_id(1)
     entry = table + (slot * parts + part) * FIELDS

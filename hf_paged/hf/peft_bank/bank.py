@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -34,7 +35,7 @@ from ..spec import language_modules
 from ..swap import can_swap, restore, swap
 from .loading import check_config, load_folder, require_peft, structure_of
 from .overlay import MERGED, Overlay, merged_in, set_in, tuners_of
-from .sites import ForwardRows, Sites
+from .sites import ForwardRows, RecordedRows, Sites
 from .targets import Target, concerns, state_of, targets_of
 
 AS_IT_IS, BASE = 0, "__base__"  # a request without an adapter; PEFT's name for the model without any
@@ -52,6 +53,7 @@ class Loaded:
         reason: why it runs on PEFT's modules; None if it does not.
         overlay: those modules; None where they are in the model itself, under `inside`.
         copied: makes the overlay anew, where it shares the weights of a model of the caller's.
+        unrecordable: why a step with it is not recorded as a CUDA graph, though it runs on its terms; None if it is.
         watched: PEFT's modules whose weights for `watched_as` are the caller's, and may change.
     """
 
@@ -67,6 +69,7 @@ class Loaded:
     watched: list[nn.Module] = field(default_factory=list)
     watched_as: str = ""
     slot: int = -1
+    unrecordable: str | None = None
     number: int = field(default_factory=lambda: next(_numbers))
     terms: list[Terms] = field(default_factory=list)
     seen: list[tuple] = field(default_factory=list)
@@ -100,6 +103,7 @@ class AdapterBank:
         self._by_number: dict[int, Loaded] = {}
         self._swapped: list[nn.Module] = []
         self._tuners: list[nn.Module] = []
+        self._recorded: dict[tuple[int, int], RecordedRows] = {}  # by the generation of the sites, and a step's size
         self._base = Loaded(BASE, "", "", None, [], None)
         self._by_number[self._base.number] = self._base
 
@@ -271,7 +275,7 @@ class AdapterBank:
     @contextmanager
     def noting(self):
         """While inside, it is noted which layers ask for what adapters make of them; see `uncalled`."""
-        self._sites.called = set()
+        self._sites.called, self._sites.by_host = set(), set()
         try:
             yield
         finally:
@@ -282,6 +286,12 @@ class AdapterBank:
         if loaded.reason is not None:
             return []
         return [target.name for target in loaded.targets if not self._sites.was_called(target.layer)]
+
+    def note_unrecordable(self, loaded: Loaded) -> None:
+        """Look at how the layers of an adapter's terms asked."""
+        names = [target.name for target in loaded.targets if self._sites.needs_host(target.layer)]
+        if names:
+            loaded.unrecordable = f"what it makes of {names[0]} is not computed by a kernel that finds the rows itself"
 
     # -- changes
 
@@ -331,6 +341,33 @@ class AdapterBank:
             return None
         slots = [-1 if adapter == AS_IT_IS else self._by_number[adapter].slot for adapter in plan.adapters]
         return ForwardRows(self._sites, np.repeat(slots, plan.num_new), self._device, self._backend)
+
+    @property
+    def generation(self) -> int:
+        return self._sites.generation
+
+    @property
+    def unrecordable(self) -> dict[str, str]:
+        """By name, those that run beside others and yet in no CUDA graph, and why."""
+        reasons = {name: loaded.unrecordable for name, loaded in self._loaded.items() if loaded.reason is None}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def why_unrecordable(self, plan: StepPlan) -> str | None:
+        if self._tuners:
+            return "PEFT's modules are in the model"
+        numbers = {adapter for adapter in plan.adapters if adapter != AS_IT_IS}
+        reasons = (self._by_number[number].reason or self._by_number[number].unrecordable for number in numbers)
+        return next(filter(None, reasons), None)
+
+    def for_recorded(self, plan: StepPlan, rows: AbstractSequence[int], size: int) -> RecordedRows:
+        key = self.generation, size
+        if key not in self._recorded:
+            self._recorded = {old: made for old, made in self._recorded.items() if old[0] == self.generation}
+            count = sum(loaded.slot >= 0 for loaded in self._loaded.values())
+            self._recorded[key] = RecordedRows(self._sites, size, count, self._device, self._backend)
+        slots = [-1 if adapter == AS_IT_IS else self._by_number[adapter].slot for adapter in plan.adapters]
+        self._recorded[key].fill(np.asarray(slots), rows)
+        return self._recorded[key]
 
     @contextmanager
     def running(self, plan: StepPlan):

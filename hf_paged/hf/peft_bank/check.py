@@ -76,6 +76,8 @@ def _run(runner: ModelRunner, scheduler: Scheduler, bank: AdapterBank, loaded: L
         else:
             logits = runner.forward(runner.prepare(plan, rows=rows)).clone()
         missed = bank.uncalled(loaded)
+        if loaded.reason is None:
+            bank.note_unrecordable(loaded)
     mine = [
         row
         for number, count, first in zip(plan.adapters, plan.num_new, _starts(plan.num_new))
