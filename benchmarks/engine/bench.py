@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from .report import draw_chart, print_report
 from .systems import BATCH, PAGED, STOCK_BATCH, STOCK_ONE, Difference, Run
 
 SYSTEMS = {"paged": PAGED, "one": STOCK_ONE, "batch": STOCK_BATCH}
-WORKLOADS = {"mixed": workload.mixed, "shared": workload.shared}
+WORKLOADS = {name: getattr(workload, name) for name in ("mixed", "shared", "chat", "long")}
+BOTH = "mixed", "shared"  # what is run by default
 PROFILE_SEQS, PROFILE_STEPS = 32, 24
 
 
@@ -40,11 +42,14 @@ PROFILE_SEQS, PROFILE_STEPS = 32, 24
 class Options:
     """What to run. `stock_sample` is how many requests stock runs over all rounds (None: the whole workload).
 
+    `workloads` are names of WORKLOADS or paths of traces (see `workload.from_trace`). `profile` is a file for a Chrome
+    trace of the engine's steps in one run of each of them.
+
     `requests` is how many a workload has (None: its own number), `rank` which of `num_ranks` processes this is.
     """
 
     model: str | None = None
-    workloads: Sequence[str] = tuple(WORKLOADS)
+    workloads: Sequence[str] = BOTH
     systems: Sequence[str] = tuple(SYSTEMS)
     rounds: int = 4
     stock_sample: int | None = None
@@ -60,12 +65,17 @@ class Options:
     num_ranks: int = 1
     expert_parallel: bool = False
     out: Path = field(default_factory=schema.results_folder)
+    profile: Path | None = None
 
     def __post_init__(self):
-        for name, known in (("workloads", WORKLOADS), ("systems", SYSTEMS)):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(f"{name} has no {value!r}; there are {', '.join(known)}")
+        for value in self.workloads:
+            if value not in WORKLOADS and not _is_trace(value):
+                raise ValueError(f"workloads has no {value!r}; there are {', '.join(WORKLOADS)}, and paths of *.jsonl")
+        for value in self.systems:
+            if value not in SYSTEMS:
+                raise ValueError(f"systems has no {value!r}; there are {', '.join(SYSTEMS)}")
+        if self.profile is not None and ("paged" not in self.systems or self.num_ranks > 1):
+            raise ValueError("profile is of the system paged, in one process")
         if self.speculation not in (None, "ngram"):
             raise ValueError(f"speculation must be ngram or left out, got {self.speculation!r}")
         check_kind(self.quantization)
@@ -76,7 +86,12 @@ class Options:
 
     def work(self, name: str, tokenizer) -> workload.Workload:
         count = {} if self.requests is None else {"count": self.requests}
-        return WORKLOADS[name](tokenizer, seed=self.seed, **count)
+        make = partial(workload.from_trace, name) if _is_trace(name) else WORKLOADS[name]
+        return make(tokenizer, seed=self.seed, **count)
+
+
+def _is_trace(name: str) -> bool:
+    return name.endswith(".jsonl")
 
 
 @dataclass
@@ -113,7 +128,7 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
         for work in works if not options.rank else ():
             print(
                 f"{work.name}: {len(work.requests)} requests, {work.prompt_tokens} prompt and {work.output_tokens} "
-                f"output tokens, text of the Python reference, fingerprint {work.fingerprint()}"
+                f"output tokens, fingerprint {work.fingerprint()}"
             )
         profile = None
         if "paged" in options.systems:
@@ -123,6 +138,8 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
             more = options.quantization, options.speculation
             stack.enter_context(_patched(paged_model, tokenizer, options.max_num_seqs, *more))
             _warm_up(paged_model, works[0])
+            if options.profile is not None:
+                _write_trace(hf_paged.engine_of(paged_model), works, options.profile)
         results = [_measure(work, stock, paged_model, options) for work in works]
     if options.rank:
         return results, profile
@@ -133,6 +150,14 @@ def run_bench(options: Options) -> tuple[list[Result], Profile | None]:
     print_report(results, profile, machine)
     print(f"rows appended to {options.out / 'engine.csv'}" + (f", chart in {chart}" if chart else ""))
     return results, profile
+
+
+def _write_trace(engine, works: list[workload.Workload], path: Path) -> None:
+    """Of one run of every workload, beside what is measured."""
+    with engine.trace(path):
+        for work in works:
+            systems.run_paged(engine, work.requests, ignore_eos=True, cache_salt=f"trace-{work.name}")
+    print(f"Chrome trace of the engine's steps in {path}")
 
 
 def _load(options: Options):

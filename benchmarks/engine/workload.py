@@ -7,13 +7,17 @@ It changes a little between Python versions; `fingerprint` goes into the results
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 MIXED_REQUESTS, MIXED_PROMPT, MIXED_OUTPUT = 64, (16, 512), (16, 128)
 SHARED_REQUESTS, SHARED_PREFIX, SHARED_OWN, SHARED_OUTPUT = 32, 384, (16, 48), 32
+CHAT_REQUESTS, CHAT_TURNS, CHAT_SYSTEM, CHAT_OWN, CHAT_OUTPUT = 32, 4, 96, (16, 64), 48
+LONG_REQUESTS, LONG_PROMPT, LONG_OUTPUT = 8, (1024, 1792), 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,80 @@ def shared(tokenizer, *, seed: int = 0, count: int = SHARED_REQUESTS) -> Workloa
     prefix = _cut(text, SHARED_PREFIX, rng)
     own = (_cut(text, rng.randint(*SHARED_OWN), rng) for _ in range(count))
     return Workload("shared", tuple(Request(prefix + tail, SHARED_OUTPUT) for tail in own))
+
+
+def chat(tokenizer, *, seed: int = 0, count: int = CHAT_REQUESTS) -> Workload:
+    """Conversations of 4 turns, one request for each turn: all before it, then 16 to 64 tokens of its own.
+
+    Answers of turns before are 48 tokens of text, so that a workload does not depend on what a model says. All begin with
+    the same 96 tokens. First turns come first, then second ones.
+    """
+    rng = random.Random(seed + 2)
+    text = _reference_tokens(tokenizer)
+    histories = [_cut(text, CHAT_SYSTEM, rng)] * -(-count // CHAT_TURNS)
+    requests = []
+    for _ in range(CHAT_TURNS):
+        for place, history in enumerate(histories):
+            prompt = history + _cut(text, rng.randint(*CHAT_OWN), rng)
+            requests.append(Request(prompt, CHAT_OUTPUT))
+            histories[place] = prompt + _cut(text, CHAT_OUTPUT, rng)
+    return Workload("chat", tuple(requests[:count]))
+
+
+def long(tokenizer, *, seed: int = 0, count: int = LONG_REQUESTS) -> Workload:
+    """Prompts of 1,024 to 1,792 tokens, 64 tokens of output."""
+    rng = random.Random(seed + 3)
+    text = _reference_tokens(tokenizer)
+    return Workload("long", tuple(Request(_cut(text, rng.randint(*LONG_PROMPT), rng), LONG_OUTPUT) for _ in range(count)))
+
+
+def from_trace(path: str | Path, tokenizer, *, seed: int = 0, count: int | None = None) -> Workload:
+    """The first `count` requests (None: all) of a file with one JSON object a line: {"prompt": text or token ids, "output_tokens": 64}, or
+    {"prompt_tokens": 300, "output_tokens": 64} for so many tokens of text.
+
+    Raises ValueError, naming the line, for whatever is none.
+    """
+    rng, path = random.Random(seed + 4), Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                requests.append(_traced(json.loads(line), tokenizer, rng))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not requests:
+        raise ValueError(f"{path} has no requests")
+    return Workload(path.stem, tuple(requests[:count]))
+
+
+def _traced(entry, tokenizer, rng: random.Random) -> Request:
+    if not isinstance(entry, dict):
+        raise ValueError(f"must be an object, got {type(entry).__name__}")
+    if unknown := entry.keys() - {"prompt", "prompt_tokens", "output_tokens"}:
+        raise ValueError(f"no field {min(unknown)!r}; there are prompt, prompt_tokens and output_tokens")
+    if ("prompt" in entry) == ("prompt_tokens" in entry):
+        raise ValueError("needs prompt or prompt_tokens, and not both")
+    output, text = _count("output_tokens", entry.get("output_tokens")), _reference_tokens(tokenizer)
+    if "prompt_tokens" in entry:
+        length = _count("prompt_tokens", entry["prompt_tokens"])
+        if length >= len(text):
+            raise ValueError(f"prompt_tokens must be below the {len(text)} tokens of the text, got {length}")
+        return Request(_cut(text, length, rng), output)
+    prompt = entry["prompt"]
+    tokens = tokenizer(prompt, verbose=False).input_ids if isinstance(prompt, str) else prompt
+    if not isinstance(tokens, list) or not tokens or any(type(token) is not int or token < 0 for token in tokens):
+        raise ValueError("prompt must be text or a list of token ids, and not empty")
+    return Request(tuple(tokens), output)
+
+
+def _count(name: str, value) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
 
 
 def windows(tokenizer, count: int, length: int) -> list[list[int]]:

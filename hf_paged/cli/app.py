@@ -256,7 +256,10 @@ def demo(
 @app.command()
 def bench(
     model: Model = None,
-    workload: Annotated[list[str] | None, typer.Option(help="mixed, shared; repeatable. Default both.")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="mixed, shared, chat, long, or a trace (*.jsonl); repeatable. Default mixed and shared."),
+    ] = None,
     system: Annotated[list[str] | None, typer.Option(help="paged, one, batch; repeatable. Default all.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; each gives one ratio.")] = 4,
     stock_sample: Annotated[
@@ -274,6 +277,7 @@ def bench(
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of the workloads.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for engine.csv and engine.png.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the engine's steps to this file.")] = None,
 ) -> None:
     """Measure hf_paged against stock `generate`, interleaved in one run (about 20 minutes on 2 cores).
 
@@ -282,13 +286,13 @@ def bench(
     from .common import dtype_name, quiet_libraries
 
     quiet_libraries()
-    from hf_paged.benchmarks.engine.bench import SYSTEMS, WORKLOADS, Options, run_bench
+    from hf_paged.benchmarks.engine.bench import BOTH, SYSTEMS, Options, run_bench
 
     where = {} if out is None else {"out": out}
     run_bench(
         Options(
             model=model,
-            workloads=workload or tuple(WORKLOADS),
+            workloads=workload or BOTH,
             systems=system or tuple(SYSTEMS),
             rounds=rounds,
             stock_sample=stock_sample,
@@ -303,6 +307,7 @@ def bench(
             rank=rank(),
             num_ranks=num_ranks(),
             expert_parallel=expert_parallel,
+            profile=profile,
             **where,
         )
     )

@@ -255,6 +255,8 @@ class BatchEngine(Jobs, Upkeep):
                 self._stepping = False
             outputs = self._requests.publish()
             self._stepper.clock.lap("total", started)
+            if self._stepper.clock.trace is not None:
+                self._trace_amounts()
             return outputs
 
     def _look_if_idle(self) -> None:

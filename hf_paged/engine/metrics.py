@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .trace import StepTrace
 
 PHASES = ("total", "schedule", "draft", "build", "encode", "model", "sample", "detokenize")
 COUNTERS = ("steps", "tokens", "output_tokens")
@@ -21,9 +25,13 @@ class StepClock:
     detokenize  text, stop strings, criteria
 
     A step that is scheduled while another one runs shortens `model`, and nothing else.
+
+    Attributes:
+        trace: is told of every phase, too; None: nobody is.
     """
 
     def __init__(self):
+        self.trace: StepTrace | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -34,6 +42,8 @@ class StepClock:
         """Add the time since `since` (a `time.perf_counter()`) to a phase; returns the time now."""
         now = time.perf_counter()
         self._seconds[phase] += now - since
+        if self.trace is not None:
+            self.trace.span(phase, since, now)
         return now
 
     def count(self, **amounts: int) -> None:

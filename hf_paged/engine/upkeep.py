@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.config import EngineConfig
@@ -10,6 +11,7 @@ from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
 from ..base.sizes import parse_bytes
 from ..base.types import AdapterInfo
 from ..runtime.graphs import DecodeGraphs
+from .trace import StepTrace
 
 if TYPE_CHECKING:
     from ..core.scheduler import Scheduler
@@ -150,6 +152,36 @@ class Upkeep:
                 self._stepping = False
 
     # Numbers
+
+    @contextmanager
+    def trace(self, path: str | Path):
+        """Write where the time of every step inside goes to a file, for chrome://tracing or ui.perfetto.dev.
+
+        Shown are the phases of `metrics.StepClock` in each step, and beside them the requests that run and wait, and the
+        bytes of keys and values that they hold. What a GPU does meanwhile is not.
+
+        Raises:
+            OSError: the file cannot be written.
+            InvalidArgument: a trace is being written already.
+        """
+        with self._lock:
+            if self._stepper.clock.trace is not None:
+                raise InvalidArgument("trace: one is being written already")
+            open(path, "w").close()
+            self._stepper.clock.trace = trace = StepTrace()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stepper.clock.trace = None
+            trace.write(path)
+
+    def _trace_amounts(self) -> None:
+        stats = self._scheduler.stats()
+        held = sum(self._cache.bytes_per_block(group) * count for group, count in enumerate(stats["blocks_in_use"]))
+        trace = self._stepper.clock.trace
+        trace.amounts("requests", running=stats["running"], waiting=stats["waiting"])
+        trace.amounts("KV cache", bytes=held)
 
     @property
     def graphs(self) -> DecodeGraphs | None:

@@ -69,3 +69,59 @@ def test_slices_never_repeat_and_mix_lengths(parts, size):
     if size >= 8:
         means = [sum(mixed.requests[i].max_new_tokens for i in part) / size for part in dealt]
         assert max(means) < 1.5 * min(means)
+
+
+def test_conversations_grow_by_turns():
+    requests = workload.chat(Tokenizer()).requests
+    assert len(requests) == 32 and len({request.prompt[:96] for request in requests}) == 1
+    for first, second in zip(requests, requests[8:]):
+        assert second.prompt[: len(first.prompt)] == first.prompt and len(second.prompt) >= len(first.prompt) + 48 + 16
+    assert len(workload.chat(Tokenizer(), count=5).requests) == 5
+
+
+def test_long_prompts_are_long():
+    assert all(1024 <= len(request.prompt) <= 1792 for request in workload.long(Tokenizer()).requests)
+
+
+def test_requests_come_from_a_trace(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "one three", "output_tokens": 4}\n\n{"prompt": [5, 6], "output_tokens": 2}\n'
+                    '{"prompt_tokens": 30, "output_tokens": 7}\n')  # fmt: skip
+    work = workload.from_trace(path, Tokenizer())
+    assert work.name == "mine" and [request.max_new_tokens for request in work.requests] == [4, 2, 7]
+    assert [request.prompt for request in work.requests[:2]] == [(3, 5), (5, 6)] and len(work.requests[2].prompt) == 30
+    assert work == workload.from_trace(path, Tokenizer()) != workload.from_trace(path, Tokenizer(), seed=1)
+    assert workload.from_trace(path, Tokenizer(), count=1).requests == work.requests[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2: "),
+        ("[1]", "line 2: must be an object, got list"),
+        ('{"output_tokens": 2}', "line 2: needs prompt or prompt_tokens"),
+        ('{"prompt": "a", "prompt_tokens": 2, "output_tokens": 2}', "line 2: needs prompt or prompt_tokens, and not both"),
+        ('{"prompt": "a"}', "line 2: output_tokens must be a positive integer, got None"),
+        ('{"prompt": "a", "output_tokens": 0}', "line 2: output_tokens must be a positive integer, got 0"),
+        ('{"prompt": "a", "output_tokens": 1.5}', "line 2: output_tokens must be"),
+        ('{"prompt_tokens": true, "output_tokens": 1}', "line 2: prompt_tokens must be"),
+        ('{"prompt_tokens": 1000000000, "output_tokens": 1}', "line 2: prompt_tokens must be below"),
+        ('{"prompt": "", "output_tokens": 1}', "line 2: prompt must be text or a list of token ids"),
+        ('{"prompt": [1, -1], "output_tokens": 1}', "line 2: prompt must be text"),
+        ('{"prompt": {}, "output_tokens": 1}', "line 2: prompt must be text"),
+        ('{"prompt": "a", "output_tokens": 1, "temperature": 2}', "line 2: no field 'temperature'"),
+    ],
+)
+def test_a_trace_names_the_line_that_is_wrong(line, words, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"prompt": "a", "output_tokens": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=words):
+        workload.from_trace(path, Tokenizer())
+
+
+def test_a_trace_that_is_not_there_or_empty(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.jsonl cannot be read"):
+        workload.from_trace(tmp_path / "nowhere.jsonl", Tokenizer())
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="empty.jsonl has no requests"):
+        workload.from_trace(tmp_path / "empty.jsonl", Tokenizer())
