@@ -158,8 +158,6 @@ class Conversation:
         prompt = await chat_prompt(
             service, messages, tools=listed, reasoning_effort=reasoning_effort, image_names=image_names, **template
         )
-        if prompt.media.spans and adapter is not None:
-            raise Refused("model: adapters take no images", param="model", code="unsupported")
         job = Job(
             prompt=prompt.token_ids,
             media=prompt.media,
@@ -198,8 +196,10 @@ class Conversation:
             raise self._blamed(error) from error
 
     def _blamed(self, error: Exception) -> Exception:
-        """What is wrong with a grammar that was made of tools is said of the tools."""
+        """What is wrong with a grammar that was made of tools is said of the tools; with an adapter, of the model's name."""
         message = str(error)
+        if isinstance(error, InvalidArgument) and message.startswith("adapter "):
+            return Refused(f"model: {message}", param="model", code="unsupported")
         if not self._tools or isinstance(error, InvalidArgument) and not message.startswith("structured_outputs"):
             return error
         if "needs the package" in message:

@@ -138,6 +138,23 @@ def test_positions_of_the_callers_own(patched, change):
         assert torch.equal(on_pages(patched, **options), expected[0])
 
 
+def test_tasks_and_log_probabilities_of_prompts_with_images(model):
+    row = {name: value[: PATCHES if name == "pixel_values" else 1] for name, value in with_image(1).items()}
+    with torch.no_grad():
+        states = model.model(**row).last_hidden_state[0]
+        expected = model(**row).logits[0].log_softmax(-1)
+    ids = row["input_ids"][0].tolist()
+    images = {name: row[name] for name in ("pixel_values", "image_grid_thw")}
+    with hf_paged.Engine(model, config=EngineConfig(max_batch_tokens=6)) as engine:
+        mean = engine.submit(ids, hf_paged.EmbedParams(pooling="mean", normalize=False), images=images)
+        told = engine.submit(ids, SamplingParams(max_tokens=1, prompt_logprobs=0), images=images)
+        while engine.has_unfinished():
+            engine.step()
+    torch.testing.assert_close(torch.tensor(mean.output.result.embedding), states.mean(0), rtol=1e-4, atol=1e-4)
+    for place, (token, entry) in enumerate(zip(ids[1:], told.output.prompt_logprobs[1:], strict=True)):
+        assert entry[token].logprob == pytest.approx(expected[place, token].item(), abs=1e-4)
+
+
 def test_videos_run_on_transformers_own_path_and_say_so(patched):
     inputs = padded([20, 21, START, *[193] * 4, END, 22])
     options = dict(

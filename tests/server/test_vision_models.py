@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from peft_adapters import WARNINGS, shake
 from PIL import Image
 from server_parts import make_tokenizer, serving
 from tiny_configs import MROPE
@@ -249,6 +250,25 @@ def test_images_are_the_users(client):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(messages=[{"role": "user", "content": content}], **GREEDY)
     assert refusal.value.param == "messages.0.content.1.image_url.detail"
+
+
+@pytest.mark.filterwarnings(*WARNINGS)
+def test_adapters_beside_images(tmp_path, engine, client, label):
+    """One that would change what the encoder sees is refused as the model that it is to a client."""
+    peft = pytest.importorskip("peft")
+    targets = {"language": r".*language_model.*\.(q_proj|down_proj)", "all": r".*(q_proj|visual.*qkv)"}
+    for name, modules in targets.items():
+        tuned = peft.get_peft_model(tiny_pair(label)[0], peft.LoraConfig(r=4, target_modules=modules))
+        shake(tuned)
+        tuned.save_pretrained(tmp_path / name)
+        engine.load_adapter(name, str(tmp_path / name))
+    asked = dict(GREEDY, messages=said("what is ", picture(1), "?"))
+    plain, tuned = (client.chat.completions.create(**asked | {"model": name}) for name in (MODEL, "language"))
+    assert plain.choices[0].message.content != tuned.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="'all' changes more") as refusal:
+        client.chat.completions.create(**asked | {"model": "all"})
+    assert refusal.value.param == "model"
+    assert client.chat.completions.create(**GREEDY | {"model": "all"}, messages=said("x")).choices
 
 
 # -- from a folder
