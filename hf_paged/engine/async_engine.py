@@ -151,7 +151,7 @@ class AsyncEngine:
         functions = {name: options.pop(name) for name in FUNCTIONS if name in options}
         options |= {"hooks": self.engine.hooks(**functions), "on_output": reader.put}
         prepare = partial(self.engine.prepare, prompt, params, request_id=request_id, **options)
-        quick = not options.get("images") and _is_quick(prompt, params)
+        quick = options.get("images") is None and _is_quick(prompt, params)
         state = prepare() if quick else await loop.run_in_executor(None, prepare)
         if together is None:
             self._arrivals.append([(state, reader)])

@@ -137,7 +137,8 @@ def _free_budget(model: PagedModel, config: EngineConfig, cache: KVCache, limits
     if model.device.type != "cuda":
         sharing = 1 if model.team is None else ranks_on_this_machine(model.team.size)
         return int(free_memory() * (config.kv_cache_share or CPU_FRACTION)) // sharing
-    return kv_budget(
+    kept = 0 if model.media is None else config.images.cache_memory
+    return -kept + kv_budget(
         ModelRunner(model, cache, _inputs(model, config, cache, limits), backend=config.attention_backend),
         CudaMeter(model.device),
         config.kv_cache_share or CUDA_FRACTION,

@@ -155,6 +155,13 @@ def _check_pixels(size, name: str, limits: ImageLimits) -> None:
         raise InvalidArgument(f"{name} has no pixels")
 
 
+def has_images(messages: list[dict]) -> bool:
+    """Whether chat messages have parts that are images."""
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    parts = (part for content in contents if isinstance(content, list | tuple) for part in content)
+    return any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
+
+
 def images_of_messages(messages: list[dict], images) -> tuple[list[dict], list | None]:
     """(messages whose image parts are plain placeholders, the images in order) of chat messages.
 

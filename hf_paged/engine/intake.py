@@ -15,7 +15,7 @@ from ..runtime.constraint import Constraints
 from ..runtime.media import NO_MEDIA, Media
 from ..runtime.runner import PagedModel
 from .checks import check_options, checked_forward_hooks, checked_functions, checked_params, most_new_tokens
-from .images import Images, images_of_messages
+from .images import Images, has_images, images_of_messages
 from .prompts import checked_ids, is_messages, prompt_tokens, render_chat, text_continuations
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
 from .tasks import TaskParams, check_head, make_task
@@ -120,20 +120,22 @@ class Intake:
     def _prompt(self, prompt, images, media: Media, *, pairs: bool) -> tuple[str | None, list[int], Media]:
         """(text or None, token ids, media) of a prompt as users give it."""
         size, processor = self._model.vocab_size, self.images.processor
-        chat = is_messages(prompt) and (processor is not None or images is not None)
+        if images is not None and hasattr(images, "__len__") and not len(images):
+            images = None
+        chat = is_messages(prompt) and (processor is not None or images is not None or has_images(prompt))
         if chat:
             prompt, images = images_of_messages(prompt, images)
             template = processor if getattr(processor, "chat_template", None) else self._tokenizer
             prompt = render_chat(_in_parts(prompt) if template is processor else prompt, template)
-        if isinstance(prompt, str) and (images or chat):
+        if isinstance(prompt, str) and (images is not None or chat):
             special = not (chat and prompt.startswith(self._tokenizer.bos_token or "\0"))  # as transformers' processors do
-            if images:
+            if images is not None:
                 return prompt, *self.images.of_text(prompt, images, add_special_tokens=special)
             ids = checked_ids(self._tokenizer(prompt, add_special_tokens=special)["input_ids"], size)
             self.images.check_none(ids)
             return prompt, ids, media
         text, ids = prompt_tokens(prompt, self._tokenizer, size, pairs=pairs)
-        if images:
+        if images is not None:
             media = self.images.of_ids(ids, images)
         elif text is not None:
             self.images.check_none(ids)

@@ -22,7 +22,7 @@ class Engine(BatchEngine):
 
     Args:
         model: a decoder-only transformers model, patched or not.
-        tokenizer: its tokenizer; None if prompts and outputs are token ids.
+        tokenizer: its tokenizer, or for images its processor; None if prompts and outputs are token ids.
         config: an EngineConfig; default the patched model's own, or EngineConfig().
         draft_model: see `patch`; default the one the patched model was given.
 

@@ -170,7 +170,7 @@ def patch(
             then patched. (Adapters may also come later: `get_peft_model` and `load_adapter` take a patched model.) One
             without a language model's head, with one for sequence classification or none, embeds and classifies only.
         config: an EngineConfig; `overrides` are its fields by name.
-        tokenizer: used for stop strings and text by the model's engine; `generate` itself needs none.
+        tokenizer: used for stop strings and text by the model's engine (for images, the processor); `generate` itself needs none.
         draft_model: a smaller model with the same vocabulary, to guess tokens ahead (`EngineConfig.speculation`). It is
             patched while the engine lives and gets a KV cache of its own, within the same limits.
         verify: run the model before and after patching, on two short sequences in chunks and four decode steps, and

@@ -54,7 +54,7 @@ def runner_of(model):
     adapter = hf_paged.hf.patch.patch_of(model).adapter
     config = EngineConfig(kv_cache_memory="1MiB", max_batch_tokens=96, max_num_seqs=8)
     cache, _ = build.build(adapter, config, 40)
-    return ModelRunner(adapter, cache, build._inputs(config, cache, LIMITS), backend="auto")
+    return ModelRunner(adapter, cache, build._inputs(adapter, config, cache, LIMITS), backend="auto")
 
 
 def test_the_cache_gets_what_the_largest_step_leaves(model):

@@ -323,6 +323,7 @@ def test_prompts_that_do_not_go_with_their_images(engine, llava):
         (f"a{shown}{shown}", [picture(1)], "images"),
         ("a", [picture(1)], "images"),
         (f"a{shown}", picture(1), "must be a list"),
+        (f"a{shown}", np.array(picture(1)), "must be a list"),
         (ids, [picture(1)], "processor's own outputs"),
         ([5, 6, *ids[2:]], dict(made, pixel_values_videos=1), "takes no 'pixel_values_videos'"),
         (ids + ids[-1:], dict(made, pixel_values=torch.zeros(3, 3, 8, 8)), "5 placeholder tokens for 3 images"),
@@ -350,8 +351,15 @@ def test_models_and_engines_without_images(llava):
         pytest.raises(UnsupportedOption, match="LlamaForCausalLM takes none"),
     ):
         engine.add([5, 6], GREEDY, images={"pixel_values": torch.zeros(1, 3, 8, 8)})
-    with Engine(model, processor.tokenizer) as engine, pytest.raises(InvalidArgument, match="no processor"):
-        engine.add(f"a{shown}", GREEDY, images=[picture(1)])
+    processor.tokenizer.chat_template = processor.chat_template
+    with Engine(model, processor.tokenizer) as engine:
+        for prompt in (f"a{shown}", [{"role": "user", "content": [{"type": "image"}]}]):
+            with pytest.raises(InvalidArgument, match="no processor"):
+                engine.add(prompt, GREEDY, images=[picture(1)])
+        with pytest.raises(InvalidArgument, match="1 image parts"):
+            engine.add([{"role": "user", "content": [{"type": "image"}]}], GREEDY)
+        assert tokens(engine, [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+    processor.tokenizer.chat_template = None
 
 
 def test_an_image_that_the_encoder_fails_on_ends_its_own_request(engine, llava, monkeypatch):
