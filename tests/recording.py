@@ -26,9 +26,11 @@ class Recorder:
     def __init__(self, device: torch.device = CPU):
         self.num_bytes = 0
 
-    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def warm_up(self, run: Callable[[], torch.Tensor]) -> None:
         with refusing_to_wait(CPU), _launches(_interpret):
             run()
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         tape = _Tape()
         with tape, _launches(tape.launched):
             result = run()
@@ -78,13 +80,17 @@ class _Tape(TorchDispatchMode):
             if new:
                 self._allocated[_place(tensor)] = tensor
 
+        sums = function.namespace == "c10d"  # in place, though their schemas do not say so
+
         def run() -> None:
             again = function(*args, **kwargs)
+            if sums:
+                again[-1].wait()
             for tensor, value, new in zip(_tensors(outputs), _tensors(again), made):
                 if new:
                     tensor.copy_(value)
 
-        if any(made) or function._schema.is_mutable:
+        if any(made) or function._schema.is_mutable or sums:
             self._steps.append(run)
         return outputs
 

@@ -90,7 +90,7 @@ def main() -> None:
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
     print(f"rank {dist.get_rank()}: loading took {taken:.0f} MiB more at its peak; the whole model has {whole:.0f} MiB", flush=True)
-    hf_paged.patch(model, max_batch_tokens=options.sequences * options.prompt)
+    hf_paged.patch(model, max_batch_tokens=options.sequences * options.prompt, cuda_graphs=False)  # replays are not counted
     if dist.get_rank():
         hf_paged.follow(model)
     else:

@@ -89,7 +89,7 @@ class EngineConfig:
         speculation: guess tokens ahead: "ngram", "draft", or a `Speculation` that says more. With a `draft_model`,
             "draft" goes without saying. None: off.
         cuda_graphs: record the forward of decode steps and replay it, so that the host need not launch its kernels one by
-            one. None: on CUDA. What cannot be recorded runs as ever; `explain` tells.
+            one. None: on CUDA, but of a sharded model only if True. What cannot be recorded runs as ever; `explain` tells.
         exact: a token's logits have the same bits whatever is computed beside it, in whatever chunks, and whatever of its
             prompt was cached; and `model(input_ids)` of the patched model gives those bits, so that its log-probabilities
             are those of generated tokens. On CPU in float32 and bfloat16.

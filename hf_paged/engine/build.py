@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -17,7 +17,6 @@ from ..runtime.graphs import DecodeGraphs, cuda_capture
 from ..runtime.inputs import Inputs, make_inputs
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import QUANTIZED, blocks_for_budget, group_layers, kv_dtype_of, slots_for_budget
-from ..runtime.leading import LeadingRunner
 from ..runtime.media import EncoderOutputs
 from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
 from ..runtime.runner import ModelRunner, PagedModel, as_in_a_step
@@ -25,6 +24,7 @@ from .draft_model import DraftModel
 from .measure import kv_budget
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
+R = TypeVar("R", bound=ModelRunner)
 INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
 
 
@@ -50,10 +50,6 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
             CUDA graphs elsewhere.
     """
     if config.cuda_graphs:
-        if model.team is not None:
-            raise UnsupportedOption(
-                "cuda_graphs=True: forwards of a sharded model are not recorded; use cuda_graphs=None"
-            )
         cuda_capture(model.device)
     try:
         kernels = ops.resolve_backend(config.attention_backend, model.device)
@@ -180,25 +176,23 @@ def _inputs(model: PagedModel, config: EngineConfig, cache: KVCache, limits: Lim
 
 
 def build_runner(
-    model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler, *, leads: bool = False
-) -> ModelRunner:
+    model: PagedModel, config: EngineConfig, cache: KVCache, scheduler: Scheduler, kind: type[R] = ModelRunner
+) -> R:
     """What runs the scheduler's plans on the cache.
 
     Args:
-        leads: the model is sharded, and the other ranks are to run what this runner does.
+        kind: of a sharded model, whether it tells the other ranks to do the same, or is told.
     """
     inputs = _inputs(model, config, cache, limits_of(scheduler))
     options: dict = dict(backend=config.attention_backend)
     if wants_graphs(config, model):
         for name in ("graphs", "adapted_graphs"):
-            options[name] = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs)
-    if leads:
-        return LeadingRunner(model, cache, inputs, team=model.team, **options)
-    return ModelRunner(model, cache, inputs, **options)
+            options[name] = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs, model.team)
+    return kind(model, cache, inputs, **options)
 
 
 def wants_graphs(config: EngineConfig, model: PagedModel) -> bool:
-    """Whether decode steps are to be recorded."""
+    """Whether decode steps are to be recorded: of a sharded model where it is asked for, as no GPU has shown yet that it is well."""
     if config.cuda_graphs is not None:
         return config.cuda_graphs
     return model.device.type == "cuda" and model.team is None

@@ -23,7 +23,8 @@ from ..parallel.team import Order
 from ..runtime.batch import StepContext
 from ..runtime.media import Media
 from ..runtime.packed import Owner
-from ..runtime.runner import PagedModel
+from ..runtime.leading import LeadingRunner
+from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import derive_seed
 from .build import build, build_encoder, build_runner, build_speculator, check_config
 from .execute import StepExecutor
@@ -75,7 +76,8 @@ class BatchEngine(Jobs, Upkeep):
             with model.team.talking, model.team.together("open"):
                 model.team.send(Order.OPEN, encode_config(config, self.max_model_len))
                 self._cache, self._scheduler = build(model, config, self.max_model_len, self._encoder)
-        self._runner = build_runner(model, config, self._cache, self._scheduler, leads=model.team is not None)
+        kind = ModelRunner if model.team is None else LeadingRunner
+        self._runner = build_runner(model, config, self._cache, self._scheduler, kind)
         self._memory = CacheMemory(self._runner, self._scheduler)
         self._speculator = build_speculator(model, config, draft_engine)
         self._jump = JumpAhead()

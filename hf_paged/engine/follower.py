@@ -8,7 +8,8 @@ import torch
 from ..base.errors import ParallelError
 from ..parallel.encoding import StepMessage, decode_config, decode_moves, decode_plan
 from ..parallel.team import Order, Team
-from ..runtime.runner import ModelRunner, PagedModel
+from ..runtime.leading import FollowingRunner
+from ..runtime.runner import PagedModel
 from .build import build, build_runner
 
 
@@ -22,7 +23,7 @@ class Follower:
     def __init__(self, model: PagedModel, team: Team):
         self.stopped = False
         self._model, self._team = model, team
-        self._runner: ModelRunner | None = None
+        self._runner: FollowingRunner | None = None
 
     def until(self, *last: Order) -> tuple[Order, np.ndarray]:
         """Obey up to an order that is one of `last`, which is the caller's to obey, or to the very last.
@@ -58,7 +59,7 @@ class Follower:
     def _open(self, config, max_model_len: int) -> None:
         """The first half of what makes rank 0's engine, of which only the runner is needed here."""
         cache, scheduler = build(self._model, config, max_model_len)
-        self._runner = build_runner(self._model, config, cache, scheduler)
+        self._runner = build_runner(self._model, config, cache, scheduler, FollowingRunner)
 
     def _step(self, message: StepMessage) -> None:
         model, plan, device = self._model, decode_plan(message.plan), self._model.device
@@ -69,7 +70,7 @@ class Follower:
             embeds = torch.empty(1, plan.num_tokens, message.embeds_size, dtype=model.dtype, device=device)
             options["inputs_embeds"] = self._team.share(embeds)
         model.weights_changed()  # what moved is found again; what that means for cached prefixes is for rank 0 to say
-        context = self._runner.prepare(plan, rows=message.rows, sampled=sampled)
+        context = self._runner.take(message, plan, sampled)
         if message.position_ids:
             context.position_ids = torch.tensor([message.position_ids], dtype=torch.int64, device=device)
         if not message.runs:
@@ -78,7 +79,9 @@ class Follower:
             raise ParallelError(
                 f"rank {self._team.rank} has forward hooks on other modules than rank 0: register them on all ranks alike"
             )
-        if message.winners:
+        if context.recording is not None:
+            self._runner.replay(context, message)
+        elif message.winners:
             self._runner.run(context, lambda context: model.winners(context, context.rows))
         else:
             self._runner.run(context, lambda context: model.outputs(context, context.rows, **options))

@@ -189,6 +189,8 @@ def explain_patch(model, patch, config) -> Explanation:
         limits.append("no prefix cache: a prefix is of no use without the states at its end")
     if adapter.team is not None:
         limits.append(f"sharded: heads, sizes and memory are those of one of {adapter.team.size} ranks")
+        if adapter.device.type == "cuda" and config.cuda_graphs is None:
+            limits.append("steps of a sharded model are not recorded as CUDA graphs unless cuda_graphs=True")
         if any(isinstance(module, WholeExperts) for module in model.modules()):
             limits.append("every expert is on one of the ranks")
     if patch.scatter is not None:

@@ -181,8 +181,17 @@ class TransformersModel:
         return self.split_head is not None
 
     def winners(self, context: StepContext, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        context.local_logits = True
-        return self.split_head.winners(self.forward(context, rows))
+        return self.winners_of(self.part(context, rows))
+
+    def part(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
+        context.local_logits = self.split_head is not None
+        return self.forward(context, rows)
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self.split_head is None else self.split_head.gather(part)
+
+    def winners_of(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.split_head.winners(part)
 
     def weights_changed(self) -> bool:
         """In-place writes, swapped parameters and modules, moved storage, adapters switched, hooks that came or went.
@@ -233,6 +242,8 @@ class TransformersModel:
             )
 
     def _why_unrecordable(self) -> str | None:
+        if self._obstacle is not None:  # a forward says so before any rank has begun
+            return self._obstacle[1]
         if self._seen.hooked:
             return "forward hooks on the model are to be called in every step"
         if replaced := self._seen.replaced_forwards():
@@ -245,13 +256,13 @@ class TransformersModel:
         self.fusions.rejoin()
         before, self._seen = self._seen, Snapshot(self.module)
         self.generation += before is None or not before.same_places(self._seen)
-        self.why_unrecordable = self._why_unrecordable()
         self.adapters.look(self._seen.modules)
         self._obstacle = next(obstacles(self.module), None)
         if self.fusions.exact and any(newcomers(self._seen.modules, self._linear)):
             self._obstacle = "exact", "linear layers came after it was patched; patch it again"
         if self.team is not None and any(hasattr(module, "base_layer") for module in self._seen.modules):
             self._obstacle = "a PEFT adapter", "the model is sharded"
+        self.why_unrecordable = self._why_unrecordable()
         device = self._seen.device
         if getattr(self, "device", device) != device:
             raise UnsupportedModel(

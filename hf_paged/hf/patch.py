@@ -25,7 +25,7 @@ from .adapters import adapt
 from .draft import check_draft, draft_config
 from .exact import check_exact
 from .explain import Explanation, explain_patch
-from .fusion import Fusions, fuse, fuse_layers, voting
+from .fusion import Fusions, fuse, fuse_layers, shard, voting
 from .generation import PagedMixin
 from .heads import head_of
 from .model import TransformersModel
@@ -60,12 +60,15 @@ class Patch:
         self.team = team
         self.tokenizer = tokenizer
         self.draft_model = draft_model
-        self.fusions = Fusions(notes={"kernels": "EngineConfig(fuse=False)"})
+        self.fusions = Fusions()
         self.adaptations = adapt(model)
         try:
             if config.fuse:
                 with evaluating(model), without_hooks(model):
                     self.fusions = fuse(model, config.attention_backend, team, exact=config.exact)
+            else:
+                self.fusions = Fusions() if team is None else shard(model, team)
+                self.fusions.notes["kernels"] = "EngineConfig(fuse=False)"
         except BaseException:
             self.adaptations.undo()
             raise

@@ -26,6 +26,8 @@ class StepMessage:
         num_sampled: how many tokens of the step before the plan's ids below 0 stand for; they follow as a tensor.
         position_ids: of every packed row, where they are not its place in its sequence; else empty.
         embeds_size: H, if embeddings [1, T, H] take the place of the token ids; they follow as a tensor. Else 0.
+        graph_size: the number of sequences to which the step is padded, to run as a recorded forward; 0: as it is.
+        records: whether that forward is to be recorded.
         hooked: where hooks of the user's watch the model; see `PagedModel.hooked`.
     """
 
@@ -36,20 +38,33 @@ class StepMessage:
     num_sampled: int = 0
     position_ids: list[int] = field(default_factory=list)
     embeds_size: int = 0
+    graph_size: int = 0
+    records: bool = False
     hooked: list[int] = field(default_factory=list)
 
     def encode(self) -> np.ndarray:
-        flags = [self.runs, self.winners, self.num_sampled, self.embeds_size]
+        flags = [self.runs, self.winners, self.num_sampled, self.embeds_size, self.graph_size, self.records]
         lists = [part for numbers in (self.rows, self.position_ids, self.hooked) for part in (len(numbers), *numbers)]
         return np.concatenate([np.array([*flags, *lists], dtype=np.int64), self.plan])
 
     @classmethod
     def decode(cls, numbers: np.ndarray) -> StepMessage:
         read = _Reader(numbers)
-        runs, winners, num_sampled, embeds_size = read.take(4)
+        runs, winners, num_sampled, embeds_size, graph_size, records = read.take(6)
         rows, position_ids, hooked = (read.take(read.one()) for _ in range(3))
         plan = numbers[read.place :]
-        return cls(plan, rows, bool(runs), bool(winners), num_sampled, position_ids, embeds_size, hooked)
+        return cls(
+            plan,
+            rows=rows,
+            runs=bool(runs),
+            winners=bool(winners),
+            num_sampled=num_sampled,
+            position_ids=position_ids,
+            embeds_size=embeds_size,
+            graph_size=graph_size,
+            records=bool(records),
+            hooked=hooked,
+        )
 
 
 def encode_plan(plan: StepPlan) -> np.ndarray:

@@ -3,6 +3,10 @@
 A graph is recorded for a number of sequences; a step runs the next larger one, padded with sequences that read and write
 nothing. What it reads are buffers that do not move (`inputs.StagedInputs`), the KV cache and the live weights. Whatever
 would make a recorded forward differ from the module's own keeps it from being recorded, and is reported.
+
+Of a sharded model, ranks record together, as what is recorded is run several times, with sums that all take part in. After
+each of these times they ask each other whether it went well; if it did not on one of them, none has a graph. A replay and
+a forward of its own sum the same things in the same order, so ranks need not agree on which of the two they run.
 """
 
 from __future__ import annotations
@@ -11,14 +15,16 @@ import gc
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base.errors import UnsupportedOption
+from ..parallel.team import Team
 
+T = TypeVar("T")
 GRAPH_BYTES = 16 << 20  # of the driver, for the nodes of one graph: a few hundred kernels
 
 # Most by which a recorded forward's logits may differ from its own, relative to the largest: they are the same kernels,
@@ -31,13 +37,25 @@ class WaitsForDevice(RuntimeError):
     """The forward reads a value from the device, which a graph cannot."""
 
 
+class _Failed(Exception):
+    """A forward was not recorded."""
+
+
+class _OtherLogits(Exception):
+    pass
+
+
 class Capture(Protocol):
     """Records work on the device."""
 
     num_bytes: int  # device memory that everything recorded so far keeps
 
+    def warm_up(self, run: Callable[[], Tensor]) -> None:
+        """Call `run` as `record` will. Raises WaitsForDevice if its work cannot be recorded for that reason."""
+        ...
+
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Call `run` (more than once) and return what repeats its work on the device, and returns its result.
+        """Call `run` once, without its work being done, and return what does the work, and returns its result.
 
         All that is recorded shares its memory: a result is valid until something else is replayed or recorded. Raises
         what `run` raises, or why its work cannot be recorded; the device is then as it was before.
@@ -66,15 +84,17 @@ class DecodeGraphs:
     Args:
         capture: what records; see `cuda_capture`.
         most: most sequences of a step.
+        team: the ranks of a sharded model, whose graphs all of them record at the same time.
 
     Attributes:
         problem: why nothing more is recorded; None while all is well.
     """
 
-    def __init__(self, capture: Capture, most: int):
+    def __init__(self, capture: Capture, most: int, team: Team | None = None):
         self.problem: str | None = None
         self.sizes = ladder(most)
         self._capture = capture
+        self._team = team
         self._graphs: dict[int, Callable[[], Tensor]] = {}
         self._valid_for: object = None
 
@@ -89,49 +109,70 @@ class DecodeGraphs:
         return self._capture.num_bytes if self._graphs else 0
 
     def size_for(self, num_seqs: int, valid_for: object) -> int | None:
-        """The number of sequences to pad a step of `num_seqs` to; None if it must run as it is. See `run`."""
+        """The number of sequences to pad a step of `num_seqs` to; None if it must run as it is. See `lacks`."""
         if self.problem is not None and valid_for != self._valid_for:
             self.clear()
         if self.problem is not None or num_seqs > self.sizes[-1]:
             return None
         return self.sizes[bisect_left(self.sizes, num_seqs)]
 
-    def run(self, size: int, valid_for: object, forward: Callable[[], Tensor]) -> Tensor:
-        """`forward()` on the current contents of its buffers: replayed, once it has been recorded.
-
-        The result is valid until the next call.
+    def lacks(self, size: int, valid_for: object) -> bool:
+        """Whether a forward of `size` sequences, as `size_for` said, has to be recorded before it can be replayed.
 
         Args:
-            size: what `size_for` said.
-            valid_for: what graphs recorded earlier must have been recorded for: equal as long as nothing that `forward`
+            valid_for: what graphs recorded earlier must have been recorded for: equal as long as nothing that the forward
                 refers to has moved or changed.
         """
         if valid_for != self._valid_for:
             self.clear()
             self._valid_for = valid_for
-        if size not in self._graphs:
-            self.problem = self._record(size, forward)
-            if self.problem is not None:
-                return forward()
+        return size not in self._graphs
+
+    def replay(self, size: int) -> Tensor:
+        """What was recorded does its work on the current contents of its buffers. Valid until something else is run here."""
         return self._graphs[size]()
 
-    def _record(self, size: int, forward: Callable[[], Tensor]) -> str | None:
-        """Add the graph for `size`, if it does what `forward` does; else drop all and return what is wrong."""
-        expected = forward().clone()
+    def record(self, size: int, forward: Callable[[], Tensor]) -> Tensor:
+        """`forward()` of a step, which is recorded if it does the same when it is replayed; else all graphs are dropped."""
+        expected, problem = forward().clone(), None
         try:
-            replay = self._capture.record(forward)
-            difference = _difference(replay(), expected)
+            self._attempt(size, lambda: self._capture.warm_up(forward), sums=True)
+            replay = self._attempt(size, lambda: self._capture.record(forward), sums=False)
+            self._attempt(size, lambda: _check_alike(replay(), expected), sums=True)
+        except _Failed as failure:
+            problem = str(failure)
+        if problem is None:
+            self._graphs[size] = replay
+            return expected
+        replay, self.problem = None, problem
+        self._drop()
+        return forward()  # what it has written may be wrong
+
+    def _attempt(self, size: int, part: Callable[[], T], *, sums: bool) -> T:
+        """`part()`, a part of recording. Raises _Failed, saying what is wrong, if it went wrong here or on another rank.
+
+        Args:
+            sums: the ranks wait for each other inside. What is raised there on one alone is not for the others to be asked
+                about, but ends the team; that the forward waits for the device, all of them find at the same place.
+        """
+        result = problem = None
+        try:
+            result = part()
+        except _OtherLogits as error:
+            problem = f"a recorded step of {size} sequences {error}"
         except Exception as error:  # the step itself runs, or fails, without
+            if self._team is not None and sums and not isinstance(error, WaitsForDevice):
+                raise
             reason = str(error).strip().splitlines() or [""]
             problem = f"recording a step of {size} sequences failed with {type(error).__name__}: {reason[0]}"
-        else:
-            if difference <= (LIMIT if expected.dtype == torch.float32 else LIMIT_NARROW):
-                self._graphs[size] = replay
-                return None
-            problem = f"a recorded step of {size} sequences gave other logits, off by {difference:.1g} of the largest"
-            del replay
-        self._drop()
-        return problem
+        if self._team is not None:
+            votes = self._team.gather_numbers([int(problem is None)])
+            bad = [rank for rank, [well] in enumerate(votes) if not well]
+            if bad and problem is None:
+                problem = f"recording a step of {size} sequences failed on rank {bad[0]}"
+        if problem is not None:
+            raise _Failed(problem)
+        return result
 
     def _drop(self) -> None:
         self._graphs.clear()
@@ -143,6 +184,12 @@ class DecodeGraphs:
         self._valid_for = None
         if self._graphs:
             self._drop()
+
+
+def _check_alike(logits: Tensor, expected: Tensor) -> None:
+    difference = _difference(logits, expected)
+    if difference > (LIMIT if expected.dtype == torch.float32 else LIMIT_NARROW):
+        raise _OtherLogits(f"gave other logits, off by {difference:.1g} of the largest")
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:
@@ -208,14 +255,18 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._broken: list[torch.cuda.CUDAGraph] = []  # the allocator may still refer to them
 
-    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def warm_up(self, run: Callable[[], Tensor]) -> None:
+        """Compiles kernels, and takes the workspaces that libraries keep for the stream of recordings."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream), refusing_to_wait(self._device):
-                run()  # compiles kernels, and takes the workspaces that libraries keep for this stream
+                run()
         finally:
             current.wait_stream(self._stream)
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        current = torch.cuda.current_stream(self._device)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device)

@@ -1,4 +1,4 @@
-"""A runner whose model is sharded: what it does, the other ranks are told to do, too."""
+"""Runners of a sharded model: what that of rank 0 does, the other ranks are told to do, too, on runners of their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 
 from ..base.errors import UnsupportedOption
+from ..core.plan import StepPlan
 from ..parallel.encoding import StepMessage, encode_moves, encode_plan
-from ..parallel.team import Order, Team
+from ..parallel.team import Order
 from .batch import StepContext
-from .runner import ModelRunner, T
+from .runner import ModelRunner, PagedModel, T
 
 
 class LeadingRunner(ModelRunner):
@@ -21,9 +22,9 @@ class LeadingRunner(ModelRunner):
     the others would wait in a sum that never comes. So what is raised there ends the team.
     """
 
-    def __init__(self, *args, team: Team, **options):
-        super().__init__(*args, **options)
-        self.team = team
+    def __init__(self, model: PagedModel, *args, **options):
+        super().__init__(model, *args, **options)
+        self.team = model.team
         self._message: StepMessage | None = None  # of the step prepared last, until it was sent
         self._sampled: torch.Tensor | None = None
         self._positions: torch.Tensor | None = None
@@ -47,7 +48,16 @@ class LeadingRunner(ModelRunner):
 
     def winners(self, context: StepContext) -> tuple[torch.Tensor, torch.Tensor]:
         self._message.winners = True
-        return self.run(context, lambda context: self.model.winners(context, context.rows))
+        if context.recording is None:
+            return self.run(context, lambda context: self.model.winners(context, context.rows))
+        return self.run(context, lambda context: self.model.winners_of(self._recorded(context)))
+
+    def _recorded(self, context: StepContext, records: bool | None = None) -> torch.Tensor:
+        message, (graphs, valid_for) = self._message, self._graphs(context.plan)
+        message.graph_size, message.records = context.recording, graphs.lacks(context.recording, valid_for)
+        with self.team.talking:  # while they record, the ranks talk
+            self._announce(context, context.rows, None)
+            return super()._recorded(context, message.records)
 
     def run(self, context: StepContext, execute: Callable[[StepContext], T]) -> T:
         with self.team.engaged():
@@ -100,3 +110,22 @@ class LeadingRunner(ModelRunner):
             self.team.share(self._sampled)
         if embeds is not None:
             self.team.share(embeds.contiguous())
+
+
+class FollowingRunner(ModelRunner):
+    """The ModelRunner of another rank: whether a forward is recorded, rank 0 says."""
+
+    _size: int | None = None
+
+    def take(self, message: StepMessage, plan: StepPlan, sampled: torch.Tensor | None) -> StepContext:
+        """`prepare` for the step of a message."""
+        self._size = message.graph_size or None
+        return self.prepare(plan, rows=message.rows, sampled=sampled)
+
+    def _recording(self, *_) -> int | None:
+        return self._size
+
+    def replay(self, context: StepContext, message: StepMessage) -> None:
+        """The forward of a step whose forward is recorded, and what follows it."""
+        finish = self.model.winners_of if message.winners else self.model.whole
+        self.run(context, lambda context: finish(self._recorded(context, message.records)))

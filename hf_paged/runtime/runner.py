@@ -74,6 +74,18 @@ class PagedModel(Protocol):
         """Of the logits that `forward` would return, each row's first largest: (tokens int64 [R], logits [R])."""
         ...
 
+    def part(self, context: StepContext, rows: torch.Tensor) -> torch.Tensor:
+        """What this rank has of what `forward` would return: all, unless the output embedding is split."""
+        ...
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """What `forward` would return, of every rank's `part`."""
+        ...
+
+    def winners_of(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `winners` would return, of every rank's `part`."""
+        ...
+
     def unobserved(self) -> AbstractContextManager:
         """Scope in which no forward hook of the user's runs."""
         ...
@@ -249,7 +261,7 @@ class ModelRunner:
         """Run a prepared batch and return logits [R, V] of its `rows`, valid until the next forward."""
         if context.recording is None:
             return self.run(context, lambda context: self.model.forward(context, context.rows))
-        return self.run(context, self._recorded)
+        return self.run(context, lambda context: self.model.whole(self._recorded(context)))
 
     def forward_apart(
         self,
@@ -297,7 +309,12 @@ class ModelRunner:
                 states[to_device(packed, torch.int64, states.device)] = context.hidden
         return logits, states
 
-    def _recorded(self, context: StepContext) -> torch.Tensor:
+    def _recorded(self, context: StepContext, records: bool | None = None) -> torch.Tensor:
+        """This rank's part of the logits [R, ...], valid until the next forward.
+
+        Args:
+            records: whether to record the forward, which all ranks of a sharded model do together; None: if it has to be.
+        """
         size = context.recording
 
         def forward() -> torch.Tensor:
@@ -305,10 +322,15 @@ class ModelRunner:
             inputs = self._inputs.static(size)
             fresh = StepContext(context.plan, inputs, self.cache, self.backend, context.owner, SequenceHooks())
             fresh.adapters = context.adapters
-            return self.model.forward(fresh, fresh.rows)
+            return self.model.part(fresh, fresh.rows)
 
         graphs, valid_for = self._graphs(context.plan)
-        return graphs.run(size, valid_for, forward)[: context.num_rows]
+        lacks = graphs.lacks(size, valid_for)
+        if lacks if records is None else records:
+            logits = graphs.record(size, forward)
+        else:
+            logits = forward() if lacks else graphs.replay(size)
+        return logits[: context.num_rows]
 
     def _graphs(self, plan: StepPlan) -> tuple[DecodeGraphs, tuple[int, ...]]:
         """(the recorded forwards for a plan, what they refer to as it is now)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def features(tmp_path_factory) -> dict[str, list[str]]:
     return reports("features.py", folder=tmp_path_factory.mktemp("features"))
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> dict[str, list[str]]:
+    start = partial(torchrun, TRITON_INTERPRET="1")
+    return reports("graphs.py", folder=tmp_path_factory.mktemp("graphs"), start=start)
+
+
 @pytest.mark.parametrize("name", names("checks.py"))
 def test_sharded(report, name):
     assert report[name] == [], "\n".join(report[name])
@@ -37,6 +44,11 @@ def test_sharded(report, name):
 @pytest.mark.parametrize("name", names("features.py"))
 def test_features(features, name):
     assert features[name] == [], "\n".join(features[name])
+
+
+@pytest.mark.parametrize("name", names("graphs.py"))
+def test_recorded_steps(recorded, name):
+    assert recorded[name] == [], "\n".join(recorded[name])
 
 
 def test_four_ranks_with_fewer_key_heads(tmp_path):

@@ -35,7 +35,14 @@ from .proof import voting
 from .rotary import fuse_rotary
 from .sharded import shard_modules
 
-__all__ = ["Fusions", "fuse", "fuse_layers", "voting"]
+__all__ = ["Fusions", "fuse", "fuse_layers", "shard", "voting"]
+
+
+def shard(model: nn.Module, team: Team) -> Fusions:
+    """Only the local forms of a sharded model, without which it does not run on pages."""
+    fusions = Fusions()
+    fusions.unwrap.append(shard_modules(model, team, fusions.backend))
+    return fusions
 
 
 def fuse(model: nn.Module, backend: str = "auto", team: Team | None = None, *, exact: bool = False) -> Fusions:
