@@ -56,9 +56,9 @@ def give_back(tensors: Iterable[Tensor], module: nn.Module) -> None:
     file is there. Without this a model that is packed layer by layer would hold the checkpoint twice at the end.
     """
     kept = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in kept:
-            forget_pages(tensor)
+    forget_pages(
+        *(tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in kept)
+    )
     trim()
 
 
@@ -69,16 +69,21 @@ def trim() -> None:
         libc.malloc_trim(0)
 
 
-def forget_pages(tensor: Tensor) -> None:
-    """Give back the memory from a tensor's first to its last value, which nobody has written to if it is a file's."""
+def forget_pages(*tensors: Tensor) -> None:
+    """Give back the memory of contiguous tensors, which nobody has written to if it is a file's."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    # the first and the last page are not its alone
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + (last + 1) * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    spans: list[list[int]] = []
+    for start, end in sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors):
+        if spans and start <= spans[-1][1]:  # small ones that follow each other have pages together
+            spans[-1][1] = max(end, spans[-1][1])
+        else:
+            spans.append([start, end])
+    for start, end in spans:
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # the first and the last page are others', too
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def _own_name(module: str, modules: set[str], prefix: str) -> str:
