@@ -3,6 +3,7 @@
     python benchmarks/run.py gpu.check
     python benchmarks/run.py gpu --minutes 8.5
     python benchmarks/run.py gpu.kernels --sweep
+    python benchmarks/run.py hetero
 
 is `python -m hf_paged.benchmarks.gpu.check` and so on of an installed one.
 """

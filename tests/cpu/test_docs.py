@@ -51,6 +51,20 @@ def test_adapters(names, tmp_path, capsys):
     assert names["rows"].shape == (2, 11) and len(names["outputs"]) == 3
 
 
+def test_batching():
+    names = dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320))
+    names["model"].generation_config.eos_token_id = 2
+    run("batching.md", names)
+    done = names["done"]
+    assert done.keys() == {"story", "form", "vector", "score 0", "score 1"} and done["form"].outputs[0].text in ("yes", "no")
+
+
+def test_benchmarks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("benchmarks.md", dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320)))
+    assert json.loads((tmp_path / "steps.json").read_text())["traceEvents"]
+
+
 def test_tasks(names, tmp_path, capsys):
     config = tiny_config("llama", vocab_size=320)
     config.num_labels = 2
