@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     with Engine(model, tokenizer, EngineConfig()) as engine:
         for rows in options.rows:
             found = measure(engine, rows, options.rounds)
-            measures += report(found, rows, dict(benchmark="structured", model=model.config._name_or_path, dtype=str(model.dtype)))
+            about = dict(benchmark="structured", model=model.config._name_or_path, dtype=str(model.dtype))
+            measures += report(found, rows, about)
     machine = schema.describe_machine(str(model.device), options.threads)
     schema.append_rows(options.out / "structured.csv", measures, machine)
 

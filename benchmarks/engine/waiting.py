@@ -59,14 +59,16 @@ def prefixes(model, tokenizer, rounds: int, *, families: int, each: int, length:
                 hits[name] = engine.stats()["prefix_hit_tokens"]
             assert tokens[0] == tokens[1], "other tokens"
     total = sum(map(len, prompts))
-    shared = dict(benchmark="waiting", workload=f"{families} prefixes", model=model.config._name_or_path, dtype=str(model.dtype))
+    name = model.config._name_or_path
+    shared = dict(benchmark="waiting", workload=f"{families} prefixes", model=name, dtype=str(model.dtype))
     measures = []
     for name, seconds in found.items():
-        print(f"prefixes {name:12}  {hits[name]:6} of {total} prompt tokens from the cache, {median(seconds):.1f} s", flush=True)
-        detail = dict(requests=len(prompts), prefix=length)
+        told = f"{hits[name]:6} of {total} prompt tokens from the cache, {median(seconds):.1f} s"
+        print(f"prefixes {name:12}  {told}", flush=True)
+        detail, share = dict(requests=len(prompts), prefix=length), 100 * hits[name] / total
         measures += [
             schema.Measure(**shared, system=name, metric="time", unit="s", samples=seconds, detail=detail),
-            schema.Measure(**shared, system=name, metric="cached prompt tokens", unit="%", samples=[100 * hits[name] / total]),
+            schema.Measure(**shared, system=name, metric="cached prompt tokens", unit="%", samples=[share]),
         ]
     ratios = [slow / fast for fast, slow in zip(*found.values())]
     print(f"prefixes: {median(ratios):.1f} times faster together ({min(ratios):.1f} to {max(ratios):.1f})", flush=True)

@@ -181,8 +181,10 @@ class Planner:
                 return
             if not step.may_run(head):
                 step.walk.pass_over(head)
-            elif head.seq_id in step.preempted or head.num_unknown or step.spare_budget < 1 or self._is_blocked(step, head):
+            elif head.seq_id in step.preempted or head.num_unknown:
                 step.admitting = False  # (preempted with an unknown token, it cannot be recomputed yet)
+            elif step.spare_budget < 1 or self._is_blocked(step, head):
+                step.admitting = False
             else:
                 step.admitting = self._admit_one(step, head, order)
 

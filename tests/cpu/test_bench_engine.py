@@ -27,7 +27,8 @@ def values(path) -> dict[tuple[str, str, str], float]:
 
 
 def test_forms(tmp_path, capsys):
-    structured.main(["--model", saved(tmp_path / "model"), "--rows", "2", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)])
+    sizes = ["--rows", "2", "--rounds", "1", "--threads", "1"]
+    structured.main(["--model", saved(tmp_path / "model"), "--out", str(tmp_path), *sizes])
     found = values(tmp_path / "structured.csv")
     assert found["long keys, 2 at once", "jumping", "steps"] < 0.5 * found["long keys, 2 at once", "step by step", "steps"]
     assert "times faster" in capsys.readouterr().out

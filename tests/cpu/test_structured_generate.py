@@ -1,4 +1,4 @@
-"""Outputs of a required form from `generate`, by every decoding method, as stock transformers gives them; and the engine's."""
+"""Outputs of a required form from `generate`, by every decoding method, as stock gives them; and the engine's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import LogitsProcessor
 
 import hf_paged
-from hf_paged import Engine, EngineConfig, InvalidArgument, SamplingParams, StructuredOutputsParams, StructuredOutputsProcessor
+from hf_paged import (
+    Engine,
+    EngineConfig,
+    InvalidArgument,
+    SamplingParams,
+    StructuredOutputsParams,
+    StructuredOutputsProcessor,
+)
 from hf_paged.runtime.constraint import Constraints
 
 VOCAB, EOS, PAD = 320, 2, 0
@@ -175,7 +182,8 @@ def test_one_processor_is_for_one_call(stock, patched, tokenizer):
 
 
 def test_what_is_wrong_with_a_form_shows_when_the_processor_is_made(stock, tokenizer):
-    for form, words in (({"regex": "("}, "regex"), ({"rexeg": "a"}, "no field 'rexeg'"), (3, "or a dict"), ({}, "exactly one")):
+    wrong = [({"regex": "("}, "regex"), ({"rexeg": "a"}, "no field 'rexeg'"), (3, "or a dict"), ({}, "exactly one")]
+    for form, words in wrong:
         with pytest.raises(InvalidArgument, match=words):
             StructuredOutputsProcessor(form, tokenizer, stock)
     with pytest.raises(InvalidArgument, match="fast tokenizer"):
@@ -195,11 +203,10 @@ def test_a_form_that_takes_too_much_work_ends_its_own_call(patched, tokenizer):
 
 def test_other_ends_than_the_models_own(stock, patched, tokenizer):
     form, tokens = FORMS["choice"][0], []
+    options = dict(do_sample=False, max_new_tokens=9)
     for one in (stock, patched):
         processor = StructuredOutputsProcessor(form, tokenizer, one, eos_token_id=[EOS, 9])
-        tokens.append(
-            one.generate(**inputs(5, 7), do_sample=False, max_new_tokens=9, eos_token_id=[9, EOS], logits_processor=[processor])
-        )
+        tokens.append(one.generate(**inputs(5, 7), **options, eos_token_id=[9, EOS], logits_processor=[processor]))
         processor = StructuredOutputsProcessor(form, tokenizer, one)
-        tokens.append(one.generate(**inputs(5), do_sample=False, max_new_tokens=9, eos_token_id=7, logits_processor=[processor]))
+        tokens.append(one.generate(**inputs(5), **options, eos_token_id=7, logits_processor=[processor]))
     assert tokens[0].tolist() == tokens[2].tolist() and tokens[1].tolist() == tokens[3].tolist()

@@ -120,10 +120,10 @@ def test_every_policy_gives_every_request_the_same_tokens(seed):
     def outputs(policy: str) -> list[list[int]]:
         random = Random(seed)
         scheduler = make(random, policy)
-        requests = [
-            request(number, random, priority=random.randint(0, 2), user=f"u{random.randint(0, 2)}", n=random.choice([1, 1, 2]))
-            for number in range(12)
-        ]
+        requests = []
+        for number in range(12):
+            options = dict(priority=random.randint(0, 2), user=f"u{random.randint(0, 2)}", n=random.choice([1, 1, 2]))
+            requests.append(request(number, random, **options))
         for one in requests:
             if one.n <= scheduler.max_num_seqs:
                 scheduler.add(one)
