@@ -107,6 +107,23 @@ def test_vision(names, capsys):
     assert "LlavaModel.get_image_features" in capsys.readouterr().out
 
 
+def test_getting_started(names, tmp_path, capsys):
+    model, tokenizer = tiny_model("llama", vocab_size=320), tiny_tokenizer(320)
+    model.generation_config.pad_token_id, tokenizer.chat_template = 0, "{{ messages[0]['content'] }}"
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    names["name"] = tmp_path / "chat"
+    run("getting-started.md", names)
+    assert names["tokens"].shape == (2, names["inputs"]["input_ids"].shape[1] + 20) and len(names["texts"]) == 2
+    assert "LlamaForCausalLM (float32 on cpu)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [path.name for path in DOCS.glob("*.md")])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", (DOCS / page).read_text(encoding="utf-8")):
+        assert "://" in target or (DOCS / target).exists(), target
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # TRL's
 def test_rl(names, tmp_path):
     torch.manual_seed(0)
