@@ -6,9 +6,7 @@ cannot run. `why_unavailable` says where fusing modules into these functions gai
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .exactness import is_exact
 from .norm import Norm
 from .quantized import QuantizedWeight
 from .ref import elementwise as _reference
@@ -39,27 +38,18 @@ def why_unavailable(parameter: Tensor, *, backend: str = "auto") -> str | None:
     return ops.why_unsupported(backend, parameter.device)
 
 
-_exact = threading.local()
-
-
-@contextmanager
-def exact(on: bool = True):
-    """While inside, in this thread, a row of `linear` has the same bits beside whatever other rows, on CPU. Slower in bf16.
-
-    In fp32 that is so anyway.
-    """
-    before, _exact.on = getattr(_exact, "on", False), on
-    try:
-        yield
-    finally:
-        _exact.on = before
-
-
-def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def exact_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor | None:
     """x [..., K] @ weight [N, K].T + bias [N], a row of which has the same bits beside whatever others; None where no kernel
     gives that."""
-    run, name = _kernels("linear", "auto", x.device)
-    return run.linear(x, weight, bias) if name == "cpu" and run.supports_linear(x, weight) else None
+    run, name = _kernels("linear", backend, x.device)
+    if name == "cpu" and run.supports_linear(x, weight):
+        return run.linear(x, weight, bias)
+    if name == "triton":
+        run, _ = _kernels("exact_linear", backend, x.device)
+        return run.exact_linear(x, weight, bias) if run.supports(x, weight, bias) else None
+    return None
 
 
 def supports_linear(weight: Tensor | QuantizedWeight, *, backend: str = "auto") -> bool:
@@ -68,7 +58,7 @@ def supports_linear(weight: Tensor | QuantizedWeight, *, backend: str = "auto") 
     if isinstance(weight, QuantizedWeight):
         return name in _QUANTIZED and _quantized(backend, weight.device).supports_weight(weight)
     if name == "cpu":
-        return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and getattr(_exact, "on", False)
+        return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and is_exact()
     return name == "triton" and weight.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -102,14 +92,17 @@ def linear(
     if isinstance(weight, QuantizedWeight):
         return _quantized_linear(x, weight, bias, norm, activation, residual, backend)
     run, name = _kernels("linear", backend, x.device)
-    if name == "reference" or name == "triton" and run.supports(x, weight, bias, norm, activation):
+    few = name == "triton" and not is_exact() and run.supports(x, weight, bias, norm, activation)
+    if name == "reference" or few:
         return run.linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
     if norm is not None:
         x = rms_norm(x, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast, backend=backend)
-    own = x.dtype == torch.float32 or getattr(_exact, "on", False)
-    if name == "cpu" and own and run.supports_linear(x, weight):
+    y = None
+    if is_exact():
+        y = exact_linear(x, weight, bias, backend=backend)
+    elif name == "cpu" and x.dtype == torch.float32 and run.supports_linear(x, weight):
         y = run.linear(x, weight, bias)
-    else:
+    if y is None:
         y = F.linear(x, weight, bias)
     if activation is not None:
         y = act_and_mul(y, activation, backend=backend)

@@ -92,7 +92,7 @@ class EngineConfig:
             one. None: on CUDA, but of a sharded model only if True. What cannot be recorded runs as ever; `explain` tells.
         exact: a token's logits have the same bits whatever is computed beside it, in whatever chunks, and whatever of its
             prompt was cached; and `model(input_ids)` of the patched model gives those bits, so that its log-probabilities
-            are those of generated tokens. On CPU in float32 and bfloat16.
+            are those of generated tokens. In float32 and bfloat16.
         parallel_timeout: of a model sharded over several processes, most seconds that one waits for another in the middle
             of a step. Then all of them end, with the reason.
         images: limits on images in prompts, what a step encodes of them and what is kept; see ImageLimits.
@@ -144,7 +144,7 @@ class EngineConfig:
             raise InvalidArgument(f"cuda_graphs must be True, False or None, got {self.cuda_graphs!r}")
         if not isinstance(self.exact, bool):
             raise InvalidArgument(f"exact must be True or False, got {self.exact!r}")
-        if self.exact and not (self.fuse and self.attention_backend in ("auto", "cpu")):
+        if self.exact and (not self.fuse or self.attention_backend == "reference"):
             raise InvalidArgument("exact: it needs hf_paged's own kernels; leave out fuse and attention_backend")
         timeout = self.parallel_timeout
         if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < 1e6:

@@ -188,7 +188,10 @@ def build_runner(
     if wants_graphs(config, model):
         for name in ("graphs", "adapted_graphs"):
             options[name] = DecodeGraphs(cuda_capture(cache.device), scheduler.max_num_seqs, model.team)
-    return kind(model, cache, inputs, **options)
+    runner = kind(model, cache, inputs, **options)
+    if config.exact:
+        runner.prefixes = None  # reading them apart would sum in another order
+    return runner
 
 
 def wants_graphs(config: EngineConfig, model: PagedModel) -> bool:

@@ -36,8 +36,8 @@ def check_exact(adapter, observed: Observed, config: EngineConfig) -> None:
     various lengths beside others and token by token."""
     if adapter.team is not None:
         raise UnsupportedOption("exact: the sums of a sharded model's ranks depend on the batch")
-    if adapter.device.type != "cpu" or adapter.dtype not in _DTYPES:
-        raise UnsupportedOption(f"exact: float32 and bfloat16 on CPU are exact, not {adapter.dtype} on {adapter.device.type}")
+    if adapter.dtype not in _DTYPES:
+        raise UnsupportedOption(f"exact: float32 and bfloat16 are exact, not {adapter.dtype}")
     if not adapter.generates:
         raise UnsupportedOption(f"exact: {adapter.name} does not generate")
     if adapter.states:

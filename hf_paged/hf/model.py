@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from hf_paged_kernels import fused
+from hf_paged_kernels.exactness import exact
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, KernelUnavailable, UnsupportedModel, UnsupportedOption
@@ -70,7 +70,7 @@ class TransformersModel:
         self.media = images_of(model) if team is None else None
         self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
         self._linear = linear_layers(model)
-        self.torch_ops = TorchOps()  # of exact mode
+        self.torch_ops = TorchOps(fusions.backend)  # of exact mode
         self._seen: Snapshot | None = None
         self._look()
 
@@ -137,7 +137,7 @@ class TransformersModel:
         """Scope in which calls of the model's modules are one forward of the packed batch of `context`."""
         self._check_obstacle()
         with (
-            fused.exact(self.fusions.exact),
+            exact(self.fusions.exact),
             self.torch_ops if self.fusions.exact else nullcontext(),
             self.adapters.running(context.plan),
             evaluating(self.module, self._seen.modules),

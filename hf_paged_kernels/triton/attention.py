@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import TRITON_MAX_HEAD_DIM, values_lie_in_keys
+from ..exactness import is_exact
 from .attention_tile import AttentionCall
 from .cascade import cascade
 from .decode import MAX_ROWS, decode
@@ -20,7 +21,7 @@ def attention_(
     """See `ops.attention_`.
 
     Where every sequence has few new tokens, and none sees beyond itself, all of them go to the decode kernel. Else only the leading
-    `metadata.num_decodes` do, and the prefill kernel takes the rest.
+    `metadata.num_decodes` do, and the prefill kernel takes the rest. In exact mode it takes all.
     """
     num_tokens, num_heads, _ = query.shape
     if key is not None:
@@ -44,6 +45,9 @@ def attention_(
     if max(k_cache.shape[2], v_cache.shape[3]) > TRITON_MAX_HEAD_DIM:
         raise ValueError(f"k_cache and v_cache have head sizes {k_cache.shape[2]} and {v_cache.shape[3]}; the Triton "
                          f"kernels take at most {TRITON_MAX_HEAD_DIM}, backend='reference' any")  # fmt: skip
+    if is_exact():
+        prefill(call, 0, out, lse, exact=True)
+        return out
     decodes, max_q = metadata.num_decodes, metadata.max_seqlen_q
     if metadata.shared is not None and call.kind == "all" and split_size is None:
         cascade(call, out[:decodes], None if lse is None else lse[:decodes])

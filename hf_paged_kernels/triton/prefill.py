@@ -42,6 +42,7 @@ def _prefill_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
     TILE: tl.constexpr, SPAN: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS  # of a KV head's query heads: one unless they exceed BLOCK_M
@@ -81,6 +82,9 @@ def _prefill_kernel(
     # Tiles of which every row sees all: from the last row's lower edge to the first row's own position.
     full_begin = tl.cdiv(lowest_seen(last_position, span, SPAN), TILE)
     full_end = tl.maximum((first_position + 1) // TILE, full_begin)
+    if EXACT:  # all tiles in ascending order, whichever rows share the program
+        full_begin = low // TILE
+        full_end = full_begin
 
     q = load_query(query, start + token, head, valid, q_stride_t, q_stride_h, DK, DK_PAD)
     if WIDE:
@@ -113,10 +117,10 @@ def _prefill_kernel(
     finish_rows(acc, peak, total, out, lse, sinks, start + token, head, valid, valid, NUM_HEADS, DV, DV_PAD)
 
 
-def prefill(call: AttentionCall, first_seq: int, out: Tensor, lse: Tensor | None) -> None:
+def prefill(call: AttentionCall, first_seq: int, out: Tensor, lse: Tensor | None, *, exact: bool = False) -> None:
     """Fill the rows of the sequences from `first_seq` on in out [T, Hq, Dv] and lse [T, Hq].
 
-    The sequences before have one row each.
+    The sequences before have one row each. `exact`: a row's keys are summed in one order, whatever rows are beside it.
     """
     num_seqs = call.metadata.num_seqs
     block_m, tile, num_warps, num_stages = tile_shape(call, arch(out.device))
@@ -128,7 +132,7 @@ def prefill(call: AttentionCall, first_seq: int, out: Tensor, lse: Tensor | None
     parts = call.num_kv_heads * triton.cdiv(call.group, heads)
     launch(_prefill_kernel, (num_tiles * parts,), *call.tensors(), call.metadata.ends, call.sinks, call.slopes, out, lse, *call.strides(),
            first_seq, num_seqs, num_tiles, call.span, *call.factors(), **call.constants(), BLOCK_M=block_m, TILE=tile,
-           HEADS=heads, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
+           HEADS=heads, EXACT=exact, num_warps=num_warps, num_stages=num_stages)  # fmt: skip
 
 
 def tile_shape(call: AttentionCall, arch: str) -> tuple[int, int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_paged_kernels import ops
+from hf_paged_kernels import exactness, ops
 from hf_paged_kernels.metadata import SharedPrefixes
 
 
@@ -36,3 +36,8 @@ def attention(
 def two_prefixes(decodes: int) -> SharedPrefixes:
     members, group_starts, prefix_lens, starts = (torch.empty(n, dtype=torch.int32) for n in (decodes, 3, 2, decodes))
     return SharedPrefixes(members, group_starts, prefix_lens, starts, decodes, 4000, 4000)
+
+
+def exact(*call, **options) -> None:
+    with exactness.exact():
+        attention(*call, **options)

@@ -46,6 +46,11 @@ def linear(rows: int, N: int, K: int, *, norm=False, activation=None, residual=F
     )  # fmt: skip
 
 
+def exact_linear(rows: int, N: int, K: int, *, dtype=BF16, bias=False) -> None:
+    x, weight = torch.empty(rows, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    fused.exact_linear(x, weight, torch.empty(N, dtype=dtype) if bias else None, backend="triton")
+
+
 def mlp(rows: int, N: int, K: int, activation: str) -> None:
     linear(rows, N, K, norm=True, activation=activation)
 

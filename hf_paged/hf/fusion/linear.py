@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_paged_kernels import fused
+from hf_paged_kernels.exactness import exact
 
 from ...quant.linear import QuantLinear
 from ...runtime.batch import active_context
@@ -54,7 +55,7 @@ def rows_for(layer: nn.Module, fusions: Fusions) -> Tensor:
 def fuse_linear(module: nn.Module, fusions: Fusions) -> None:
     if not (isinstance(module, (*LINEAR, Conv1D)) and can_swap(module) and has_known_weight(module)) or is_sharded(module):
         return
-    with fused.exact(fusions.exact):
+    with exact(fusions.exact):
         if not fused.supports_linear(weight_of(module), backend=fusions.backend):
             return
     if type(module) is Conv1D:

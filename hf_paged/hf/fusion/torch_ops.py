@@ -36,12 +36,16 @@ _VECTORS = 64  # elements of the longest run of vectors that torch takes at once
 class TorchOps(TorchFunctionMode):
     """While entered, torch's functions give a row the same bits beside whatever others, as far as they can.
 
+    Args:
+        backend: whose kernels there are.
+
     Attributes:
         others: names of functions that cannot.
     """
 
-    def __init__(self):
+    def __init__(self, backend: str):
         super().__init__()
+        self.backend = backend
         self.others: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -55,7 +59,7 @@ class TorchOps(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = fused.exact_linear(input, weight, bias)
+        y = fused.exact_linear(input, weight, bias, backend=self.backend)
         if y is None:
             self.others.add("linear")
             return F.linear(input, weight, bias)
@@ -65,6 +69,8 @@ class TorchOps(TorchFunctionMode):
 def _by_vectors(function, x: Tensor, *args, **kwargs) -> Tensor:
     """function(x), every number by the same formula."""
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        return function(x, *args, **kwargs)
+    if x.device.type != "cpu":  # a thread for every number
         return function(x, *args, **kwargs)
     count = x.numel()
     length = _length(count, torch.get_num_threads())
