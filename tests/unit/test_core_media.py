@@ -6,6 +6,7 @@ import pytest
 from scheduling import expected, sample
 
 from hf_paged.base.errors import RequestTooLarge
+from hf_paged.core.host_tier import HostTier
 from hf_paged.core.media import EncoderBudget, MediaRows
 from hf_paged.core.request import MediaSpan, Request
 from hf_paged.core.scheduler import GroupSpec, Scheduler
@@ -194,7 +195,10 @@ def test_random_images_in_little_memory_all_end_with_their_own_tokens():
         encoded: set[bytes] = set()
         encoder = EncoderBudget(rng.choice([1, 6, 64]), encoded.__contains__)
         limits = dict(max_blocks=14, max_batch_tokens=rng.choice([8, 16]), max_num_seqs=rng.choice([2, 5]))
-        scheduler = make(windows=rng.choice([(None,), (None, 6)]), encoder=encoder, **limits)
+        windows = rng.choice([(None,), (None, 6)])
+        host = HostTier([20] * len(windows), max_states=0, prefers_swap=lambda *_: True, keeps_prefixes=True)
+        more = dict(policy=rng.choice(["fcfs", "fair"]), host=rng.choice([None, host]))
+        scheduler = make(windows, encoder=encoder, **limits, **more)
         requests = []
         for index in range(10):
             media, end = [], rng.randrange(4)
@@ -203,7 +207,15 @@ def test_random_images_in_little_memory_all_end_with_their_own_tokens():
                 media.append(span(end, length, b"%d" % rng.randrange(3), rng.random() < 0.5))
                 end += length + rng.randrange(1, 4)
             requests.append(
-                add(scheduler, f"{index}", max(end, 1) + rng.randrange(4), media, max_tokens=6, n=rng.choice([1, 2]))
+                add(
+                    scheduler,
+                    f"{index}",
+                    max(end, 1) + rng.randrange(4),
+                    media,
+                    max_tokens=6,
+                    n=rng.choice([1, 2]),
+                    user=rng.choice("ab"),
+                )
             )
         for _ in range(800):
             if not scheduler.has_unfinished():
