@@ -5,8 +5,8 @@
     hf_paged.unpatch(model)        # and this takes it all back
 
 Names load on first use, so importing hf_paged costs nothing. It makes transformers' `pipeline` know `backend="paged"`
-and its `from_pretrained` load quantized checkpoints with our layers, on several ranks, too, and PEFT put adapters on these;
-now, or when transformers or PEFT is imported.
+and its `from_pretrained` load quantized checkpoints with our layers, on several ranks, too, PEFT put adapters on these,
+and lm-evaluation-harness know the model `hf-paged`; now, or when they are imported.
 """
 
 from __future__ import annotations
@@ -78,6 +78,12 @@ def __dir__():
     return sorted(set(globals()) | set(__all__))
 
 
+when_imported(
+    "lm_eval.models",
+    lambda: importlib.import_module("lm_eval.api.registry").model_registry.register(
+        "hf-paged", target="hf_paged.integrations.lm_eval:HFPaged"
+    ),
+)
 when_imported("peft.tuners.lora.model", lambda: importlib.import_module(".hf.lora", __name__).install())
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
 when_imported("transformers.distributed.mixin", lambda: importlib.import_module(".hf.plans", __name__))

@@ -117,12 +117,14 @@ class ScoreOutput(TaskOutput):
     Attributes:
         token_ids: the continuation's.
         token_logprobs: the natural logarithm of each one's probability after all before it.
-        ranks: of each one among all tokens; 1 is the most likely.
+        ranks: of each one among all tokens; 1 is the most likely, and so are others with the same probability.
+        is_greedy: whether greedy decoding would give this continuation. (Of equal logits it takes the first.)
     """
 
     token_ids: list[int]
     token_logprobs: list[float]
     ranks: list[int]
+    is_greedy: bool
 
     @property
     def logprob(self) -> float:
@@ -132,11 +134,6 @@ class ScoreOutput(TaskOutput):
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether greedy decoding would give this continuation."""
-        return all(rank == 1 for rank in self.ranks)
 
 
 @dataclass(slots=True, kw_only=True)

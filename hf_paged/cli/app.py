@@ -240,6 +240,18 @@ def quantize(
     run_quantize(out, calibration, sequences, length, options, loading)
 
 
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness's own command, `lm_eval`, which then knows `--model hf-paged`."""
+    from .lm_eval import run_lm_eval
+
+    run_lm_eval(context.args)
+
+
 @app.command()
 def demo(
     model: Model = None,

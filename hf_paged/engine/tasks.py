@@ -91,7 +91,7 @@ class ScoreTask(Task):
     def __init__(self, num_prompt: int, continuation: list[int]):
         self._first, self._continuation = num_prompt - 1, continuation
         self.max_cached_tokens = self._first
-        self._lines: list[list[float]] = []  # of every token: its log-probability, and its rank
+        self._lines: list[list[float]] = []  # of every token: its log-probability, its rank, and whether it is the argmax
 
     def wanted(self, chunk):
         return _common(chunk, range(self._first, self._first + len(self._continuation)))
@@ -99,14 +99,16 @@ class ScoreTask(Task):
     def reduce(self, rows, positions):
         start = positions.start - self._first
         tokens = self._continuation[start : start + len(positions)]
-        return HostCopy(logprob_table(rows, to_device(tokens, torch.int64, rows.device), 0))
+        tokens_t = to_device(tokens, torch.int64, rows.device)
+        greedy_t = rows.argmax(-1) == tokens_t  # of logits that are equal only the first
+        return HostCopy(torch.cat([logprob_table(rows, tokens_t, 0), greedy_t[:, None]], dim=1))
 
     def take(self, positions, piece):
         del self._lines[positions.start - self._first :]
         self._lines += piece.tolist()
 
     def result(self, output):
-        logprobs, ranks = zip(*self._lines, strict=True)
+        logprobs, ranks, greedy = zip(*self._lines, strict=True)
         if numpy.isnan(logprobs).any():
             raise FloatingPointError("the logits contain NaN, or inf, which has no probability")
         return ScoreOutput(
@@ -114,6 +116,7 @@ class ScoreTask(Task):
             token_ids=self._continuation,
             token_logprobs=list(logprobs),
             ranks=[int(rank) for rank in ranks],
+            is_greedy=all(greedy),
         )
 
 

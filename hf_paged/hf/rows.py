@@ -42,6 +42,10 @@ _CRITERIA = tuple(
 )
 
 
+class RowCriterion(stopping.StoppingCriteria):
+    """A criterion that judges every row by its tokens alone: no scores, no memory. Rows that have one still go their own way."""
+
+
 def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift_free: bool, images) -> bool:
     """Whether rows that go their own way give what stock gives.
 
@@ -63,7 +67,7 @@ def rows_suffice(input_ids, processors, criteria, config, model_kwargs, *, shift
     others = [p for p in processors if p not in known]
     if others and not _is_form(_split_warpers(processors)[1]):
         return False
-    if not all(type(criterion) in _CRITERIA for criterion in criteria):
+    if not all(type(criterion) in _CRITERIA or isinstance(criterion, RowCriterion) for criterion in criteria):
         return False
     if any(len(getattr(p, "encoder_input_ids", input_ids)) != len(input_ids) for p in processors):
         return False  # encoder_repetition_penalty of several rows per prompt: transformers 5.17 penalises only some

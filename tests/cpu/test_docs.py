@@ -83,6 +83,30 @@ def test_scheduling(names):
     assert len(names["finished"]) == 7
 
 
+TASK = """\
+task: one
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/one.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: [" yes", " no"]
+doc_to_target: 0
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of lm-eval and what it imports
+def test_tools(names, tmp_path, capsys):
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "one.jsonl").write_text('{"question": "Is it?"}\n')
+    (tmp_path / "one.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
+    names |= dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320))
+    names |= dict(tasks=["one"], manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
+    run("tools.md", names)
+    assert "acc,none" in capsys.readouterr().out
+
+
 def test_structured(names, capsys):
     model, tokenizer = tiny_model("llama", vocab_size=320), tiny_tokenizer(320)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
