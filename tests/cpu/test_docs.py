@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from lm_eval.tasks import TaskManager
 from PIL import Image
 from quantized_checkpoints import gptq_layer, save_quantized
 from tiny_models import tiny_config, tiny_model
@@ -97,14 +98,17 @@ doc_to_target: 0
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of lm-eval and what it imports
 def test_tools(names, tmp_path, capsys):
-    from lm_eval.tasks import TaskManager
-
     (tmp_path / "one.jsonl").write_text('{"question": "Is it?"}\n')
     (tmp_path / "one.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
     names |= dict(model=tiny_model("llama", vocab_size=320), tokenizer=tiny_tokenizer(320))
+    names["dataset"] = Dataset.from_dict(
+        {"question": ["Is it?", "Why?"], "choices": [[" yes", " no"], [" so"]]}
+    )
     names |= dict(tasks=["one"], manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
     run("tools.md", names)
     assert "acc,none" in capsys.readouterr().out
+    assert len(names["answered"]["answer"]) == 2 and [len(row) for row in names["chosen"]["logprobs"]] == [2, 1]
+    assert names["found"].shape == (2, 32) and len(names["vectors"]["vector"][0]) == 48
 
 
 def test_structured(names, capsys):
