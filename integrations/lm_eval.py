@@ -39,8 +39,8 @@ _logger = logging.getLogger(__name__)
 class HFPaged(HFLM):
     """lm-eval's `hf` model whose log-likelihoods and texts come from hf_paged's engine.
 
-    Results are those of `hf` with `batch_size=1` and, in bf16 and fp16, `softmax_dtype=float32`; only what is sampled is drawn
-    from other random numbers. Every request that ends is told to lm-eval's request cache at once.
+    Results are those of `hf` with `batch_size=1` (in bf16 and fp16 with `softmax_dtype=float32`, up to rounding); only what is
+    sampled is drawn from other random numbers. Every request that ends is told to lm-eval's request cache at once.
 
     The model is patched (see `hf_paged.patch`) until `close`, or the end of a `with` block, takes that back.
 
