@@ -13,7 +13,6 @@ from ..base.types import AdapterInfo
 from ..engine.build import wants_graphs
 from ..quant.packed import Packed
 from .attention import drops_softcap
-from .fusion.sharded import WholeExperts
 from .quantize.targets import left_plain
 from .sharding import describe_shards
 from .spec import NO_LIMIT, text_config
@@ -191,8 +190,6 @@ def explain_patch(model, patch, config) -> Explanation:
         limits.append(f"sharded: heads, sizes and memory are those of one of {adapter.team.size} ranks")
         if adapter.device.type == "cuda" and config.cuda_graphs is None:
             limits.append("steps of a sharded model are not recorded as CUDA graphs unless cuda_graphs=True")
-        if any(isinstance(module, WholeExperts) for module in model.modules()):
-            limits.append("every expert is on one of the ranks")
     if patch.scatter is not None:
         limits.append(
             "its own layers round what they are given to few bits, so tokens may differ where choices are close: its own "

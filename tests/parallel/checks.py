@@ -480,7 +480,7 @@ def whole_experts():
         pair, whole = pairs[label], attention_is_whole(label)
 
         def work(engine):
-            assert "every expert is on one of the ranks" in hf_paged.explain(engine.model.module).limits
+            assert "whole experts, then summed" in str(hf_paged.explain(engine.model.module))
             team = engine.model.team
             team.traffic.clear()
             engine.generate(prompts(1).tolist(), SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))

@@ -160,9 +160,10 @@ class WholeExperts(SplitExperts):
     def forward(self, hidden_states, top_k_index, top_k_weights):
         shard = self.__dict__[SHARD]
         if shard.runs:
-            mine = top_k_index // self.num_experts == shard.team.rank
-            top_k_index = torch.where(mine, top_k_index % self.num_experts, self.num_experts)
-            top_k_weights = top_k_weights.masked_fill(~mine, 0.0)
+            top_k_index = top_k_index - shard.team.rank * self.num_experts
+            away = top_k_index != top_k_index.clamp(0, self.num_experts - 1)
+            top_k_index = top_k_index.masked_fill(away, self.num_experts)
+            top_k_weights = top_k_weights.masked_fill(away, 0.0)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
