@@ -265,6 +265,7 @@ class AdapterBank:
     def close(self) -> None:
         for name in list(self._loaded):
             self.remove(name)
+        self._recorded.clear()
 
     def _reach(self, layer: nn.Module) -> None:
         """Let a layer that runs its own code ask for what adapters make of it."""
