@@ -78,12 +78,13 @@ def __dir__():
     return sorted(set(globals()) | set(__all__))
 
 
-when_imported(
-    "lm_eval.models",
-    lambda: importlib.import_module("lm_eval.api.registry").model_registry.register(
-        "hf-paged", target="hf_paged.integrations.lm_eval:HFPaged"
-    ),
-)
+def _join_lm_eval() -> None:
+    registry = getattr(importlib.import_module("lm_eval.api.registry"), "model_registry", None)
+    if registry is not None:  # versions without it are none of ours to disturb
+        registry.register("hf-paged", target=f"{__name__}.integrations.lm_eval:HFPaged")
+
+
+when_imported("lm_eval.models", _join_lm_eval)
 when_imported("peft.tuners.lora.model", lambda: importlib.import_module(".hf.lora", __name__).install())
 when_imported("transformers.pipelines", lambda: importlib.import_module(".integrations.pipeline", __name__))
 when_imported("transformers.distributed.mixin", lambda: importlib.import_module(".hf.plans", __name__))
