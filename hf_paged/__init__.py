@@ -36,6 +36,7 @@ _HOMES = {
     "InvalidArgument": "base.errors",
     "KernelUnavailable": "base.errors",
     "Logprob": "base.types",
+    "Offload": "base.offload",
     "ParallelError": "base.errors",
     "QueueFull": "base.errors",
     "RequestDelta": "base.types",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from .errors import InvalidArgument
 from .images import ImageLimits
+from .offload import Offload, offload_of
 from .sizes import parse_bytes
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "fp8", "int8")
@@ -96,6 +97,8 @@ class EngineConfig:
         parallel_timeout: of a model sharded over several processes, most seconds that one waits for another in the middle
             of a step. Then all of them end, with the reason.
         images: limits on images in prompts, what a step encodes of them and what is kept; see ImageLimits.
+        offload: memory of the host for prefixes that the cache has no room for, and for what preempted requests had
+            computed: bytes as an int, a string such as "4GiB", or an `Offload`. None: none.
     """
 
     block_size: int | None = None
@@ -117,6 +120,7 @@ class EngineConfig:
     exact: bool = False
     parallel_timeout: float = 120.0
     images: ImageLimits = ImageLimits()
+    offload: Offload | int | str | None = None
 
     def __post_init__(self):
         for name in ("block_size", "max_batch_tokens", "max_num_seqs", "max_model_len", "max_queue"):
@@ -151,6 +155,8 @@ class EngineConfig:
             raise InvalidArgument(f"parallel_timeout must be a positive number of seconds, got {timeout!r}")
         if not isinstance(self.images, ImageLimits):
             raise InvalidArgument(f"images must be an ImageLimits, got {self.images!r}")
+        if self.offload is not None:
+            object.__setattr__(self, "offload", offload_of(self.offload))
         if self.speculation is not None and not isinstance(self.speculation, Speculation):
             object.__setattr__(self, "speculation", Speculation(self.speculation))
 

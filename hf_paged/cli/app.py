@@ -151,6 +151,7 @@ def run_batch(
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences running at once.", min=1)] = 64,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's limit.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
+    offload: Annotated[str | None, typer.Option(help='Memory of the host for evicted prefixes and preempted requests, such as "8GiB".')] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="fp8, int8, or a floating type. Default: the model's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     speculation: Speculation = None,
@@ -165,7 +166,7 @@ def run_batch(
     from .run_batch import run_batch as run
 
     engine = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
-    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
+    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype, "offload": offload}
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
     loading |= {"expert_parallel": expert_parallel}

@@ -69,6 +69,11 @@ class BlockPool:
         return len(self._blank) + self.max_blocks - len(self.refs)
 
     @property
+    def num_cached(self) -> int:
+        """Blocks with a key that nobody holds."""
+        return len(self._cached)
+
+    @property
     def num_published(self) -> int:
         """Blocks with a key, in use or free."""
         return len(self._key_of)

@@ -37,9 +37,9 @@ class StepPlan:
     A sequence may carry draft tokens: guesses of what comes after its last known token, computed and sampled along with
     it. `Scheduler.commit` keeps those that turn out to be what is sampled.
 
-    Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: moves to and from
-    host memory and then block copies (all of them before the first layer), then all new keys and values are written, then attention runs: sequences
-    may read blocks that another sequence of the same plan fills. A layer that keeps a state reads the states of all
+    Sequences with one new token come first, then the longer prefill chunks. In each layer the order is: block copies (all
+    of them before the first layer, and after the moves to and from host memory), then all new keys and values are written,
+    then attention runs: sequences may read blocks that another sequence of the same plan fills. A layer that keeps a state reads the states of all
     sequences before it writes any of them.
 
     A plan may be made before anybody knows what the plan before it sampled. It refers to such tokens by their place

@@ -22,6 +22,7 @@ from ..runtime.memory import CPU_FRACTION, CUDA_FRACTION, CudaMeter, free_memory
 from ..runtime.runner import ModelRunner, PagedModel, as_in_a_step
 from .draft_model import DraftModel
 from .measure import kv_budget
+from .offload import HostOffload
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
 R = TypeVar("R", bound=ModelRunner)
@@ -47,7 +48,7 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
         KernelUnavailable: the attention backend cannot run on the model's device, or not with its heads, or not with the
             type asked for of the cache.
         UnsupportedOption: speculation, for a model whose sequences cannot take tokens back; a quantized cache of latents;
-            CUDA graphs elsewhere.
+            host memory behind the cache of a sharded model; CUDA graphs elsewhere.
     """
     if config.cuda_graphs:
         cuda_capture(model.device)
@@ -65,6 +66,8 @@ def check_config(model: PagedModel, config: EngineConfig) -> None:
             f"kv_dtype={config.kv_dtype!r}: this model's layers keep latents, which the Triton kernels do not quantize; "
             "use kv_dtype=None"
         )
+    if config.offload is not None and model.team is not None:
+        raise UnsupportedOption("offload: a sharded model has no host memory behind its cache; use offload=None")
     if config.speculation is not None and model.states:
         raise UnsupportedOption(
             f"speculation={config.speculation.method!r}: this model's layers keep a state that cannot be taken back when a "
@@ -78,7 +81,11 @@ def build_encoder(model: PagedModel, config: EngineConfig) -> EncoderOutputs | N
 
 
 def build(
-    model: PagedModel, config: EngineConfig, max_model_len: int, encoder: EncoderOutputs | None = None
+    model: PagedModel,
+    config: EngineConfig,
+    max_model_len: int,
+    encoder: EncoderOutputs | None = None,
+    offload: HostOffload | None = None,
 ) -> tuple[KVCache, Scheduler]:
     """A cache within the configured memory, or a share of what there is, and its scheduler.
 
@@ -112,6 +119,15 @@ def build(
         with as_in_a_step(cache.device):
             cache.ensure(initial)
             cache.states.ensure(min(slots, config.max_num_seqs))
+    prefix_cache = config.prefix_cache and not slots
+    host = None
+    if offload is not None:
+        host = offload.tier(
+            cache,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            keeps_prefixes=prefix_cache,
+        )
     scheduler = Scheduler(
         groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in cache.groups],
         block_size=cache.block_size,
@@ -120,9 +136,10 @@ def build(
         **limits._asdict(),
         max_slots=slots,
         whole_prompts=not all(spec.takes_chunks for spec in model.states),
-        prefix_cache=config.prefix_cache and not slots,
+        prefix_cache=prefix_cache,
         policy=config.policy,
         max_queue=config.max_queue,
+        host=host,
         encoder=None if encoder is None else EncoderBudget(config.images.tokens_per_step, encoder.__contains__),
     )
     return cache, scheduler

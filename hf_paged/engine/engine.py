@@ -34,6 +34,7 @@ from .job import Jobs
 from .jump import JumpAhead
 from .lock import FairLock
 from .memory import CacheMemory
+from .offload import HostOffload
 from .open_requests import OpenRequests
 from .request_state import RequestState, RowHooks
 from .stepper import Stepper
@@ -69,8 +70,9 @@ class BatchEngine(Jobs, Upkeep):
         self._abandoned: deque[RequestState] = deque()  # requests nobody waits for
         self.closed = False
         self._encoder = build_encoder(model, config)
+        self._offload = None if config.offload is None else HostOffload(config.offload)
         if model.team is None:
-            self._cache, self._scheduler = build(model, config, self.max_model_len, self._encoder)
+            self._cache, self._scheduler = build(model, config, self.max_model_len, self._encoder, self._offload)
         else:
             check_config(model, config)
             with model.team.talking, model.team.together("open"):
@@ -243,6 +245,7 @@ class BatchEngine(Jobs, Upkeep):
                 raise InvalidArgument("step was called from inside a step (by a processor, criterion or hook)")
             self._stepping = True
             started = time.perf_counter()
+            computed = self._stepper.clock.num_tokens
             try:
                 self._memory.wake()
                 self._release_dropped()
@@ -256,7 +259,9 @@ class BatchEngine(Jobs, Upkeep):
             finally:
                 self._stepping = False
             outputs = self._requests.publish()
-            self._stepper.clock.lap("total", started)
+            ended = self._stepper.clock.lap("total", started)
+            if self._offload is not None:
+                self._offload.computed(self._stepper.clock.num_tokens - computed, ended - started)
             if self._stepper.clock.trace is not None:
                 self._trace_amounts()
             return outputs

@@ -50,5 +50,10 @@ class StepClock:
         for name, amount in amounts.items():
             self._counts[name] += amount
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed so far."""
+        return self._counts["tokens"]
+
     def stats(self) -> dict:
         return {**self._counts, **{f"time_{phase}": seconds for phase, seconds in self._seconds.items()}}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.runner import ModelRunner, PagedModel
     from .lock import FairLock
     from .memory import CacheMemory
+    from .offload import HostOffload
     from .open_requests import OpenRequests
     from .stepper import Stepper
 
@@ -33,6 +34,7 @@ class Upkeep:
     _encoder: EncoderOutputs | None
     _lock: FairLock
     _memory: CacheMemory
+    _offload: HostOffload | None
     _requests: OpenRequests
     _runner: ModelRunner
     _scheduler: Scheduler
@@ -200,6 +202,9 @@ class Upkeep:
         cache takes from the machine; the `state_bytes` of layers that keep a state likewise. `adapter_bytes` are those of
         loaded adapters. `encoded_tokens` are those of images that the encoder computed, `encoder_cache_bytes` what is kept of
         them. `cuda_graphs` batch sizes of decode steps are recorded so far, which keep `cuda_graph_bytes`.
+        Of the `preemptions`, `swaps_out` went to host memory and `swaps_in` came back from there; `host_hit_tokens` of the
+        `prefix_hit_tokens` came from there, too; with `offload`, `host_bytes_in_use` of at most `host_bytes_limit` are
+        there, in `host_bytes_allocated`.
         `draft_tokens` were guessed, `accepted_tokens` of them were right and `acceptance_rate` is their share (None if
         nothing was guessed). `forced_tokens` took no step of their own, as a form left no choice about them. `overtakes`
         counts requests that went before others because of a cached prefix; with policy "fair", `users` have requests,
@@ -226,6 +231,7 @@ class Upkeep:
                 "kv_bytes_peak": sum(size(i) * count for i, count in enumerate(peak)),
                 "cuda_graphs": sum(len(graphs.recorded) for graphs in self._runner.all_graphs),
                 "cuda_graph_bytes": sum(graphs.num_bytes for graphs in self._runner.all_graphs),
+                **(self._offload.stats() if self._offload else {}),
                 "adapter_bytes": self.model.adapters.num_bytes,
                 "encoded_tokens": self._encoder.encoded_tokens if self._encoder else 0,
                 "encoder_cache_bytes": self._encoder.num_bytes if self._encoder else 0,

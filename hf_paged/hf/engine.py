@@ -134,7 +134,7 @@ def _borrow(draft_model: torch.nn.Module, config: EngineConfig) -> Engine:
         engine = engine_of(draft_model)
         engine._borrowers += bool(engine._borrowers)
         return engine
-    own = config.replace(speculation=None, kv_dtype=None, max_model_len=None, max_queue=None)
+    own = config.replace(speculation=None, kv_dtype=None, max_model_len=None, max_queue=None, offload=None)
     if not isinstance(own.kv_cache_memory, int) and next(draft_model.parameters()).is_cuda:
         own = own.replace(kv_cache_memory=LEAST_MEMORY)  # until it is known what there is to share
     engine = Engine(draft_model, config=own)

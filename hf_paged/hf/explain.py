@@ -68,6 +68,7 @@ class Explanation:
         guesses: what speculation does; None if it is off.
         exact: whether a token's logits are the same bits in any batch (`EngineConfig.exact`).
         images: how images get their embeddings; None if the model takes none on pages.
+        offload: what host memory is used for; None if for nothing.
         graphs: which steps run as CUDA graphs; None if none do.
         off: what rests for the time being because of hooks or replaced modules, with the reason.
         alone: class of attention modules or decoder layers that run their own code, part by part -> why.
@@ -95,6 +96,7 @@ class Explanation:
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
     exact: bool = False
+    offload: str | None = None
     images: str | None = None
     graphs: str | None = None
     weights: list[WeightsExplanation] = field(default_factory=list)
@@ -128,6 +130,8 @@ class Explanation:
             lines.append(f"guesses {self.guesses}")
         if self.images:
             lines.append(f"images  {self.images}")
+        if self.offload:
+            lines.append(f"offload {self.offload}")
         if self.graphs:
             lines.append(f"graphs  {self.graphs}")
         lines += [f"slower  {name}: {reason}" for name, reason in {**self.fallbacks, **self.calls}.items()]
@@ -223,6 +227,7 @@ def explain_patch(model, patch, config) -> Explanation:
         limits=limits,
         guesses=_guesses(config),
         exact=config.exact,
+        offload=_offload(adapter, config),
         images=_images(adapter, config),
         graphs=_graphs(patch, config),
         weights=weights,
@@ -331,6 +336,13 @@ def _images(adapter, config: EngineConfig) -> str | None:
         f"encoded by {encoder}.get_image_features, up to {limits.tokens_per_step} tokens a step, {limits.cache_memory / 2**20:.0f} "
         f"MiB kept; on pages they are tokens{sight}"
     )
+
+
+def _offload(adapter, config: EngineConfig) -> str | None:
+    if config.offload is None:
+        return None
+    keeps = "" if adapter.states or not config.prefix_cache else "evicted prefixes and "
+    return f"up to {config.offload.memory / 2**20:.1f} MiB of host memory for {keeps}preempted sequences"
 
 
 def _guesses(config: EngineConfig) -> str | None:

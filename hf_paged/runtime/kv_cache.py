@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from hf_paged_kernels import ops
 
 from .layout import BlockGroup, LayerSpec
 from .states import StateCache, StateSpec
+from .transfer import as_bytes
+
+if TYPE_CHECKING:
+    from .host_cache import HostCache
 
 
 class LayerCache:
@@ -38,6 +44,7 @@ class KVCache:
 
     Attributes:
         states: the slots of layers that keep a state instead.
+        host: memory of the host behind it; None: there is none.
         generation: counts how often keys and values moved to other memory.
     """
 
@@ -59,6 +66,7 @@ class KVCache:
         self.num_blocks = [0] * len(groups)
         self.generation = 0
         self.states = StateCache(states, device)
+        self.host: HostCache | None = None
         self.layers = {
             (spec.layer_idx, spec.call): LayerCache(spec, index)
             for index, group in enumerate(groups)
@@ -128,6 +136,17 @@ class KVCache:
                 layer = self.layers[spec.layer_idx, spec.call]
                 ops.copy_blocks(layer.k_cache, layer.v_cache, pairs, **layer.scales, backend=self.backend)
 
+    def parts(self, group: int) -> list[torch.Tensor]:
+        """All that a group's blocks hold, each tensor of it as uint8 [blocks, n] in the same memory."""
+        parts = []
+        for spec in self.groups[group].layers:
+            layer = self.layers[spec.layer_idx, spec.call]
+            tensors = [layer.k_cache, layer.v_cache, *layer.scales.values()]
+            if spec.value_in_key and self.groups[group].values_in_keys:
+                del tensors[1]  # a view of the keys
+            parts += [as_bytes(tensor) for tensor in tensors if tensor is not None]
+        return parts
+
     def read(
         self, spec: LayerSpec, block_tables: list[list[int]], length: int, most: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +184,8 @@ class KVCache:
         self.generation += 1
         self.num_blocks = [0] * len(self.groups)
         self.states.close()
+        if self.host is not None:
+            self.host.close()
         self._give_back()
 
     def _give_back(self) -> None:

@@ -212,7 +212,7 @@ class ModelRunner:
         embeddings: Sequence[tuple[int, torch.Tensor]] = (),
         shifts: np.ndarray | None = None,
     ) -> StepContext:
-        """Grow the cache, copy blocks, pack the batch. It is valid until the next one is prepared.
+        """Grow the cache, move what goes to and from host memory, copy blocks, pack the batch. It is valid until the next one is prepared.
 
         Args:
             owner: tells whose a sequence id is; needed for a batch that a model will run on.
@@ -228,6 +228,8 @@ class ModelRunner:
             self._order.follow(sampled)
             self.cache.ensure(plan.num_blocks)
             self.cache.states.ensure(plan.num_slots)
+            if plan.moves is not None:
+                self.cache.host.move(plan.moves)
             size = None if hidden else self._recording(plan, rows, hooks, shifts)
             inputs = self._inputs.prepare(plan, rows, sampled, size, shifts)
             if self.prefixes is not None and size is None:  # a recorded forward is the same whatever is shared

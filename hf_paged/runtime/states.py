@@ -15,6 +15,7 @@ import torch
 
 from ..base.errors import UnsupportedModel
 from ..core.plan import StepPlan
+from .transfer import as_bytes
 
 Output = torch.Tensor | tuple[torch.Tensor, ...]  # of a layer: [.., n, ...] each, n being tokens
 Select = Callable[[torch.Tensor], torch.Tensor]  # packed rows [1, T, ...] -> those of S sequences with n tokens [S, n, ...]
@@ -84,6 +85,10 @@ class StateCache:
     def write(self, name: str, slots: torch.Tensor, states: list[torch.Tensor]) -> None:
         for tensor, state in zip(self._tensors[name], states, strict=True):
             tensor.index_copy_(0, slots, state.to(tensor.dtype))
+
+    def parts(self) -> list[torch.Tensor]:
+        """Every state tensor as uint8 [slots, n] in the same memory."""
+        return [as_bytes(tensor) for tensors in self._tensors.values() for tensor in tensors]
 
     def close(self) -> None:
         self._tensors.clear()

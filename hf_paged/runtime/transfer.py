@@ -6,6 +6,7 @@ takes its turn in the stream, and torch keeps the memory until it is done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy
@@ -17,6 +18,12 @@ def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> tor
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor [N, ...] as uint8 [N, n] in the same memory, in whatever order its elements lie there."""
+    order = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(0, *order).view(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8)
 
 
 class Milestone:

@@ -38,12 +38,21 @@ _GAUGES = (
 _COUNTERS = (
     ("steps", "Steps of the engine.", "steps"),
     ("num_preemptions", "Sequences that had to give their blocks back.", "preemptions"),
+    ("num_swaps_out", "Of those, copied to host memory.", "swaps_out"),
+    ("num_swaps_in", "Sequences that came back from host memory.", "swaps_in"),
+    ("host_cache_hits", "Prompt tokens of the prefix cache that came from host memory.", "host_hit_tokens"),
     ("num_overtakes", "Requests that went before others because of a cached prefix.", "overtakes"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
     ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", "prefix_queried_tokens"),
     ("forced_tokens", "Tokens without a step of their own, as a form left no choice about them.", "forced_tokens"),
     ("spec_decode_num_draft_tokens", "Tokens guessed ahead.", "draft_tokens"),
     ("spec_decode_num_accepted_tokens", "Tokens guessed ahead that were right.", "accepted_tokens"),
+)
+
+# What host memory behind the cache tells, too.
+_OFFLOAD_GAUGES = (
+    ("host_cache_bytes_in_use", "Prefixes and preempted sequences in host memory, in bytes.", "host_bytes_in_use"),
+    ("host_cache_bytes_allocated", "Host memory taken for them, in bytes.", "host_bytes_allocated"),
 )
 
 # What the policy "fair" tells, too.
@@ -223,7 +232,8 @@ class _EngineNumbers(Collector):
     def collect(self):
         stats = self._engine.engine.stats()
         policy = self._engine.engine.config.policy
-        gauges = _GAUGES + _FAIR_GAUGES if policy == "fair" else _GAUGES
+        gauges = _GAUGES + (_FAIR_GAUGES if policy == "fair" else ())
+        gauges += _OFFLOAD_GAUGES if self._engine.engine.config.offload is not None else ()
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, _COUNTERS)):
             for name, text, key in metrics:
                 yield self._family(kind, name, text, stats[key])
