@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 MIN_GROWTH_BLOCKS = 16
 
@@ -144,10 +144,6 @@ class BlockPool:
         """The block, which has a key, is now the last to be evicted."""
         if self.refs[block] == 0:
             self._cached.move_to_end(block)
-
-    def cached(self) -> Iterator[tuple[int, bytes]]:
-        """Blocks that nobody holds, with their keys: the one used last comes first."""
-        return ((block, self._key_of[block]) for block in reversed(self._cached))
 
     def clear_cache(self) -> None:
         """Drop every key. Blocks in use stay in use."""

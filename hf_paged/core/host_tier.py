@@ -29,7 +29,6 @@ class HostTier:
         prefers_swap: `prefers_swap(tokens, blocks per group, states)` says whether copying so much out, and back later, is
             better than computing so many tokens again.
         keeps_prefixes: whether prefixes evicted from the device come here.
-        spills: whether somebody wants what is evicted here.
 
     Attributes:
         pools: the slots of each group.
@@ -44,16 +43,12 @@ class HostTier:
         max_states: int,
         prefers_swap: Callable[[int, list[int], int], bool],
         keeps_prefixes: bool,
-        spills: bool = False,
     ):
         self.pools = [BlockPool(0, count) for count in max_slots]
         self.states = BlockPool(0, max_states, min_growth=1)
         self.prefers_swap = prefers_swap
         self.keeps_prefixes = keeps_prefixes
         self.age = 0
-        if spills:
-            for group, pool in enumerate(self.pools):
-                pool.on_evict = partial(self._spill, group)
         self._moves = self._no_moves()
         self._held: list[tuple[BlockPool, int]] = []
         self._entries: list[tuple[int, BlockPool, int, bytes]] = []  # age, pool, slot and key of those that may not come
@@ -113,9 +108,6 @@ class HostTier:
         self._moves.states_out.append((slot, host_slot))
         return host_slot
 
-    def _spill(self, group: int, slot: int, key: bytes) -> None:
-        self._moves.spilled.append((group, slot, key))
-
     # -- from the host
 
     def copy_back(self, group: int, slot: int, block: int) -> None:
@@ -133,7 +125,7 @@ class HostTier:
         """What moves with this step; None if nothing does."""
         moves, self._moves = self._moves, self._no_moves()
         self._release_held()
-        some = moves.spilled or moves.states_out or moves.states_back or any(moves.out) or any(moves.back)
+        some = moves.states_out or moves.states_back or any(moves.out) or any(moves.back)
         if not some:
             return None
         self._ages[step] = self.age
@@ -174,27 +166,15 @@ class HostTier:
         self._held.clear()
 
     def _no_moves(self) -> TierMoves:
-        return TierMoves([], [[] for _ in self.pools], [[] for _ in self.pools], [], [], [], 0)
+        return TierMoves([[] for _ in self.pools], [[] for _ in self.pools], [], [], [], 0)
 
     # -- as a whole
-
-    def put(self, group: int, key: bytes) -> int | None:
-        """A slot for a prefix block that comes from elsewhere, whoever calls being about to write it; None if there is no
-        need of it, or no room."""
-        pool = self.pools[group]
-        if pool.lookup(key) is not None or not pool.num_free:
-            return None
-        slot = pool.allocate()
-        pool.publish(slot, key)
-        pool.release(slot)
-        return slot
 
     def clear_cache(self) -> None:
         """Forget every prefix."""
         for pool in self.pools:
             pool.clear_cache()
         self._entries.clear()
-        self._moves.spilled.clear()
 
     def reset(self) -> None:
         """Begin anew with no slots; nobody may hold one."""

@@ -1,16 +1,12 @@
-"""Waiting sequences that have keys and values: on the device, in host memory, or some of each.
+"""Waiting sequences that have keys and values in host memory.
 
-A sequence that waits holds no blocks, as a rule: what it had is computed again. A parked one keeps what it had. It got
-there by being preempted while host memory had room for it, or it is a fork or a continuation of something that is
-still there. Its record stands for its block tables until it is admitted.
-
-Parked blocks of the device are the first to go when anybody lacks blocks, and then the sequence is computed after all.
+A sequence that waits holds no blocks, as a rule: what it had is computed again. A parked one was preempted while host
+memory had room for what it had. Its record stands for its block tables until it is admitted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .blocks import BlockPool
@@ -32,37 +28,28 @@ class Parked:
 
     Attributes:
         num_tokens: leading tokens whose keys and values it has.
-        tables: per group the block of every `block_size` of them; `on_host` of a host slot; RELEASED where nobody sees it.
-        state: the state slot, `on_host` of a host slot, or None.
-        publishable: see `Sequence`.
-        age: what of it is in host memory came with a step of this age (`HostTier.age`).
+        tables: per group, for every `block_size` of them, `on_host` of a host slot, or RELEASED where nobody sees it.
+        state: `on_host` of a host slot; None if it keeps no state.
+        age: it came with a step of this age (`HostTier.age`).
     """
 
     num_tokens: int
     tables: list[list[int]]
     state: int | None
-    publishable: bool
-    age: int = -1
+    age: int
 
 
 class Parking:
-    """The records of parked sequences, by seq_id, each with its references to blocks and slots.
+    """The records of parked sequences, by seq_id, each with its references to host slots.
 
     Args:
         pools: the device's blocks by group.
-        slots: the device's state slots.
         host: host memory; None: there is none.
     """
 
-    def __init__(self, pools: list[BlockPool], slots: BlockPool, host: HostTier | None):
-        self._pools, self._slots, self._host = pools, slots, host
+    def __init__(self, pools: list[BlockPool], host: HostTier | None):
+        self._pools, self._host = pools, host
         self._parked: dict[int, Parked] = {}
-
-    def __iter__(self) -> Iterator[Parked]:
-        return iter(self._parked.values())
-
-    def __contains__(self, seq: Sequence) -> bool:
-        return seq.seq_id in self._parked
 
     def save(self, seq: Sequence) -> Parked | None:
         """A record of what the running `seq` has, in host memory; None if that is no better than computing it again."""
@@ -76,7 +63,7 @@ class Parking:
         new = [sum(pool.lookup(key) is None for _, key in kept) for pool, kept in zip(host.pools, keys, strict=True)]
         if not host.prefers_swap(seq.num_computed, new, int(seq.state_slot is not None)):
             return None
-        record = Parked(seq.num_computed, [], None, seq.publishable, host.age)
+        record = Parked(seq.num_computed, [], None, host.age)
         for group, (kept, table) in enumerate(zip(keys, seq.block_tables, strict=True)):
             slots = host.take_in(group, [block for block, _ in kept], [key for _, key in kept])
             if slots is None:
@@ -98,7 +85,7 @@ class Parking:
         self._parked[seq.seq_id] = record
 
     def take(self, seq: Sequence) -> Parked | None:
-        """Give the waiting `seq` its tables back, entries of host slots among them; None if it is not parked."""
+        """Give the waiting `seq` its tables back, with the entries of host slots; None if it is not parked."""
         record = self._parked.pop(seq.seq_id, None)
         if record is not None:
             seq.num_computed, seq.block_tables, seq.state_slot = record.num_tokens, record.tables, record.state
@@ -124,48 +111,22 @@ class Parking:
         for seq_id in list(self._parked):
             self.drop(seq_id)
 
-    @property
-    def holds_blocks(self) -> bool:
-        """Whether somebody parked has some of the device's blocks, or a state there."""
-        return any(map(_on_device, self))
-
-    def empty_one(self) -> bool:
-        """Take the device's blocks of a parked sequence, the last that came. False if there is none with blocks."""
-        for seq_id, record in reversed(self._parked.items()):
-            if _on_device(record):
-                self.drop(seq_id)
-                return True
-        return False
-
-    def move(self, moves: list[dict[int, int]]) -> None:
-        """Blocks have moved, {old: new} by group."""
-        for record in self:
-            for moved, table in zip(moves, record.tables, strict=True):
-                table[:] = [moved.get(entry, entry) for entry in table]
-
-    def count(self, refs: list[Counter], slots: Counter) -> tuple[list[Counter], Counter]:
-        """Add the references that records have to the device's blocks and state slots; returns those to the host's."""
-        host_refs, host_states = [Counter() for _ in self._pools], Counter()
-        for record in self:
+    def count(self) -> tuple[list[Counter], Counter]:
+        """The references that records have to host slots: of each group, and of states."""
+        groups, states = [Counter() for _ in self._pools], Counter()
+        for record in self._parked.values():
             for group, table in enumerate(record.tables):
-                refs[group].update(entry for entry in table if entry >= 0)
-                host_refs[group].update(on_host(entry) for entry in table if entry <= FIRST_HOST)
+                groups[group].update(on_host(entry) for entry in table if entry != RELEASED)
             if record.state is not None:
-                if record.state >= 0:
-                    slots[record.state] += 1
-                else:
-                    host_states[on_host(record.state)] += 1
-        return host_refs, host_states
+                states[on_host(record.state)] += 1
+        return groups, states
 
     def _release(self, record: Parked) -> None:
         for group, table in enumerate(record.tables):
             for entry in reversed(table):
                 self.release_entry(group, entry)
         if record.state is not None:
-            if record.state >= 0:
-                self._slots.release(record.state)
-            else:
-                self._host.states.release(on_host(record.state))
+            self._host.states.release(on_host(record.state))
 
     def release_entry(self, group: int, entry: int) -> None:
         """Give back what an entry of a table stands for."""
@@ -173,7 +134,3 @@ class Parking:
             self._pools[group].release(entry)
         elif entry != RELEASED:
             self._host.pools[group].release(on_host(entry))
-
-
-def _on_device(record: Parked) -> bool:
-    return (record.state is not None and record.state >= 0) or any(entry >= 0 for table in record.tables for entry in table)

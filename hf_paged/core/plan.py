@@ -12,7 +12,6 @@ class TierMoves:
     """What moves between the device's blocks and host memory before a step: first all that leaves, then all that comes.
 
     Attributes:
-        spilled: (group, host slot, key) of prefixes that give their place in host memory up; before anything is written.
         out: [group] -> (block, host slot) to copy to the host.
         back: [group] -> (host slot, block) to copy to the device.
         states_out: (state slot, host slot) to copy to the host.
@@ -21,7 +20,6 @@ class TierMoves:
         num_states: host slots there must be for states. It only grows.
     """
 
-    spilled: list[tuple[int, int, bytes]]
     out: list[list[tuple[int, int]]]
     back: list[list[tuple[int, int]]]
     states_out: list[tuple[int, int]]

@@ -9,7 +9,7 @@ from itertools import islice
 
 from .media import EncoderBudget, longest_block, rest_of_block, whole_blocks
 from .overtaking import Overtaking
-from .parking import FIRST_HOST, Parked
+from .parking import Parked
 from .queues import Queues
 from .request import Request, Sequence, SequenceStatus
 from .step import StepBuilder
@@ -116,9 +116,7 @@ class Planner:
             self.send_back(victim)
 
     def preempt_last(self, *, may_swap: bool = True) -> bool:
-        """Take the blocks of somebody that waits, or of the running sequence that is last in order. False if nobody has any."""
-        if self._tables.parking.empty_one():
-            return True
+        """Preempt the running sequence that is last in order, for a held one or a smaller cache. False if none runs."""
         if not self._queues.running:
             return False
         self.preempt(self._queues.running[-1], may_swap=may_swap)
@@ -242,11 +240,11 @@ class Planner:
 
     def _load(self, step: StepBuilder, seq: Sequence, parked: Parked | None) -> None:
         """Bring what an admitted sequence has in host memory to the device."""
-        seq.publishable = seq.request.write_prefix_cache and (parked is None or parked.publishable)
+        seq.publishable = seq.request.write_prefix_cache
         num_blocks = self._tables.load(seq, step.changes)
         if parked is None:
             self._counts.host_hit_tokens += num_blocks * self._tables.block_size
-        elif num_blocks or parked.state is not None and parked.state <= FIRST_HOST:
+        else:
             self._counts.swaps_in += 1
 
     def _free_seats(self, step: StepBuilder, seq: Sequence) -> bool:

@@ -104,8 +104,8 @@ class Scheduler(SchedulerUpkeep):
             whole_prompts=whole_prompts,
             encoder=encoder,
             new_sequence=self._new_sequence,
-            held_blocks=lambda: self.held.holds_blocks or self._tables.parking.holds_blocks,
-            empty_held=lambda: self.held.empty_one() or self._tables.parking.empty_one(),
+            held_blocks=lambda: self.held.holds_blocks,
+            empty_held=lambda: self.held.empty_one(),
         )
         self.held = HeldSequences(
             self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._planner.preempt_last

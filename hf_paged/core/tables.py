@@ -92,7 +92,7 @@ class BlockTables:
         self.slots = BlockPool(0, max_slots, min_growth=1)  # a slot may be large, so no more of them than needed
         self.prefix_cache = prefix_cache
         self.host = host
-        self.parking = Parking(self.pools, self.slots, host)
+        self.parking = Parking(self.pools, host)
         self.num_releases = 0
         self._findable: list[Findable] = self.pools
         if host is not None:
@@ -358,7 +358,6 @@ class BlockTables:
         if self.host is not None:  # what was to be copied is not where it was
             self.parking.drop_since(self.host.drop_unplanned())
         moves = [pool.resize(most) for pool, most in zip(self.pools, max_blocks, strict=True)]
-        self.parking.move(moves)
         for seq in sequences:
             for moved, table in zip(moves, seq.block_tables, strict=True):
                 if moved:
@@ -423,14 +422,13 @@ class BlockTables:
                     assert key is None or key == seq.block_keys[index], f"{seq} holds a block of another prefix"
         slots = {seq.seq_id: seq.state_slot for seq in sequences if seq.state_slot is not None}
         slot_refs = Counter(slots.values())
-        host_refs = self.parking.count(expected, slot_refs)
         for pool, refs in zip(self.pools, expected, strict=True):
             pool.check_integrity(refs)
         begun = {seq.seq_id for seq in sequences if num_tokens[seq.seq_id]} if self.has_state else set()
         assert slots.keys() == begun, f"states of {begun ^ slots.keys()} are missing, or were kept"
         self.slots.check_integrity(slot_refs)
         if self.host is not None:
-            self.host.check_integrity(*host_refs)
+            self.host.check_integrity(*self.parking.count())
 
     # -- private
 

@@ -321,8 +321,6 @@ class World:
         moves = self.plan.moves
         if moves is None:
             return
-        for group, slot, _ in moves.spilled:
-            assert slot in self.host_memory[group], "a slot leaves that was never filled"
         for group, (out, back) in enumerate(zip(moves.out, moves.back)):
             device, host = self.memory[group], self.host_memory[group]
             filled, read = [slot for _, slot in out], [slot for slot, _ in back]
@@ -511,7 +509,6 @@ def host_tier(num_groups: int, num_slots: int, swaps: str, keeps_prefixes: bool)
         max_states=min(num_slots, 4),
         prefers_swap=prefers[swaps],
         keeps_prefixes=keeps_prefixes,
-        spills=True,
     )
 
 
