@@ -24,6 +24,11 @@ class JumpAhead:
         self._barred: set[int] = set()
         self.jumping: frozenset[int] = frozenset()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether any request has a form."""
+        return self._num_forms > 0
+
     def admitted(self, state: RequestState) -> None:
         """A request has come."""
         self._num_forms += state.constraint is not None
@@ -37,7 +42,7 @@ class JumpAhead:
     def extend(self, plan: StepPlan, scheduler: Scheduler) -> StepPlan:
         """The plan just made, with what has to follow. No other may be under way."""
         self.jumping = frozenset()
-        if not self._num_forms or scheduler.has_state:
+        if not self.wanted or scheduler.has_state:
             return plan
         budget, candidates = scheduler.draftable()
         found: dict[int, list[int]] = {}

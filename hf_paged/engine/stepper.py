@@ -85,7 +85,8 @@ class Stepper:
         self.look_at_model()
         plan = self._schedule()
         mark = self.clock.lap("schedule", mark)
-        if plan is not None and self._may_look_ahead():
+        looks_ahead = self._speculator is not None or self._jump.wanted
+        if plan is not None and looks_ahead and self._may_look_ahead():
             plan = self._jump.extend(plan, self._scheduler)
             if self._speculator is not None:
                 plan = self._speculator.extend(plan, self._scheduler)

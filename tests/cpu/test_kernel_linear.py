@@ -100,7 +100,7 @@ def test_leading_dimensions_and_out():
 def test_refusals():
     weight, x = randn(8, 16), randn(3, 16)
     assert supports_linear(x, weight)
-    for bad_x, bad_weight in ((x.bfloat16(), weight.bfloat16()), (x.double(), weight), (x[:, :9], weight),
+    for bad_x, bad_weight in ((x.half(), weight.half()), (x.bfloat16(), weight), (x.double(), weight), (x[:, :9], weight),
                               (x, randn(16, 8).T)):  # fmt: skip
         assert not supports_linear(bad_x, bad_weight)
         with pytest.raises(ValueError, match="linear takes float32"):
@@ -168,3 +168,19 @@ def test_norm_activation_and_residual_are_the_separate_kernels():
         assert torch.equal(once, residual + gated)
     with pytest.raises(ValueError, match=r"residual must be torch.float32 \[5, 64\]"):
         fused.linear(x, weight, residual=residual)
+
+
+@pytest.mark.parametrize("N, K", [(13, 100), (7, 33), (50, 3001), (96, 1536)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_row_in_bfloat16_is_rounded_once_and_has_bits_of_its_own(N, K, with_bias):
+    weight, x, bias = (randn(*size).bfloat16() for size in ((N, K), (600, K), (N,)))
+    y = linear(x, weight, bias if with_bias else None)
+    truth = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    assert y.dtype == torch.bfloat16
+    assert (y != truth.bfloat16()).float().mean() < 0.03  # the sum in fp32 may fall on the other side of a half
+    torch.testing.assert_close(y.double(), truth, rtol=2**-7, atol=1e-3 * K**0.5)
+    for first, last in ((0, 1), (3, 4), (5, 14), (100, 600)):
+        assert torch.equal(linear(x[first:last].clone(), weight, bias if with_bias else None), y[first:last])
+    room = torch.full((600, N + 5), 7.0, dtype=torch.bfloat16)
+    assert torch.equal(linear(x, weight, bias if with_bias else None, room[:, 2 : N + 2]), y)
+    assert (room[:, :2] == 7).all() and (room[:, N + 2 :] == 7).all()

@@ -98,8 +98,8 @@ def test_attention_that_is_wrong_when_decoding_is_found(monkeypatch):
 def test_a_wrong_fused_norm_is_named(monkeypatch):
     right = patch_module.fuse
 
-    def wrong(model, *args):
-        fusions = right(model, *args)
+    def wrong(model, *args, **options):
+        fusions = right(model, *args, **options)
         norm = model.model.layers[1].post_attention_layernorm
         assert isinstance(norm, FusedNorm)
         norm._hf_paged["eps"] = 0.01
