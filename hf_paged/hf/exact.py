@@ -18,6 +18,7 @@ from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, UnsupportedModel, UnsupportedOption
 from ..core.request import Request
 from ..engine.build import build, build_runner
+from .fusion.torch_ops import scope_torch_ops
 from .selfcheck import Observed, scratch_config
 from .spec import text_config
 from .swap import are_own
@@ -43,11 +44,14 @@ def check_exact(adapter, observed: Observed, config: EngineConfig) -> None:
     if adapter.states:
         raise UnsupportedOption(f"exact: layers of {adapter.name} keep a state, which goes on from a prompt's chunks")
     tokens = observed.ids[0].tolist()
+    adapter.torch_ops.noting = True
     whole = _logits(adapter, config, [tokens], len(tokens))[0]
+    adapter.torch_ops.noting = False
     if adapter.torch_ops.others:
         raise UnsupportedModel(
             f"exact: {adapter.name} calls {', '.join(sorted(adapter.torch_ops.others))}, whose results depend on the batch"
         )
+    adapter.runs_under_torch_ops = not scope_torch_ops(adapter.torch_ops, adapter.module, adapter.fusions)
     for budget in _BUDGETS:
         prompts = [tokens, tokens[: max(1, len(tokens) // 2)], tokens[: max(1, len(tokens) - 3)]]
         for mine in _logits(adapter, config, prompts, budget):

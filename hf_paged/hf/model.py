@@ -70,7 +70,8 @@ class TransformersModel:
         self.media = images_of(model) if team is None else None
         self.adapters = AdapterBank(model, self.dtype, self.device, fusions.backend)
         self._linear = linear_layers(model)
-        self.torch_ops = TorchOps(fusions.backend)  # of exact mode
+        self.torch_ops = TorchOps(fusions.backend)
+        self.runs_under_torch_ops = fusions.exact  # until it is known which modules must
         self._seen: Snapshot | None = None
         self._look()
 
@@ -138,7 +139,7 @@ class TransformersModel:
         self._check_obstacle()
         with (
             exact(self.fusions.exact),
-            self.torch_ops if self.fusions.exact else nullcontext(),
+            self.torch_ops if self._under_torch_ops else nullcontext(),
             self.adapters.running(context.plan),
             evaluating(self.module, self._seen.modules),
             paged_attention(self._configs),
@@ -258,6 +259,8 @@ class TransformersModel:
         self.generation += before is None or not before.same_places(self._seen)
         self.adapters.look(self._seen.modules)
         self._obstacle = next(obstacles(self.module), None)
+        own_code = self._seen.hooked or self._seen.replaced_forwards() or self.fusions.stepping_aside()
+        self._under_torch_ops = self.runs_under_torch_ops or self.fusions.exact and bool(own_code)
         if self.fusions.exact and any(newcomers(self._seen.modules, self._linear)):
             self._obstacle = "exact", "linear layers came after it was patched; patch it again"
         if self.team is not None and any(hasattr(module, "base_layer") for module in self._seen.modules):

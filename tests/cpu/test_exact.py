@@ -146,6 +146,19 @@ def test_a_policy_with_lora_is_exact():
     assert max(differences(model, outputs, prompts)) == 0.0
 
 
+def test_requests_with_adapters_get_the_same_bits_alone_and_together(tmp_path):
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path)
+    prompts = [list(range(5, 45)), list(range(5, 30)), [7, 8]]
+    params = SamplingParams(max_tokens=8, logprobs=0, temperature=1.0, seed=1)
+    with Engine(tiny_model("llama"), config=EngineConfig(exact=True, max_batch_tokens=16, prefix_cache=False)) as engine:
+        engine.load_adapter("a", tmp_path)
+        names = ["a", None, "a"]
+        together = engine.generate(prompts, params, adapter=names)
+        alone = [engine.generate([prompt], params, adapter=name)[0] for prompt, name in zip(prompts, names)]
+    assert [o.outputs[0].logprobs for o in together] == [o.outputs[0].logprobs for o in alone]
+
+
 def test_adapters_that_come_later_are_refused_until_it_is_patched_again():
     model = hf_paged.patch(tiny_model("llama"), exact=True)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))

@@ -10,6 +10,7 @@ are given tensors that leave nothing.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hf_paged_kernels import fused
+
+from ...runtime.batch import active_context
+from ..swap import Swapped, can_swap
+from .base import Fusions
 
 _MATRICES = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm}
 _PRODUCTS = {
@@ -41,22 +46,35 @@ class TorchOps(TorchFunctionMode):
 
     Attributes:
         others: names of functions that cannot.
+        callers: ids of the modules in whose code such functions were called, while `noting`; None for code of no module's.
     """
 
     def __init__(self, backend: str):
         super().__init__()
         self.backend = backend
+        self.noting = False
+        self.callers: set[int | None] = set()
         self.others: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.linear:
+            self._note()
             return self._linear(*args, **kwargs)
         if func in _FUNCTIONS and args and isinstance(args[0], Tensor) and "out" not in kwargs:
+            self._note()
             return _by_vectors(func, *args, **kwargs)
         if func in _PRODUCTS or func in _MATRICES and not _is_outer(*args[:2]):
             self.others.add(func.__name__)
         return func(*args, **kwargs)
+
+    def _note(self) -> None:
+        if not self.noting:
+            return
+        frame = sys._getframe(2)
+        while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            frame = frame.f_back
+        self.callers.add(None if frame is None else id(frame.f_locals["self"]))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = fused.exact_linear(input, weight, bias, backend=self.backend)
@@ -93,3 +111,25 @@ def _length(count: int, threads: int) -> int:
 def _is_outer(a, b=None) -> bool:
     """Whether every number of a @ b is a single product, as of angles and positions."""
     return isinstance(b, Tensor) and a.shape[-1:] == (1,)
+
+
+class WithTorchOps(Swapped):
+    """A module whose own code calls such functions. State: the TorchOps that its steps run under."""
+
+    def forward(self, *args, **kwargs):
+        if active_context() is None:
+            return super().forward(*args, **kwargs)
+        with self._hf_paged:
+            return super().forward(*args, **kwargs)
+
+
+def scope_torch_ops(ops: TorchOps, model: torch.nn.Module, fusions: Fusions) -> bool:
+    """Let the modules that `ops` saw calling its functions enter it by themselves, so that nobody else pays for it: every call
+    of torch's passes through what is entered. False if that cannot be, and whole forwards must run under it."""
+    callers = [module for module in model.modules() if id(module) in ops.callers]
+    if len(callers) != len(ops.callers) or not all(map(can_swap, callers)):
+        return False
+    for module in callers:
+        fusions.swap(module, WithTorchOps, ops, "torch_ops")
+        del fusions.counts["torch_ops"]
+    return True
