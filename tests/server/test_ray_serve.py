@@ -61,7 +61,11 @@ def plain():
 def descendants(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in map(int, (task / "children").read_text().split()):
+        try:
+            children = (task / "children").read_text()
+        except OSError:  # the thread has ended meanwhile
+            continue
+        for child in map(int, children.split()):
             found += [child, *descendants(child)]
     return found
 
