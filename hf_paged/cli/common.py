@@ -199,10 +199,15 @@ def chat_prompt(engine, tokenizer, messages: list[dict]) -> list[int] | list[dic
 
     Raises UserError if the model has no chat template or its template refuses the messages.
     """
+    if engine.processor is not None and getattr(tokenizer, "chat_template", None):
+        return messages
+    return chat_tokens(tokenizer, messages)
+
+
+def chat_tokens(tokenizer, messages: list[dict]) -> list[int]:
+    """The tokens of a conversation without images. Raises as `chat_prompt`."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("this model has no chat template; use plain prompts")
-    if engine.processor is not None:
-        return messages
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise jinja's own errors, by way of whatever they call

@@ -21,7 +21,7 @@ from hf_paged.benchmarks.engine import systems
 from hf_paged.benchmarks.engine.systems import BATCH, PAGED, STOCK_BATCH, STOCK_ONE, Run
 from hf_paged.benchmarks.engine.workload import Request
 
-from .common import chat_prompt, check_alone, load
+from .common import chat_tokens, check_alone, load
 from .demo_prompts import CHAT_QUESTIONS, prompts
 
 MIB = 2**20
@@ -94,7 +94,7 @@ def _chat(console: Console, engine, tokenizer) -> None:
     params = systems.greedy(CHAT_TOKENS)
     answers = {}
     for question in CHAT_QUESTIONS:
-        prompt = chat_prompt(tokenizer, [{"role": "user", "content": question}])
+        prompt = chat_tokens(tokenizer, [{"role": "user", "content": question}])
         answers[engine.add(prompt, params)] = _Answer(question)
     start, count = time.perf_counter(), 0
     with _screen(console, answers) as show:
@@ -158,7 +158,7 @@ def _full_line(text: str, width: int) -> str:
 def _requests(tokenizer, count: int) -> list[Request]:
     """Chat prompts of very different lengths, each with its own limit of 8 to 40 new tokens."""
     return [
-        Request(tuple(chat_prompt(tokenizer, messages)), 8 + 8 * (index * 7 % 5))
+        Request(tuple(chat_tokens(tokenizer, messages)), 8 + 8 * (index * 7 % 5))
         for index, messages in enumerate(prompts(count))
     ]
 
