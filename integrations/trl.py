@@ -105,8 +105,7 @@ class PagedRollouts:
         self, model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=False, **kwargs
     ):
         call = (model, input_ids, attention_mask, logits_to_keep, *args)
-        mine = self.rollout.exact if hasattr(self, "rollout") else False
-        if not mine or self.accelerator.unwrap_model(model) is not self._policy:
+        if not self.rollout.exact or self.accelerator.unwrap_model(model) is not self._policy:
             return super()._get_per_token_logps_and_entropies(*call, compute_entropy=compute_entropy, **kwargs)
         asked = compute_entropy or kwargs.get("compute_aux_loss") or torch.is_grad_enabled()
         own = entropies = aux_loss = None

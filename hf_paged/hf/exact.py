@@ -136,8 +136,8 @@ def exact_forward(model, forward, args: tuple, options: dict):
     for row, begin, length, mine in zip(logits, first, lengths, rows):
         end = begin + length - (columns - keep)
         row[end - len(mine) : end] = mine
-    if isinstance(output.logits, Tensor) and output.logits.requires_grad:
-        logits = _WithGradientOf.apply(output.logits, logits)
+    if output.logits is not None:
+        logits = with_gradient_of(output.logits, logits)
     output.logits = logits
     if labels is not None:
         count = {"num_items_in_batch": options["num_items_in_batch"]} if "num_items_in_batch" in options else {}

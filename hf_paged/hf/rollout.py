@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,10 @@ from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
+from ..runtime.logprobs import chosen_logprobs
 from .exact import exact_logits, extents
 from .patch import engine_of, is_patched, patch, patch_of, unpatch
 from .peft import base_model
-
-_VALUES_AT_ONCE = 1 << 24  # logits whose log-probabilities are computed together
 
 
 class Rollout:
@@ -85,7 +84,7 @@ class Rollout:
             chosen = torch.tensor(ids[len(ids) - len(mine) + 1 :], dtype=torch.int64, device=mine.device)
             if len(chosen):
                 end = begin + len(ids) - (columns - count)
-                line[end - len(chosen) : end] = _chosen(mine[:-1], chosen, temperature)
+                line[end - len(chosen) : end] = chosen_logprobs(mine[:-1], chosen, temperature)
         return result.to(input_ids.device)
 
     def close(self) -> None:
@@ -98,16 +97,6 @@ class Rollout:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-
-def _chosen(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
-    """float32 [N], computed as the engine computes the log-probabilities of sampled tokens."""
-    parts = []
-    rows = max(1, _VALUES_AT_ONCE // logits_NV.shape[1])
-    for logits, tokens in zip(logits_NV.split(rows), tokens_N.split(rows)):
-        logits = logits.float() if temperature == 1 else logits.float() / temperature
-        parts.append(torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0])
-    return torch.cat(parts)
 
 
 def rollout(model: torch.nn.Module, config: EngineConfig | None = None, *, tokenizer=None, **overrides) -> Rollout:

@@ -28,8 +28,22 @@ def logprob_table(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int)
     return torch.cat([_lines(logits, tokens, num_top) for logits, tokens in chunks])
 
 
+def chosen_logprobs(logits_NV: torch.Tensor, tokens_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """float32 [N]: the first column of `logprob_table`, of logits divided by `temperature`."""
+    rows = rows_at_once(logits_NV)
+    parts = []
+    for logits, tokens in zip(logits_NV.split(rows), tokens_N.split(rows), strict=True):
+        logits = logits.float() if temperature == 1 else logits.float() / temperature
+        parts.append(_logprobs(logits).gather(1, tokens[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+def _logprobs(logits_NV: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits_NV.float(), dim=-1)
+
+
 def _lines(logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int) -> torch.Tensor:
-    logprobs = torch.log_softmax(logits_NV.float(), dim=-1)
+    logprobs = _logprobs(logits_NV)
     num_top = min(num_top, logprobs.shape[1])
     chosen = logprobs.gather(1, tokens_N[:, None])
     rank = (logprobs > chosen).sum(-1, keepdim=True) + 1

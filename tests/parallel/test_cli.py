@@ -17,20 +17,20 @@ from hf_paged import Engine, SamplingParams
 from hf_paged.hf.build import load_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("qwen3", vocab_size=300).save_pretrained(folder)
+def saved(name: str, folder):
+    tiny_model(name, vocab_size=300).save_pretrained(folder)
     tiny_tokenizer(300).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved("qwen3", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experts")
-    tiny_model("qwen3_moe", vocab_size=300).save_pretrained(folder)
-    tiny_tokenizer(300).save_pretrained(folder)
-    return folder
+    return saved("qwen3_moe", tmp_path_factory.mktemp("experts"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "experts"])

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hf_paged_kernels import fused
 
 from ...runtime.batch import active_context
-from ..swap import Swapped, can_swap
+from ..swap import Swapped, can_swap, swap
 from .base import Fusions
 
 _MATRICES = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm}
@@ -130,6 +130,6 @@ def scope_torch_ops(ops: TorchOps, model: torch.nn.Module, fusions: Fusions) -> 
     if len(callers) != len(ops.callers) or not all(map(can_swap, callers)):
         return False
     for module in callers:
-        fusions.swap(module, WithTorchOps, ops, "torch_ops")
-        del fusions.counts["torch_ops"]
+        swap(module, WithTorchOps, ops)
+        fusions.swapped.append(module)  # `undo` restores it; it is no fused form to be counted
     return True
