@@ -7,7 +7,7 @@ from pathlib import Path
 
 import checks
 import torch
-from checks import NEW, Engine, EngineConfig, SamplingParams, hf_paged, pairs, prompts, ragged, rank, refused
+from checks import NEW, EngineConfig, SamplingParams, hf_paged, pairs, prompts, ragged, rank, refused
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -183,7 +183,6 @@ def functions_of_single_requests():
 def outputs_of_a_form():
     import json
 
-    tokenizer = tiny_tokenizer(300)
     schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]}
 
     def work(engine):

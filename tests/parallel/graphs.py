@@ -6,7 +6,7 @@ import sys
 
 import checks
 import triton_interpreter  # noqa: F401  (applies the interpreter's repairs)
-from checks import EngineConfig, SamplingParams, hf_paged, pairs, prompts, rank
+from checks import EngineConfig, pairs, prompts, rank
 from recording import Recorder
 
 from hf_paged.engine import build
