@@ -8,8 +8,23 @@ from typing import Annotated
 
 import typer
 
+from ..base.images import ImageLimits
 from . import serve
-from .common import Device, DraftModel, Dtype, ExpertParallel, Model, Quantization, Speculation, Threads, guard
+from .common import (
+    MAX_IMAGE_PIXELS,
+    MAX_IMAGES,
+    MEDIA_HOSTS,
+    MEDIA_TIMEOUT,
+    Device,
+    DraftModel,
+    Dtype,
+    ExpertParallel,
+    Model,
+    Quantization,
+    Speculation,
+    Threads,
+    guard,
+)
 from .ranks import adopt_mpi, num_ranks, rank
 
 app = typer.Typer(
@@ -153,6 +168,10 @@ def run_batch(
     kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
     offload: Annotated[str | None, typer.Option(help='Memory of the host for evicted prefixes and preempted requests, such as "8GiB".')] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="fp8, int8, or a floating type. Default: the model's.")] = None,
+    allowed_media_hosts: Annotated[list[str] | None, typer.Option(help=MEDIA_HOSTS)] = None,
+    media_timeout: Annotated[float, typer.Option(help=MEDIA_TIMEOUT)] = 10,
+    max_images: Annotated[int, typer.Option(help=MAX_IMAGES, min=1)] = 16,
+    max_image_pixels: Annotated[int, typer.Option(help=MAX_IMAGE_PIXELS, min=1)] = 1 << 25,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     speculation: Speculation = None,
     draft_model: DraftModel = None,
@@ -167,11 +186,14 @@ def run_batch(
 
     engine = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
     engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype, "offload": offload}
+    engine["images"] = ImageLimits(max_count=max_images, max_pixels=max_image_pixels)
+    settings = {"model_name": model_name, "allowed_media_hosts": tuple(allowed_media_hosts or ())}
+    settings["media_timeout"] = media_timeout
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": not quiet}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
     loading |= {"expert_parallel": expert_parallel}
     most = max_concurrency or 2 * max_num_seqs
-    raise typer.Exit(run(requests, results, most, {"model_name": model_name}, loading))
+    raise typer.Exit(run(requests, results, most, settings, loading))
 
 
 @app.command()

@@ -42,6 +42,12 @@ ExpertParallel = Annotated[
 ]
 Threads = Annotated[int | None, _option("CPU threads. Default: torch's own.", min=1)]
 
+# Help of what both a server and a batch have
+MEDIA_HOSTS = "A host, *.domain, address or network, maybe with :PORT, to fetch images from that requests name; repeatable."
+MEDIA_TIMEOUT = "Seconds in which an image that a request names must come."
+MAX_IMAGES = "Most images of a request."
+MAX_IMAGE_PIXELS = "Most pixels of an image; all of a request may have four times as many."
+
 DTYPES = ("float32", "bfloat16", "float16")
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 

@@ -12,6 +12,10 @@ import typer
 
 from ..base.images import ImageLimits
 from .common import (
+    MAX_IMAGE_PIXELS,
+    MAX_IMAGES,
+    MEDIA_HOSTS,
+    MEDIA_TIMEOUT,
     Device,
     DraftModel,
     Dtype,
@@ -103,12 +107,7 @@ def serve(
     enable_adapters: Annotated[
         bool, _option(_ACCESS, "Let requests load adapters, from folders of this machine.", "--enable-adapters")
     ] = False,
-    allowed_media_hosts: Annotated[
-        list[str] | None,
-        _option(
-            _ACCESS, "A host, *.domain, address or network, maybe with :PORT, to fetch images from that requests name; repeatable."
-        ),
-    ] = None,
+    allowed_media_hosts: Annotated[list[str] | None, _option(_ACCESS, MEDIA_HOSTS)] = None,
     page: Annotated[bool, _option(_ACCESS, "A page to chat with, at /.", "--page/--no-page")] = True,
     max_queue: Annotated[int, _option(_BOUNDS, "Most requests waiting; more are answered 429.", min=1)] = 1024,
     stored_responses: Annotated[
@@ -122,9 +121,9 @@ def serve(
     ] = 30,
     header_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's headers must come.")] = 15,
     body_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's body must come.")] = 60,
-    max_images: Annotated[int, _option(_BOUNDS, "Most images of a request.", min=1)] = 16,
-    max_image_pixels: Annotated[int, _option(_BOUNDS, "Most pixels of an image.", min=1)] = 1 << 25,
-    media_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which an image that a request names must come.")] = 10,
+    max_images: Annotated[int, _option(_BOUNDS, MAX_IMAGES, min=1)] = 16,
+    max_image_pixels: Annotated[int, _option(_BOUNDS, MAX_IMAGE_PIXELS, min=1)] = 1 << 25,
+    media_timeout: Annotated[float, _option(_BOUNDS, MEDIA_TIMEOUT)] = 10,
     max_connections: Annotated[
         int | None, _option(_BOUNDS, "Most open connections; more are closed. Default: as many as the system allows.", min=1)
     ] = None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..base.images import ImageLimits
@@ -26,7 +27,7 @@ class Images:
     def __init__(self, processor, model: MediaModel | None, limits: ImageLimits, name: str, vocab_size: int):
         self.processor, self._model, self._limits = processor, model, limits
         self._name, self._vocab_size = name, vocab_size
-        self._most_values = 4 * limits.max_count * limits.max_pixels  # three colours, and a mask
+        self._most_values = 4 * limits.max_total_pixels  # three colours, and a mask
 
     def check(self) -> None:
         """Raise UnsupportedOption unless the model takes images here."""
@@ -57,7 +58,7 @@ class Images:
             raise InvalidArgument(f"images: these are no outputs of this model's processor: {error}") from error
         size, most = sum(value.numel() for item in media.items.values() for value in item.inputs.values()), self._most_values
         if size > most:
-            raise InvalidArgument(f"images: {size} values exceed {most}, which max_count images of max_pixels have")
+            raise InvalidArgument(f"images: {size} values exceed {most}, which max_total_pixels have")
         return media
 
     def of_text(self, text: str, images, *, add_special_tokens: bool) -> tuple[list[int], Media]:
@@ -72,11 +73,7 @@ class Images:
         if self.processor is None:
             raise InvalidArgument("images: the engine has no processor; give it the model's processor as its tokenizer")
         pictures = self._decoded(images)
-        marker = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
-        if isinstance(marker, str) and text.count(marker) != len(pictures):
-            raise InvalidArgument(
-                f"images: there are {len(pictures)} of them, and the prompt has {text.count(marker)} places ({marker}) for some"
-            )
+        self._check_places(text, len(pictures))
         try:
             made = self.processor(
                 text=[text], images=pictures, add_special_tokens=add_special_tokens, return_tensors="pt"
@@ -86,46 +83,77 @@ class Images:
         ids = checked_ids(made.pop("input_ids")[0], self._vocab_size)
         return ids, self.of_ids(ids, made)
 
+    def _check_places(self, text: str, count: int) -> None:
+        """Raise InvalidArgument unless the text has a place for each of so many images, and nothing that looks like one."""
+        marker = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
+        if not isinstance(marker, str):
+            return
+        if text.count(marker) != count:
+            raise InvalidArgument(
+                f"images: there are {count} of them, and the prompt has {text.count(marker)} places ({marker}) for some"
+            )
+        token = self.processor.tokenizer.convert_ids_to_tokens(self._model.token_id)
+        if token != marker and token in text:
+            raise InvalidArgument(f"images: the prompt has {token} of its own; an image's place is {marker}")
+
     def _decoded(self, images) -> list:
         if isinstance(images, Mapping | str | bytes) or not isinstance(images, Sequence):
             raise InvalidArgument(f"images must be a list of images, got {type(images).__name__}")
-        self._check_count(len(images))
-        return [decoded(image, place, self._limits) for place, image in enumerate(images)]
+        if len(images) > self._limits.max_count:
+            raise InvalidArgument(f"images: {len(images)} of them exceed max_count ({self._limits.max_count})")
+        readers = [_reader(image, place, self._limits) for place, image in enumerate(images)]
+        total = 0
+        for reader in readers:
+            total += reader.width * reader.height
+            if total > self._limits.max_total_pixels:
+                most = self._limits.max_total_pixels
+                raise InvalidArgument(f"{reader.name}: with it the images have {total} pixels, more than max_total_pixels ({most})")
+        pictures = []
+        while readers:  # each file is let go before the next one is decoded
+            pictures.append(readers.pop(0).read())
+        return pictures
 
-    def _check_count(self, count: int) -> None:
-        if count > self._limits.max_count:
-            raise InvalidArgument(f"images: {count} of them exceed max_count ({self._limits.max_count})")
+
+class _Reader(NamedTuple):
+    """An image whose size is known, and that is not decoded yet."""
+
+    name: str
+    width: int
+    height: int
+    decode: Callable[[], object]
+
+    def read(self):
+        """What the processor is given. Raises InvalidArgument for an image that is damaged."""
+        return _tried(self.decode, self.name)
 
 
-def decoded(image, place: int, limits: ImageLimits):
-    """An image ready for a processor: PIL images and arrays as they are, encoded bytes as an RGB image, upright.
+def _reader(image, place: int, limits: ImageLimits) -> _Reader:
+    """Of PIL images and arrays, which stay as they are, and of encoded bytes, which become an RGB image, upright.
 
-    Raises InvalidArgument, naming its place in `images`.
+    Raises InvalidArgument, naming its place in `images`, for what is no image or exceeds a limit.
     """
     name = f"images[{place}]"
     if isinstance(image, bytes | bytearray | memoryview):
-        return _opened(bytes(image), name, limits)
-    size = getattr(image, "size", None)
-    if hasattr(image, "load") and isinstance(size, tuple):  # PIL
-        _check_pixels(size, name, limits)
-        _read(image.load, name)  # a file that is damaged shows here
-        return image
-    shape = tuple(getattr(image, "shape", ()))
-    if not hasattr(image, "__array__") or len(shape) not in (2, 3) or 0 in shape:
-        raise InvalidArgument(
-            f"{name} must be a PIL image, an array [H, W, C] or encoded bytes, got {_kind(image, shape)}"
-        )
-    sides = sorted(shape)[-2:]
-    _check_pixels(sides, name, limits)
-    return image
+        reader = _opened(bytes(image), name, limits)
+    elif hasattr(image, "load") and isinstance(getattr(image, "size", None), tuple):  # PIL
+        reader = _Reader(name, *image.size, lambda: _loaded(image))
+    else:
+        shape = tuple(getattr(image, "shape", ()))
+        if not hasattr(image, "__array__") or len(shape) not in (2, 3) or 0 in shape:
+            raise InvalidArgument(
+                f"{name} must be a PIL image, an array [H, W, C] or encoded bytes, got {_kind(image, shape)}"
+            )
+        reader = _Reader(name, *sorted(shape)[-2:], lambda: image)
+    _check_size(reader, limits)
+    return reader
 
 
 def _kind(image, shape: tuple) -> str:
     return f"{type(image).__name__} of shape {list(shape)}" if shape else type(image).__name__
 
 
-def _opened(data: bytes, name: str, limits: ImageLimits):
-    """The first and only frame of an encoded image. Its size is looked up before anything is decoded."""
+def _opened(data: bytes, name: str, limits: ImageLimits) -> _Reader:
+    """The first and only frame of an encoded image. Nothing is decoded."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -133,26 +161,38 @@ def _opened(data: bytes, name: str, limits: ImageLimits):
     Image.init()  # or it knows some formats only later
     if len(data) > limits.max_bytes:
         raise InvalidArgument(f"{name} has {len(data)} bytes, more than max_bytes ({limits.max_bytes})")
-    image = _read(lambda: Image.open(io.BytesIO(data), formats=FORMATS), name)
-    _check_pixels(image.size, name, limits)
-    if image.format not in _STILL and _read(lambda: getattr(image, "is_animated", False), name):
-        raise InvalidArgument(f"{name} is animated; give one frame")
-    return _read(lambda: ImageOps.exif_transpose(image).convert("RGB"), name)
+    image = _tried(lambda: Image.open(io.BytesIO(data), formats=FORMATS), name)
+
+    def decode():
+        if image.format not in _STILL and getattr(image, "is_animated", False):
+            raise InvalidArgument(f"{name} is animated; give one frame")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+    return _Reader(name, *image.size, decode)
 
 
-def _read(read, name: str):
+def _loaded(image):
+    image.load()  # a file that is damaged shows here
+    return image
+
+
+def _tried(read: Callable[[], object], name: str):
     try:
         return read()
+    except InvalidArgument:
+        raise
     except Exception as error:  # damaged files make Pillow raise all kinds
         raise InvalidArgument(f"{name} cannot be decoded: {error}") from error
 
 
-def _check_pixels(size, name: str, limits: ImageLimits) -> None:
-    width, height = size
-    if width * height > limits.max_pixels:
-        raise InvalidArgument(f"{name} has {width} x {height} pixels, more than max_pixels ({limits.max_pixels})")
+def _check_size(image: _Reader, limits: ImageLimits) -> None:
+    width, height, size = image.width, image.height, f"{image.name} has {image.width} x {image.height} pixels"
     if width < 1 or height < 1:
-        raise InvalidArgument(f"{name} has no pixels")
+        raise InvalidArgument(f"{image.name} has no pixels")
+    if width * height > limits.max_pixels:
+        raise InvalidArgument(f"{size}, more than max_pixels ({limits.max_pixels})")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise InvalidArgument(f"{size}, and one side is more than {limits.max_aspect} times the other (max_aspect)")
 
 
 def has_images(messages: list[dict]) -> bool:

@@ -25,6 +25,7 @@ class Images:
 
     def __init__(self, engine: BatchEngine, settings: Settings):
         self._engine = engine
+        self.token_id = engine.model.media.token_id  # of the placeholders
         self._turn = asyncio.Semaphore(AT_ONCE)
         self.reader = MediaReader(
             settings.allowed_media_hosts,

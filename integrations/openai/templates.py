@@ -58,6 +58,9 @@ async def chat_prompt(
     named = named_images(messages, image_names, service.images is not None)
     prompt = await asyncio.to_thread(_rendered, service, messages, bool(named), **options)
     if not named:
+        if service.images is not None and service.images.token_id in prompt.token_ids:
+            message = "messages: they have placeholders for images, and there are none"
+            raise Refused(message, param="messages", code="invalid_image")
         return prompt
     token_ids, media = await service.images.put(prompt.text, named)
     return replace(prompt, token_ids=token_ids, media=media)

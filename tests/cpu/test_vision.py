@@ -271,6 +271,9 @@ BAD = {
     "cut off": (lambda: encoded(picture(1, 300, 300))[:5000], "cannot be decoded"),
     "bomb": (bomb(6000, 6000), "36000000|6000 x 6000 pixels, more than max_pixels"),
     "huge bomb": (bomb(60000, 60000), "cannot be decoded|pixels"),
+    "a line": (lambda: encoded(Image.new("L", (1, 1000))), r"1 x 1000 pixels, and one side is more than 200 times"),
+    "a line, opened": (Image.new("L", (1000, 1)), "max_aspect"),
+    "a line of an array": (np.zeros((1, 1000, 3), np.uint8), "max_aspect"),
     "animated": (animation, "animated"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded"),
     "text": ("a path.png", "must be a PIL image"),
@@ -295,11 +298,12 @@ def test_a_bad_image_is_refused_by_its_place_and_harms_nobody(engine, llava, nam
 
 def test_limits(llava):
     model, processor, shown = llava
-    limits = ImageLimits(max_count=2, max_pixels=300, max_bytes="1KiB")
+    limits = ImageLimits(max_count=2, max_pixels=300, max_total_pixels=500, max_bytes="1KiB")
     with Engine(model, processor, EngineConfig(images=limits)) as engine:
         for images, message in (
             ([picture(1)] * 3, "images: 3 of them exceed max_count"),
             ([picture(1, 20, 20)], r"images\[0\] has 20 x 20 pixels, more than max_pixels \(300\)"),
+            ([picture(1), encoded(picture(1, 14, 20))], r"images\[1\]: with it .* 520 pixels, .*max_total_pixels \(500\)"),
             ([encoded(picture(1, 30, 30))], r"images\[0\] has \d+ bytes, more than max_bytes \(1024\)"),
         ):
             with pytest.raises(InvalidArgument, match=message):
@@ -307,6 +311,8 @@ def test_limits(llava):
         made = processor(text=["a" + shown * 3], images=[picture(1)] * 3, return_tensors="pt")
     with pytest.raises(InvalidArgument, match="max_pixels"):
         ImageLimits(max_pixels=0)
+    with pytest.raises(InvalidArgument, match="max_aspect"):
+        ImageLimits(max_aspect=1.5)
     with pytest.raises(InvalidArgument, match="max_bytes"):
         ImageLimits(max_bytes="many")
     with pytest.raises(InvalidArgument, match="ImageLimits"):
@@ -342,6 +348,18 @@ def test_prompts_that_do_not_go_with_their_images(engine, llava):
         with pytest.raises(InvalidArgument, match=message):
             engine.add(prompt, GREEDY, images=images)
     assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_token_of_an_image_is_no_place_for_one(label):
+    model, processor, shown = tiny_pair(label)
+    token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    with Engine(model, processor) as engine:
+        with pytest.raises(InvalidArgument, match="images: .* places? .*<"):
+            engine.add(f"a{shown} or {token}", GREEDY, images=[picture(1)])
+        with pytest.raises(InvalidArgument, match="placeholders"):
+            engine.add(f"a {token}", GREEDY)
+        assert not engine.has_unfinished()
 
 
 def test_models_and_engines_without_images(llava):

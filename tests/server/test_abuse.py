@@ -4,12 +4,9 @@ client gets its right tokens, and afterwards nothing of it is left: no request, 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import gzip
 import http.client
 import json
-import os
 import socket
 import threading
 import time
@@ -17,22 +14,14 @@ import time
 import httpx
 import pytest
 import torch
+from abuse_parts import KEPT, memory, others_unharmed, post, refused, served
 from server_parts import MODEL, make_model, make_tokenizer
 
 from hf_paged import Engine, EngineConfig
-from hf_paged.integrations.openai import Settings, create_app
-from hf_paged.integrations.openai.serve import Process, Server, listening
+from hf_paged.integrations.openai import Settings
 
 MESSAGES = [{"role": "user", "content": "Tell me"}]
-KEPT = 48 * 2**20  # bytes by which the process may have grown: what allocators and caches keep
 COMPLETE, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
-
-
-def memory() -> int:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +32,9 @@ def engine():
 
 @pytest.fixture(scope="module")
 def address(engine):
-    """(host, port) of the server as `hf-paged serve` runs it."""
-    process = Process(port=0, header_timeout=2)
-    with listening(process) as listeners:
-        server = Server(create_app(engine, Settings(model_name=MODEL, request_chat_templates=True)), process)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": listeners})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        gc.collect()
-        gc.freeze()  # as the server's process does: else every look at the memory goes through all libraries
-        yield listeners[0].getsockname()
-        gc.unfreeze()
-        server.should_exit = True
-        thread.join()
+    """(host, port)"""
+    with served(engine, Settings(model_name=MODEL, request_chat_templates=True)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -69,51 +46,15 @@ def expected() -> str:
 
 @pytest.fixture(autouse=True)
 def unharmed(address, engine, expected):
-    """Another client asks all the while, and once more afterwards."""
-    over, wrong, right = threading.Event(), [], []
-
-    def ask() -> None:
-        body = {"prompt": "Tell me", "max_tokens": 12, "temperature": 0}
-        with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=60) as client:
-            while True:
-                last = over.is_set()
-                answer = client.post(COMPLETE, json=body)
-                text = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
-                (right if text == expected else wrong).append(text)
-                if last or wrong:
-                    return
-                time.sleep(0.05)
-
-    other = threading.Thread(target=ask)
-    before = memory()
-    other.start()
-    yield
-    over.set()
-    other.join()
-    assert not wrong and right
-    until = time.monotonic() + 30
-    while engine.has_unfinished() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not engine.has_unfinished() and engine.stats()["kv_bytes_in_use"] == 0
-    engine.check_integrity()
-    assert memory() - before < KEPT
+    body = {"prompt": "Tell me", "max_tokens": 12, "temperature": 0}
+    with others_unharmed(address, engine, COMPLETE, body, expected):
+        yield
 
 
 @pytest.fixture
 def client(address):
     with httpx.Client(base_url=f"http://{address[0]}:{address[1]}", timeout=60) as client:
         yield client
-
-
-def post(client, path: str, body) -> httpx.Response:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return client.post(path, content=content, headers={"Content-Type": "application/json"})
-
-
-def refused(answer: httpx.Response, word: str, *statuses: int) -> None:
-    error = answer.json()["error"]
-    assert answer.status_code in (statuses or (400,)), error
-    assert word in f"{error['param']} {error['message']}", error
 
 
 def nested(depth: int, leaf="1") -> str:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import httpx
+import numpy
 import pytest
+from PIL import Image
 from server_parts import MODEL, make_model, make_tokenizer
+from tiny_processors import tiny_pair
 
 from hf_paged.cli import main
 
@@ -185,3 +192,42 @@ def test_results_of_other_requests_are_not_taken_for_these(folder, tmp_path, cap
     assert "both the requests and their results" in capsys.readouterr().err
     assert run(tmp_path / "missing.jsonl", out, folder) == 2
     assert not os.path.exists(tmp_path / "missing.jsonl")
+
+
+def test_images_come_from_hosts_that_are_listed(tmp_path):
+    model, processor, _ = tiny_pair("llava")
+    folder = tmp_path / "vision"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    image = Image.fromarray(numpy.random.default_rng(1).integers(0, 255, (12, 20, 3), dtype=numpy.uint8))
+    data = io.BytesIO()
+    image.save(data, "PNG")
+
+    def about(custom_id: str, *urls: str) -> dict:
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": "what?"}]
+        return line(custom_id, CHAT, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=6)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        inside = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        lines = [about("inside", inside), about("two", inside, inside), about("fetched", f"{here}/a"), about("not", "http://localhost/a")]
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nConnection: close\r\n\r\n"
+
+        def answer() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(10_000)
+                connection.sendall(head + data.getvalue())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        out = tmp_path / "out.jsonl"
+        hosts = ["--allowed-media-hosts", here.removeprefix("http://"), "--max-images", "1"]
+        assert run(write(tmp_path / "in.jsonl", lines), out, folder, *hosts) == 1
+        thread.join()
+    found = {result["custom_id"]: result["response"] for result in results(out)}
+    inputs = processor(text=["user:<image>what?\nassistant:"], images=[image], return_tensors="pt", add_special_tokens=False)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for name in ("inside", "fetched"):
+        assert found[name]["body"]["choices"][0]["message"]["content"] == expected
+    assert found["two"]["body"]["error"]["code"] == "too_many" and found["not"]["body"]["error"]["code"] == "not_allowed"
