@@ -17,7 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from hf_paged.benchmarks.schema import Measure, append_rows, describe_machine, results_folder
+from hf_paged.benchmarks.schema import Measure, describe_machine, replace_rows, results_folder
 from hf_paged.hf.build import load_model
 from hf_paged.integrations.lm_eval import HFPaged
 
@@ -115,7 +115,7 @@ def main() -> None:
                     measures.append(Measure(metric="ratio", unit="x", samples=ratios, baseline="hf-paged", **common))
                     line += f"  {statistics.median(ratios):5.1f}x  same {alike}/{total}"
                 print(line, flush=True)
-    append_rows(results_folder() / "lm_eval.csv", measures, describe_machine("cpu", torch.get_num_threads()))
+    replace_rows(results_folder() / "lm_eval.csv", measures, describe_machine("cpu", torch.get_num_threads()))
 
 
 if __name__ == "__main__":

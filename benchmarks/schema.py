@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -96,15 +97,38 @@ def append_rows(path: Path, measures: Iterable[Measure], machine: Machine) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     if not fresh:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file), [])
-        if tuple(header) != COLUMNS:
-            raise ValueError(f"{path} has other columns than this version writes; move it away")
+        _read(path)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerows(measure.row(machine) for measure in measures)
+
+
+def replace_rows(path: Path, measures: Iterable[Measure], machine: Machine) -> None:
+    """As `append_rows`, in the place of older rows of the same workloads: equal in benchmark, workload, model, dtype and device."""
+    new = [measure.row(machine) for measure in measures]
+    same = {_subject(row) for row in new}
+    kept = [row for row in (_read(path) if path.exists() else []) if _subject(row) not in same]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *new])
+    written.replace(path)
+
+
+def _subject(row: dict[str, object]) -> tuple:
+    return tuple(row[name] for name in ("benchmark", "workload", "model", "dtype", "device"))
+
+
+def _read(path: Path) -> list[dict[str, object]]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
+            raise ValueError(f"{path} has other columns than this version writes; move it away")
+        return list(reader)
 
 
 def results_folder() -> Path:

@@ -21,7 +21,7 @@ import time
 import httpx
 from tqdm import tqdm
 
-from hf_paged.benchmarks.schema import Measure, append_rows, describe_machine, quantile, results_folder
+from hf_paged.benchmarks.schema import Measure, describe_machine, quantile, replace_rows, results_folder
 from hf_paged.benchmarks.server.process import Server
 
 PLAIN, RAY, PREFIX, OWN = "hf-paged serve", "Ray Serve", "by prefix", "Ray's own"
@@ -116,7 +116,7 @@ def main() -> None:
         ray.shutdown()
     for measure in measures:
         print(measure.workload, measure.system, measure.metric, f"{quantile(measure.samples, 0.5):.5f} {measure.unit}", json.dumps(measure.detail))
-    append_rows(results_folder() / "replicas.csv", measures, describe_machine("cpu", 1))
+    replace_rows(results_folder() / "replicas.csv", measures, describe_machine("cpu", 1))
 
 
 if __name__ == "__main__":

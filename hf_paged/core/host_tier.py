@@ -26,7 +26,7 @@ class HostTier:
     Args:
         max_slots: per group, most slots.
         max_states: most slots for states of sequences.
-        prefers_swap: `prefers_swap(tokens, blocks per group, states)` says whether copying so much out, and back later, is
+        prefers_copy: `prefers_copy(tokens, blocks per group, states)` says whether copying so much out, and back later, is
             better than computing so many tokens again.
         keeps_prefixes: whether prefixes evicted from the device come here.
 
@@ -41,12 +41,12 @@ class HostTier:
         max_slots: AbstractSequence[int],
         *,
         max_states: int,
-        prefers_swap: Callable[[int, list[int], int], bool],
+        prefers_copy: Callable[[int, list[int], int], bool],
         keeps_prefixes: bool,
     ):
         self.pools = [BlockPool(0, count) for count in max_slots]
         self.states = BlockPool(0, max_states, min_growth=1)
-        self.prefers_swap = prefers_swap
+        self.prefers_copy = prefers_copy
         self.keeps_prefixes = keeps_prefixes
         self.age = 0
         self._moves = self._no_moves()

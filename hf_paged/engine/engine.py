@@ -261,7 +261,8 @@ class BatchEngine(Jobs, Upkeep):
             outputs = self._requests.publish()
             ended = self._stepper.clock.lap("total", started)
             if self._offload is not None:
-                self._offload.computed(self._stepper.clock.num_tokens - computed, ended - started)
+                taken = self._stepper.clock.num_tokens - computed
+                self._offload.computed(taken, ended - started, self._scheduler.num_running)
             if self._stepper.clock.trace is not None:
                 self._trace_amounts()
             return outputs

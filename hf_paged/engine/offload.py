@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from ..base.offload import Offload
 from ..core.host_tier import HostTier
-from ..runtime.host_cache import HostCache
+from ..runtime.host_cache import CopyTime, HostCache
 from ..runtime.kv_cache import KVCache
 from ..runtime.layout import blocks_for_budget, slots_for_budget
 from ..runtime.runner import as_in_a_step
 
-_NEWEST = 0.2  # weight of the last measured step
+_MANY = 64  # tokens; smaller steps take about as long as with fewer
+_HALF_LIFE = 4096  # tokens after which a measured step weighs half
 
 
 class HostOffload:
     """The host memory of one engine.
 
-    Whether a preempted sequence is copied there or computed again is decided by what takes less time:
+    Whether something is copied or computed again is decided by what takes less time, both as measured on this machine:
 
-        bytes out and back / measured bandwidth    against    tokens / measured speed of steps that compute prompts
+        a copy's overhead + bytes / bandwidth, out and back    against    tokens / speed of steps that compute prompts
 
     Attributes:
-        bandwidth: bytes a second to the host; None before `tier`.
-        speed: tokens a second. None until it was measured; till then everything is copied.
+        copying: what a copy one way takes, measured by `tier`; None before.
     """
 
     def __init__(self, config: Offload):
-        self.bandwidth: float | None = None
-        self.speed: float | None = None
+        self.copying: CopyTime | None = None
+        self._tokens = self._seconds = 0.0  # of steps that computed prompts, the newest counting most
         self._memory = config.memory
         self._cache: KVCache | None = None
         self._tier: HostTier | None = None
-        self._most_decodes = 0
 
     def tier(
         self, cache: KVCache, *, max_batch_tokens: int, max_num_seqs: int, keeps_prefixes: bool
@@ -41,7 +40,7 @@ class HostOffload:
             max_batch_tokens, max_num_seqs: what steps stay within.
             keeps_prefixes: evicted prefixes go there.
         """
-        self._cache, self._most_decodes = cache, max_num_seqs
+        self._cache = cache
         slot_bytes = cache.states.bytes_per_slot
         num_states = slots_for_budget(slot_bytes, self._memory // 2 if cache.groups else self._memory, max_num_seqs)
         most = blocks_for_budget(
@@ -56,31 +55,42 @@ class HostOffload:
         with as_in_a_step(cache.device):
             cache.ensure([1] * len(cache.groups))
             cache.states.ensure(min(num_states, 1))
-            self.bandwidth = cache.host.bandwidth()
+            self.copying = cache.host.measure()
         self._tier = HostTier(
-            most, max_states=num_states, prefers_swap=self.prefers_swap, keeps_prefixes=keeps_prefixes
+            most, max_states=num_states, prefers_copy=self.prefers_copy, keeps_prefixes=keeps_prefixes
         )
         return self._tier
 
-    def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step took so long. Those with more tokens than there may be decodes tell how fast prompts are computed."""
-        if num_tokens > self._most_decodes:
-            speed = num_tokens / seconds
-            self.speed = speed if self.speed is None else (1 - _NEWEST) * self.speed + _NEWEST * speed
+    @property
+    def speed(self) -> float | None:
+        """Tokens of prompts that are computed in a second. None until it was measured; till then everything is copied."""
+        return self._tokens / self._seconds if self._tokens else None
 
-    def prefers_swap(self, num_tokens: int, num_blocks: list[int], num_states: int) -> bool:
-        """Whether to copy so many blocks a group, and states, rather than to compute so many tokens again."""
-        if self.speed is None:
+    def computed(self, num_tokens: int, seconds: float, num_running: int) -> None:
+        """A step took so long. Those that computed prompts, more than tokens of those running, tell how fast that is."""
+        if num_tokens >= max(_MANY, 2 * num_running):
+            kept = 0.5 ** (num_tokens / _HALF_LIFE)
+            self._tokens = kept * self._tokens + num_tokens
+            self._seconds = kept * self._seconds + seconds
+
+    def prefers_copy(self, num_tokens: int, num_blocks: list[int], num_states: int) -> bool:
+        """Whether to copy so many blocks a group, and states, out and back rather than to compute so many tokens again."""
+        if not self._tokens:
             return True
-        return 2 * self._num_bytes(num_blocks, num_states) / self.bandwidth < num_tokens / self.speed
+        copying = 2 * (self.copying.overhead + self._num_bytes(num_blocks, num_states) * self.copying.per_byte)
+        return copying < num_tokens / self.speed
 
     def stats(self) -> dict[str, int]:
-        """Bytes taken of the host, bytes there may be, and bytes of prefixes and preempted sequences there now."""
+        """Bytes taken of the host, bytes there may be, and bytes of prefixes and preempted sequences there now; and those
+        copied so far.
+        """
         pools = self._tier.pools
         in_use = [pool.num_in_use + pool.num_cached for pool in pools]
         return {
             "host_bytes_allocated": self._cache.host.bytes_allocated,
             "host_bytes_limit": self._num_bytes([pool.max_blocks for pool in pools], self._tier.states.max_blocks),
+            "host_bytes_out": self._cache.host.bytes_out,
+            "host_bytes_back": self._cache.host.bytes_back,
             "host_bytes_in_use": self._num_bytes(in_use, self._tier.states.num_in_use),
         }
 

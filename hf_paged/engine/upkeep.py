@@ -204,7 +204,7 @@ class Upkeep:
         them. `cuda_graphs` batch sizes of decode steps are recorded so far, which keep `cuda_graph_bytes`.
         Of the `preemptions`, `swaps_out` went to host memory and `swaps_in` came back from there; `host_hit_tokens` of the
         `prefix_hit_tokens` came from there, too; with `offload`, `host_bytes_in_use` of at most `host_bytes_limit` are
-        there, in `host_bytes_allocated`.
+        there, in `host_bytes_allocated`; `host_bytes_out` and `host_bytes_back` were copied since the engine was opened.
         `draft_tokens` were guessed, `accepted_tokens` of them were right and `acceptance_rate` is their share (None if
         nothing was guessed). `forced_tokens` took no step of their own, as a form left no choice about them. `overtakes`
         counts requests that went before others because of a cached prefix; with policy "fair", `users` have requests,

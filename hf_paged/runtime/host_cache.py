@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +24,16 @@ from .transfer import to_device
 
 _SEGMENT_BYTES = 64 << 20  # of host memory, taken at a time
 _BUFFER_BYTES = 16 << 20  # on the device, twice; more if a row is larger
-_PROBES = 4
+_PROBES = 32  # rows copied at once to learn what a byte takes
 
 Rows = Callable[[torch.Tensor], None]  # does something with a buffer, uint8 [rows, n]
+
+
+class CopyTime(NamedTuple):
+    """Seconds that copying takes: `overhead`, however little it is, and so many per byte."""
+
+    overhead: float
+    per_byte: float
 
 
 class HostCache:
@@ -35,6 +43,9 @@ class HostCache:
         cache: whose blocks and states move. Its tensors may be replaced between two calls.
         max_slots: per group, most blocks there will be.
         max_states: most states there will be.
+
+    Attributes:
+        bytes_out, bytes_back: copied so far.
     """
 
     def __init__(self, cache: KVCache, max_slots: Sequence[int], max_states: int):
@@ -42,6 +53,7 @@ class HostCache:
         parts = [*(partial(cache.parts, group) for group in range(len(cache.groups))), cache.states.parts]
         sizes = [*max_slots, max_states]
         self._shelves = [_Shelf(of, most, self._transfer) for of, most in zip(parts, sizes, strict=True)]
+        self.bytes_out = self.bytes_back = 0
 
     @property
     def bytes_allocated(self) -> int:
@@ -54,21 +66,29 @@ class HostCache:
         for shelf, num_rows, out in zip(self._shelves, sizes, [*moves.out, moves.states_out], strict=True):
             shelf.ensure(num_rows)
             shelf.take(out)
+            self.bytes_out += len(out) * shelf.row_bytes
         for shelf, back in zip(self._shelves, [*moves.back, moves.states_back], strict=True):
             shelf.give(back)
+            self.bytes_back += len(back) * shelf.row_bytes
 
-    def bandwidth(self) -> float:
-        """Bytes a second that leave, measured on the first place of the cache, which exists. Nothing is kept of it."""
+    def measure(self) -> CopyTime:
+        """What copying takes, measured on the way to the host from the first place of the cache, which exists."""
         shelf = max((shelf for shelf in self._shelves if shelf.num_places), key=lambda shelf: shelf.row_bytes)
         shelf.ensure(1)
-        best = float("inf")
-        for _ in range(3):
-            started = time.perf_counter()
-            shelf.take([(0, 0)] * _PROBES)
-            self._transfer.synchronize()
-            best = min(best, time.perf_counter() - started)
+        one = self._seconds(shelf, 1)
+        per_byte = max(self._seconds(shelf, _PROBES) - one, 0) / ((_PROBES - 1) * shelf.row_bytes)
         shelf.close()
-        return _PROBES * shelf.row_bytes / max(best, 1e-9)
+        return CopyTime(max(one - per_byte * shelf.row_bytes, 0.0), max(per_byte, 1e-15))
+
+    def _seconds(self, shelf: _Shelf, count: int) -> float:
+        """To copy `count` places, at best."""
+        taken = []
+        for _ in range(4):  # the first takes the memory, too
+            started = time.perf_counter()
+            shelf.take([(0, place % shelf.num_rows) for place in range(count)])
+            self._transfer.synchronize()
+            taken.append(time.perf_counter() - started)
+        return min(taken)
 
     def close(self) -> None:
         """Give all memory back, and forget what was in it."""
@@ -104,9 +124,14 @@ class _Shelf:
     def bytes_allocated(self) -> int:
         return sum(segment.nbytes for segment in self._segments)
 
+    @property
+    def num_rows(self) -> int:
+        """That there is memory for now."""
+        return sum(map(len, self._segments))
+
     def ensure(self, num_rows: int) -> None:
         """Take host memory for so many rows at least: segment by segment, of equal sizes but for the last."""
-        while (have := sum(map(len, self._segments))) < num_rows:
+        while (have := self.num_rows) < num_rows:
             row_bytes = self.row_bytes
             count = min(max(1, _SEGMENT_BYTES // row_bytes), self._max_rows - have)
             # pinned: the host need not wait for what goes there, or comes from there

@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 
 import hf_paged
 from hf_paged import Engine, EngineConfig, InvalidArgument, Offload, SamplingParams
+from hf_paged.runtime.host_cache import CopyTime
 
 BLOCK = 16
 NEW = 40
@@ -129,8 +130,9 @@ def test_what_is_computed_faster_than_copied_is_computed(model):
     """Both are measured; here the measurements are set."""
     with Engine(model, config=config(model, 16)) as engine:
         run(engine, prompts(count=1))
-        assert engine._offload.bandwidth > 0
-        engine._offload.bandwidth, engine._offload.speed = 1.0, 1e9
+        assert engine._offload.copying.overhead >= 0 and engine._offload.copying.per_byte > 0
+        engine._offload.copying = CopyTime(overhead=0.0, per_byte=1.0)
+        engine._offload.computed(10**12, 1.0, num_running=1)
         assert tokens(run(engine, prompts())) == [stock(model, prompt) for prompt in prompts()]
         stats = engine.stats()
     assert stats["preemptions"] > 0 and stats["swaps_out"] == 0

@@ -507,7 +507,7 @@ def host_tier(num_groups: int, num_slots: int, swaps: str, keeps_prefixes: bool)
     return HostTier(
         [num_slots] * num_groups,
         max_states=min(num_slots, 4),
-        prefers_swap=prefers[swaps],
+        prefers_copy=prefers[swaps],
         keeps_prefixes=keeps_prefixes,
     )
 

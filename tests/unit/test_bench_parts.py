@@ -41,11 +41,27 @@ def test_rows_append_below_one_header(tmp_path):
     assert rows[0]["detail"] == '{"seed": 1}' and rows[1]["baseline"] == "stock"
 
 
+def test_rows_replace_those_of_the_same_workload(tmp_path):
+    path = tmp_path / "results" / "offload.csv"
+    schema.replace_rows(path, [measure(), measure(workload="other"), measure(model="large")], MACHINE)
+    schema.replace_rows(path, [measure(samples=[7.0]), measure(system="second", samples=[8.0])], MACHINE)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["workload"], row["model"], row["p50"]) for row in rows] == [
+        ("other", "", "2"),
+        ("w", "large", "2"),
+        ("w", "", "7"),
+        ("w", "", "8"),
+    ]
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
     path = tmp_path / "engine.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        schema.append_rows(path, [measure()], MACHINE)
+    for write in (schema.append_rows, schema.replace_rows):
+        with pytest.raises(ValueError, match="other columns"):
+            write(path, [measure()], MACHINE)
     assert path.read_text() == "a,b\n1,2\n"
 
 

@@ -196,7 +196,7 @@ def test_random_images_in_little_memory_all_end_with_their_own_tokens():
         encoder = EncoderBudget(rng.choice([1, 6, 64]), encoded.__contains__)
         limits = dict(max_blocks=14, max_batch_tokens=rng.choice([8, 16]), max_num_seqs=rng.choice([2, 5]))
         windows = rng.choice([(None,), (None, 6)])
-        host = HostTier([20] * len(windows), max_states=0, prefers_swap=lambda *_: True, keeps_prefixes=True)
+        host = HostTier([20] * len(windows), max_states=0, prefers_copy=lambda *_: True, keeps_prefixes=True)
         more = dict(policy=rng.choice(["fcfs", "fair"]), host=rng.choice([None, host]))
         scheduler = make(windows, encoder=encoder, **limits, **more)
         requests = []
