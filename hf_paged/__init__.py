@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterInfo": "base.types",
     "AsyncEngine": "engine.async_engine",
+    "Branch": "base.branch",
     "CacheFull": "base.errors",
     "ClassificationOutput": "base.tasks",
     "ClassifyParams": "base.tasks",

@@ -81,8 +81,14 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
+class _WithOrigin:
+    """What an engine remembers of the request of an output: no field of it, and lost where it is copied or pickled."""
+
+    __slots__ = ("origin",)
+
+
 @dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(_WithOrigin):
     """The state of one request after a step. `outputs` holds its `n` completions.
 
     Attributes:
@@ -101,6 +107,17 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     result: TaskOutput | None = None
     error: Exception | None = None
+
+    def __post_init__(self):
+        self.origin = None
+
+    def __getstate__(self):
+        return None, {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+
+    def __setstate__(self, state):
+        self.origin = None
+        for name, value in state[1].items():
+            setattr(self, name, value)
 
 
 @dataclass(slots=True)

@@ -29,6 +29,10 @@ def check_request(
             f"prompt has {num_prompt} tokens, but with max_model_len {max_model_len} it can have at most {longest}; "
             "shorten it or raise max_model_len"
         )
+    if len(request.begun) >= max(1, min(request.max_tokens, max_model_len - num_prompt)):
+        raise InvalidArgument(
+            f"max_tokens {request.max_tokens}: the output has {len(request.begun)} tokens already, and would end with them"
+        )
     check_media(request.media, num_prompt)
     whole = longest_block(request.media)
     if whole > max_batch_tokens:

@@ -45,6 +45,7 @@ class Request:
     Attributes:
         request_id: unique among the unfinished requests of a scheduler.
         prompt_token_ids: the prompt; at least one token.
+        begun: output tokens that all its completions begin with: known, and yet output.
         n: completions wanted. The prompt is computed once for all of them.
         max_tokens: most output tokens of each completion. 0: none are sampled, it ends when its prompt is computed.
         min_tokens: EOS and stop tokens end nothing before this many output tokens.
@@ -72,6 +73,7 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     max_tokens: int
+    begun: list[int] = field(default_factory=list)
     n: int = 1
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
@@ -151,8 +153,8 @@ class Sequence:
         self.request = request
         self.index = index
         self.order = order
-        self.token_ids = list(request.prompt_token_ids)
-        self.num_prompt = len(self.token_ids)
+        self.token_ids = [*request.prompt_token_ids, *request.begun]
+        self.num_prompt = len(request.prompt_token_ids)
         self.num_unknown = 0
         self.num_computed = 0
         self.block_tables: list[list[int]] = [[] for _ in range(num_groups)]

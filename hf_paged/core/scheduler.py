@@ -137,13 +137,7 @@ class Scheduler(SchedulerUpkeep):
         """
         if request.request_id in self.requests:
             raise InvalidArgument(f"request_id {request.request_id!r} is in use")
-        check_request(
-            request,
-            self._tables,
-            max_batch_tokens=self.max_batch_tokens,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=self.max_model_len,
-        )
+        self.check(request)
         self.check_room()
         seq_id = self._take_id(request.n)
         self._policy.enter(request)
@@ -152,6 +146,16 @@ class Scheduler(SchedulerUpkeep):
         self.requests[request.request_id] = request
         self._deadlines.add(request, seq_id)
         self._queues.wait(leader)
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidArgument or RequestTooLarge, as `add` does, unless `request` is one that can run."""
+        check_request(
+            request,
+            self._tables,
+            max_batch_tokens=self.max_batch_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
 
     def check_room(self, count: int = 1) -> None:
         """Raise QueueFull unless `count` more requests may wait."""

@@ -105,7 +105,7 @@ class UnderWay:
                 seq.num_computed += new - drafts
         for sibling in step.builder.forked:
             if sibling.status is SequenceStatus.RUNNING:
-                sibling.num_computed = sibling.num_prompt
+                sibling.num_computed = len(sibling.token_ids)
         for seq_id in dict.fromkeys(seq_id for _, seq_id in plan.samples):
             seq = self._running(seq_id)
             if seq is not None:
@@ -180,7 +180,7 @@ class UnderWay:
                 num_tokens[seq_id] = context + new
         for seq in self._planned.builder.forked:
             if seq.status is SequenceStatus.RUNNING:
-                num_tokens[seq.seq_id] = seq.num_prompt
+                num_tokens[seq.seq_id] = len(seq.token_ids)
 
     # -- private
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ..base.errors import CacheFull
 from .held import HeldSequences
+from .media import rest_of_block
 from .planner import Planner
 from .queues import Queues
-from .request import Request, Sequence
+from .request import Request, Sequence, SequenceStatus
 from .resize import make_room, why_too_large
-from .tables import BlockTables
+from .tables import RELEASED, BlockTables
 from .under_way import UnderWay
 
 
@@ -54,6 +55,36 @@ class SchedulerUpkeep:
         self.reset_prefix_cache()
         for seq in list(self._queues.running):
             self._planner.send_back(seq)
+
+    # -- tokens that are taken back
+
+    def roll_back(self, seq: Sequence, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens of an unfinished sequence, which has the others from steps that are done.
+
+        Its prompt stays. What it has computed of the rest it keeps, but for the last, from which it goes on; unless its
+        layers have given back what that one sees, or keep a state: then it computes all again.
+        """
+        self._under_way.take_back()
+        if num_tokens == len(seq.token_ids):
+            return
+        assert seq.num_prompt <= num_tokens < len(seq.token_ids) and not seq.num_unknown
+        del seq.token_ids[num_tokens:]
+        kept = num_tokens - 1
+        if seq.num_computed > kept and seq.status is SequenceStatus.RUNNING and self._may_truncate(seq, kept):
+            self._tables.truncate(seq, kept)
+        elif seq.status is SequenceStatus.WAITING:
+            self._tables.release(seq)
+        elif seq.num_computed > kept:
+            self._planner.send_back(seq)
+        del seq.block_keys[num_tokens // self._tables.block_size :]
+
+    def _may_truncate(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether `seq` can go on after its first `num_tokens` tokens with the blocks it has."""
+        tables = self._tables
+        if tables.has_state or rest_of_block(seq.request.media, num_tokens) > 1:
+            return False
+        unseen = (group.num_unseen_blocks(num_tokens, tables.block_size) for group in tables.groups)
+        return all(RELEASED not in table[first:] for first, table in zip(unseen, seq.block_tables, strict=True))
 
     # -- the size of the cache
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
+from ..base.branch import Branch
 from ..base.errors import EngineClosed, ParallelError
 from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput
@@ -153,6 +154,7 @@ class AsyncEngine:
         prepare = partial(self.engine.prepare, prompt, params, request_id=request_id, **options)
         quick = options.get("images") is None and _is_quick(prompt, params)
         state = prepare() if quick else await loop.run_in_executor(None, prepare)
+        state.streamed = kind is DeltaReader
         if together is None:
             self._arrivals.append([(state, reader)])
         elif together.add(state, reader):
@@ -235,6 +237,17 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> bool:
         """End a request by its id; its iterator yields a last output with finish reason "abort"."""
         return await asyncio.to_thread(self.engine.abort, request_id)
+
+    async def fork(self, request: str | RequestOutput, position: int | None = None, *, index: int = 0) -> Branch:
+        """See `BatchEngine.fork`. The Branch is a prompt for `stream`, `generate` and `complete`."""
+        return await asyncio.to_thread(partial(self.engine.fork, request, position, index=index))
+
+    async def roll_back(
+        self, request_id: str, position: int, params: SamplingParams | None = None, *, index: int = 0
+    ) -> None:
+        """See `BatchEngine.roll_back`. For requests that are read with `generate` or `complete`."""
+        await asyncio.to_thread(partial(self.engine.roll_back, request_id, position, params, index=index))
+        self._work.set()
 
     async def load_adapter(self, name: str, source, **options) -> AdapterInfo:
         """See `BatchEngine.load_adapter`."""

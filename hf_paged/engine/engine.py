@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 
+from ..base.branch import Branch
 from ..base.config import EngineConfig
 from ..base.errors import EngineClosed, InvalidArgument, ParallelError, QueueFull
 from ..base.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ from ..runtime.packed import Owner
 from ..runtime.leading import LeadingRunner
 from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import derive_seed
+from .branching import Branching
 from .build import build, build_encoder, build_runner, build_speculator, check_config
 from .execute import StepExecutor
 from .held import HeldRows
@@ -41,10 +43,10 @@ from .stepper import Stepper
 from .tasks import TaskParams
 from .upkeep import Upkeep
 
-Prompt = str | list[int] | list[dict]
+Prompt = str | list[int] | list[dict] | Branch
 
 
-class BatchEngine(Jobs, Upkeep):
+class BatchEngine(Jobs, Branching, Upkeep):
     """Continuous batching over one model. All methods may be called from any thread; steps run one at a time.
 
     Args:
@@ -121,7 +123,7 @@ class BatchEngine(Jobs, Upkeep):
 
         Args:
             prompt: text, token ids, or chat messages ({"role", "content"}) for the tokenizer's chat template; to classify
-                also a tuple of two texts.
+                also a tuple of two texts. Or what `fork` gave: the output then goes on from there.
             params: how to sample, default SamplingParams(); or EmbedParams, ScoreParams or ClassifyParams for a request that
                 is to bring a `result` and no tokens.
             request_id: any string that is not in use; made up if None.
@@ -220,6 +222,8 @@ class BatchEngine(Jobs, Upkeep):
             state.seed = derive_seed(self.config.seed, self._count)
         self._scheduler.add(request)
         self._requests.add(state)
+        if request.begun:
+            state.sequence_state(request.sequences[0])  # its output shows them from the start
         self._jump.admitted(state)
 
     def submit_when_possible(

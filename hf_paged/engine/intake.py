@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..base.branch import Branch
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..base.sampling_params import SamplingParams
@@ -14,6 +15,7 @@ from ..core.request import Request
 from ..runtime.constraint import Constraints
 from ..runtime.media import NO_MEDIA, Media
 from ..runtime.runner import PagedModel
+from .branching import Origin, checked_branch, kept_logprobs
 from .checks import check_options, checked_forward_hooks, checked_functions, checked_params, most_new_tokens
 from .images import Images, has_images, images_of_messages
 from .prompts import checked_ids, is_messages, prompt_tokens, render_chat, text_continuations
@@ -78,7 +80,8 @@ class Intake:
             media: the images of a prompt given as token ids, read before (instead of `images`).
         """
         arrival = time.monotonic()
-        params = SamplingParams() if params is None else params
+        if params is None:
+            params = prompt.params if isinstance(prompt, Branch) and prompt.params is not None else SamplingParams()
         if not isinstance(params, SamplingParams | TaskParams):
             kind = type(params).__name__
             names = "SamplingParams, EmbedParams, ScoreParams or ClassifyParams"
@@ -88,8 +91,14 @@ class Intake:
         if on_output is not None and not callable(on_output):
             raise InvalidArgument(f"on_output must be a function, got {type(on_output).__name__}")
         check_head(params, self._model)
-        pairs = isinstance(params, ClassifyParams)
-        text, ids, media = self._prompt(prompt, images, media, pairs=pairs)
+        if isinstance(prompt, Branch):
+            branch = checked_branch(prompt, dict(adapter=adapter, cache_salt=cache_salt, images=images))
+            adapter, cache_salt = branch.adapter, branch.cache_salt
+            text, ids, media = self._of_branch(branch, params)
+        else:
+            branch = None
+            pairs = isinstance(params, ClassifyParams)
+            text, ids, media = self._prompt(prompt, images, media, pairs=pairs)
         number = self._model.adapters.number(adapter)
         if media.spans and self._model.adapters.changes_images(number):
             raise UnsupportedOption(
@@ -110,12 +119,21 @@ class Intake:
             params=params,
         )
         if isinstance(params, SamplingParams):
-            state = self._generating(params, text, ids, hooks, common)
+            state = self._generating(params, text, ids, hooks, common, branch)
+            if hooks.row is None:
+                state.output.origin = Origin(params, adapter, cache_salt, media, bool(hooks.forward_hooks))
         else:
             state = self._task(params, text, ids, hooks, common)
         state.callback = on_output
         state.media = media
         return state
+
+    def _of_branch(self, branch: Branch, params) -> tuple[str | None, list[int], Media]:
+        """The same of a prompt whose output has begun."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgument(f"prompt: a Branch goes on with SamplingParams, not with {type(params).__name__}")
+        ids = checked_ids(branch.prompt_token_ids, self._model.vocab_size)
+        return branch.prompt, ids, NO_MEDIA if branch.media is None else branch.media
 
     def _prompt(self, prompt, images, media: Media, *, pairs: bool) -> tuple[str | None, list[int], Media]:
         """(text or None, token ids, media) of a prompt as users give it."""
@@ -142,15 +160,25 @@ class Intake:
         return text, ids, media
 
     def _generating(
-        self, params: SamplingParams, text: str | None, ids: list[int], hooks: RowHooks, common: dict
+        self,
+        params: SamplingParams,
+        text: str | None,
+        ids: list[int],
+        hooks: RowHooks,
+        common: dict,
+        branch: Branch | None,
     ) -> RequestState:
         model, tokenizer = self._model, self._tokenizer
         bad_words = checked_params(params, tokenizer, model.vocab_size)
         form = params.structured_outputs
         constraint = hooks.constraint if form is None else self._constraints.compile(form, model.eos_token_ids)
+        begun = []
+        if branch is not None and len(branch.output_token_ids):
+            begun = checked_ids(branch.output_token_ids, model.vocab_size, "output_token_ids")
         request = Request(
             **common,
             prompt_token_ids=ids,
+            begun=begun,
             n=params.n,
             max_tokens=most_new_tokens(params, len(ids), self._max_model_len),
             min_tokens=params.min_tokens,
@@ -167,7 +195,10 @@ class Intake:
             bad_words_ids=bad_words,
             constraint=constraint,
             hooks=hooks,
+            begun_logprobs=None if branch is None else kept_logprobs(branch, params.logprobs),
         )
+        if begun:
+            request.state.check_begun()
         return request.state
 
     def _task(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from ..base.branch import Branch
 from ..base.errors import InvalidArgument, RequestFailed
 from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput, TaskOutput
@@ -156,8 +157,8 @@ def result_of(output: RequestOutput) -> TaskOutput:
 
 
 def is_one(prompts) -> bool:
-    """Whether this is one prompt: text, messages or token ids; else it is several."""
-    return isinstance(prompts, str) or (
+    """Whether this is one prompt: text, messages, token ids or a Branch; else it is several."""
+    return isinstance(prompts, str | Branch) or (
         isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))
     )
 

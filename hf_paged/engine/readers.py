@@ -119,7 +119,7 @@ class OutputReader(Reader):
 
     def _news(self, marks):
         output = marks.output
-        return RequestOutput(
+        snapshot = RequestOutput(
             request_id=output.request_id,
             prompt=output.prompt,
             prompt_token_ids=output.prompt_token_ids,
@@ -141,6 +141,8 @@ class OutputReader(Reader):
             result=output.result,
             error=marks.error,
         )
+        snapshot.origin = output.origin
+        return snapshot
 
 
 class DeltaReader(Reader):

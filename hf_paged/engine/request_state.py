@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..base.branch import Branch
+from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
 from ..base.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from ..core.request import Request, Sequence
 from ..runtime.constraint import Constraint
 from ..runtime.media import NO_MEDIA
 from ..runtime.sampler import SampleRow, derive_seed
+from .branching import kept_logprobs
 from .tasks import Task
 from .text import IncrementalDetokenizer, StopStringMatcher
 
@@ -74,9 +77,11 @@ class RequestState:
     Args:
         prompt_token_ids: those of the prompt as it was given, if there is more in the request's.
         task: what it wants instead of tokens.
+        begun_logprobs: of the tokens that its outputs begin with (`Request.begun`), if it wants some.
 
     Attributes:
         media: the images in its prompt.
+        streamed: what is put out is read bit by bit, and cannot be taken back.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class RequestState:
         bad_words_ids: Iterable[list[int]] = (),
         constraint: Constraint | None = None,
         task: Task | None = None,
+        begun_logprobs: list[dict[int, Logprob]] | None = None,
     ):
         self.request = request
         self.params = params
@@ -99,6 +105,8 @@ class RequestState:
         self.callback: Callable[[RequestOutput], None] | None = None
         self.task = task
         self.media = NO_MEDIA
+        self.streamed = False
+        self.begun_logprobs = begun_logprobs
         self.seed = seed
         self.bad_words_ids = list(bad_words_ids)
         self.constraint = constraint
@@ -118,16 +126,66 @@ class RequestState:
         """The state of one of the request's sequences, made when the sequence first appears."""
         state = self.sequences.get(sequence.seq_id)
         if state is None:
-            state = self.sequences[sequence.seq_id] = self._new_sequence(sequence)
+            state = self._begin(sequence, self.request.begun, self.begun_logprobs)
         return state
 
-    def _new_sequence(self, sequence: Sequence) -> SequenceState:
+    def restart(self, sequence: Sequence, kept: Branch) -> None:
+        """Its output is what `kept` says, and no more. The CompletionOutput is a new one: the old may be read by somebody."""
+        old = self.sequences.get(sequence.seq_id)
+        if old is not None:
+            self.output.outputs.remove(old.output)
+            self._begin(sequence, kept.output_token_ids, kept_logprobs(kept, self.params.logprobs))
+
+    def take_over(self, again: RequestState) -> None:
+        """How it is sampled from now on: as `again`, a request with the same prompt. Its sequences are to be restarted."""
+        for name in ("max_tokens", "min_tokens", "stop_token_ids", "eos_token_ids", "params"):
+            setattr(self.request, name, getattr(again.request, name))
+        for name in ("params", "seed", "bad_words_ids", "constraint", "begun_logprobs"):
+            setattr(self, name, getattr(again, name))
+
+    def check_begun(self) -> None:
+        """Raise InvalidArgument if the tokens that its outputs begin with would have ended them."""
+        request, state = self.request, self._new_sequence(Sequence(0, self.request, 0, (0, 0), 0), 0)
+        for count, token in enumerate(request.begun, 1):
+            if count >= request.min_tokens and token in request.eos_token_ids | request.stop_token_ids:
+                raise InvalidArgument(f"position: token {token}, output token {count} of those that stay, ends the output")
+        stop = self._replay(state, request.begun, None)
+        if stop is not None:
+            raise InvalidArgument(f"position: the output tokens that stay have the stop string {stop!r}, which ends the output")
+
+    def _begin(
+        self, sequence: Sequence, tokens: Iterable[int], logprobs: list[dict[int, Logprob]] | None
+    ) -> SequenceState:
+        """A new state of `sequence`, with the output tokens that are known already."""
+        state = self._new_sequence(sequence, derive_seed(self.seed, sequence.index))
+        self._replay(state, tokens, logprobs)
+        self.sequences[sequence.seq_id] = state
+        self.output.outputs.append(state.output)
+        self.output.outputs.sort(key=lambda completion: completion.index)
+        return state
+
+    def _replay(
+        self, state: SequenceState, tokens: Iterable[int], logprobs: list[dict[int, Logprob]] | None
+    ) -> str | None:
+        """Output tokens of a new completion that are known before it begins. Returns the first stop string in them."""
+        output, matched = state.output, None
+        for token in tokens:
+            output.token_ids.append(token)
+            if state.detokenizer is not None and matched is None:
+                matched = self._show(state, state.detokenizer.append(token))
+        if logprobs is not None:
+            output.logprobs = list(logprobs)
+            for token, entry in zip(output.token_ids, logprobs, strict=True):
+                output.cumulative_logprob += entry[token].logprob
+        return matched
+
+    def _new_sequence(self, sequence: Sequence, seed: int) -> SequenceState:
         params, request = self.params, self.request
         row = SampleRow(
             params=params,
             token_ids=sequence.token_ids,
             num_prompt=sequence.num_prompt,
-            seed=derive_seed(self.seed, sequence.index),
+            seed=seed,
             eos_token_ids=request.eos_token_ids,
             bad_words_ids=self.bad_words_ids,
             constraint=None if self.constraint is None else self.constraint.fork(),
@@ -152,8 +210,6 @@ class RequestState:
             logprobs=[] if wants_logprobs else None,
             cumulative_logprob=0.0 if wants_logprobs else None,
         )
-        self.output.outputs.append(output)
-        self.output.outputs.sort(key=lambda completion: completion.index)
         return SequenceState(row, output, detokenizer, matcher)
 
     def record_token(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> str | None:
