@@ -225,7 +225,7 @@ def test_images_come_from_hosts_that_are_listed(tmp_path):
         assert run(write(tmp_path / "in.jsonl", lines), out, folder, *hosts) == 1
         thread.join()
     found = {result["custom_id"]: result["response"] for result in results(out)}
-    inputs = processor(text=["user:<image>what?\nassistant:"], images=[image], return_tensors="pt", add_special_tokens=False)
+    inputs = processor(text=["user:<image>what?assistant:"], images=[image], return_tensors="pt", add_special_tokens=False)
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for name in ("inside", "fetched"):
