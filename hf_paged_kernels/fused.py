@@ -2,19 +2,22 @@
 
 Every function takes `backend`, as those of `ops` do: "auto" is the device's own kernels, or plain torch where they
 cannot run. `why_unavailable` says where fusing modules into these functions gains nothing.
+
+With autograd on, what exact mode calls in floats knows its gradient (autograd.py): `linear` inside `exact`, `exact_linear`,
+`head_linear`, the norms, `act_and_mul` and `rotary`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import autograd, ops
 from .exactness import is_exact
 from .norm import Norm
 from .quantized import QuantizedWeight
@@ -43,12 +46,19 @@ def exact_linear(
 ) -> Tensor | None:
     """x [..., K] @ weight [N, K].T + bias [N], a row of which has the same bits beside whatever others; None where no kernel
     gives that."""
+    kernel = _exact_kernel(x, weight, bias, backend)
+    if kernel is not None and autograd.wanted(x, weight, bias):
+        return autograd.linear(kernel, x, weight, bias)
+    return None if kernel is None else kernel(x, weight, bias)
+
+
+def _exact_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Callable | None:
     run, name = _kernels("linear", backend, x.device)
-    if name == "cpu" and run.supports_linear(x, weight):
-        return run.linear(x, weight, bias)
+    if name == "cpu":
+        return run.linear if run.supports_linear(x, weight) else None
     if name == "triton":
         run, _ = _kernels("exact_linear", backend, x.device)
-        return run.exact_linear(x, weight, bias) if run.supports(x, weight, bias) else None
+        return run.exact_linear if run.supports(x, weight, bias) else None
     return None
 
 
@@ -132,6 +142,8 @@ def head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """x [H, M, K] @ weight [H, K, N] + bias [N] -> [H, M, N]."""
     run, name = _kernels("linear", "auto", x.device)
     if name == "cpu" and run.supports_head_linear(x, weight):
+        if autograd.wanted(x, weight, bias):
+            return autograd.head_linear(run.head_linear, x, weight, bias)
         return run.head_linear(x, weight, bias)
     return torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
 
@@ -263,6 +275,9 @@ def rms_norm(
         A new contiguous tensor of x's shape; with `quantize` (values, scales).
     """
     run, name = _kernels("elementwise", backend, x.device)
+    if name != "reference" and autograd.wanted(x, weight):
+        options = dict(eps=eps, offset=offset, cast=cast)
+        return autograd.recomputed(partial(run.rms_norm, **options), partial(_reference.rms_norm, **options), x, weight)
     if name == "cpu":
         return _maybe_quantized(run.rms_norm(x, weight, eps, offset=offset, cast=cast), quantize)
     return run.rms_norm(x, weight, eps, offset=offset, cast=cast, quantize=quantize)
@@ -273,6 +288,15 @@ def add_rms_norm(
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
     """(rms_norm(total), total) with total = x + residual in their dtype; x and residual [..., H]."""
     run, name = _kernels("elementwise", backend, x.device)
+    if name != "reference" and autograd.wanted(x, residual, norm.weight):
+
+        def both(function, x, residual, weight):
+            return function(x, residual, norm._replace(weight=weight))
+
+        kernel = partial(add_rms_norm, backend=backend)
+        return autograd.recomputed(
+            partial(both, kernel), partial(both, _reference.add_rms_norm), x, residual, norm.weight
+        )
     if name == "cpu":
         total = residual + x
         normed = run.rms_norm(total, norm.weight, norm.eps, offset=norm.offset, cast=norm.cast)
@@ -291,6 +315,9 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) * rsqrt(variance + eps) * weight + bias over the last dimension of x [..., H]; on CPU torch's own."""
     run, name = _kernels("elementwise", backend, x.device)
+    if name == "triton" and autograd.wanted(x, weight, bias):
+        kernel, formula = (partial(home.layer_norm, eps=eps) for home in (run, _reference))
+        return autograd.recomputed(kernel, formula, x, weight, bias)
     return (_reference if name == "cpu" else run).layer_norm(x, weight, bias, eps, quantize=quantize)
 
 
@@ -302,6 +329,9 @@ def act_and_mul(
     Activations: "silu", "gelu" (erf), "gelu_tanh". `quantize` as in `rms_norm`.
     """
     run, name = _kernels("elementwise", backend, gate_up.device)
+    if name != "reference" and autograd.wanted(gate_up):
+        kernel, formula = (partial(home.act_and_mul, activation=activation) for home in (run, _reference))
+        return autograd.recomputed(kernel, formula, gate_up)
     if name == "cpu":
         return _maybe_quantized(run.act_and_mul(gate_up, activation), quantize)
     return run.act_and_mul(gate_up, activation, quantize=quantize)
@@ -319,7 +349,10 @@ def rotary(
     Returns:
         New contiguous q and k.
     """
-    return _kernels("elementwise", backend, q_THD.device)[0].rotary(q_THD, k_THD, cos_TR, sin_TR)
+    run, name = _kernels("elementwise", backend, q_THD.device)
+    if name != "reference" and autograd.wanted(q_THD, k_THD):
+        return autograd.recomputed(run.rotary, _reference.rotary, q_THD, k_THD, cos_TR, sin_TR)
+    return run.rotary(q_THD, k_THD, cos_TR, sin_TR)
 
 
 def supports_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:

@@ -250,6 +250,12 @@ def gather_kv(
     return _reference.gather_kv(k_cache, v_cache, block_table_row, length, k_scale=k_scale, v_scale=v_scale)
 
 
+def read_keys(k_cache: Tensor, slots: Tensor, *, k_scale: Tensor | None = None) -> Tensor:
+    """The keys [T, Hkv, Dk] at slots [T] (int64), in the cache's dtype; float32 of a quantized cache."""
+    checks.check_index("slots", slots, torch.int64, 1)
+    return _reference.read_keys(k_cache, slots, k_scale=k_scale)
+
+
 def allocate_kv(
     num_blocks: int,
     num_kv_heads: int,

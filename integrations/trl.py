@@ -15,13 +15,13 @@ from contextlib import nullcontext
 import torch
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import entropy_from_logits
 
 from ..base.config import EngineConfig
 from ..base.errors import InvalidArgument, UnsupportedOption
 from ..base.sampling_params import SamplingParams
-from ..hf.exact import with_gradient_of
 from ..hf.rollout import Rollout
-from ..hf.swap import own_forwards
+from ..runtime.logprobs import chosen_logprobs
 
 # of TRL's `generation_kwargs`: transformers' name -> ours
 _NAMES = {
@@ -102,22 +102,31 @@ class PagedRollouts:
         )
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=False, **kwargs
-    ):
-        call = (model, input_ids, attention_mask, logits_to_keep, *args)
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+        compute_aux_loss=False, **kwargs,
+    ):  # fmt: skip
         if not self.rollout.exact or self.accelerator.unwrap_model(model) is not self._policy:
-            return super()._get_per_token_logps_and_entropies(*call, compute_entropy=compute_entropy, **kwargs)
-        asked = compute_entropy or kwargs.get("compute_aux_loss") or torch.is_grad_enabled()
-        own = entropies = aux_loss = None
-        if asked:
-            with own_forwards():
-                own, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                    *call, compute_entropy=compute_entropy, **kwargs
-                )
-        exact = self.rollout.logprobs(
-            input_ids, attention_mask, count=logits_to_keep, temperature=self._sampling["temperature"]
-        )
-        return exact if own is None else with_gradient_of(own, exact), entropies, aux_loss
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **kwargs
+            )
+        options = {"output_router_logits": True} if compute_aux_loss else {}
+        parts, aux_losses = [], []
+        for ids, mask in zip(*(tensor.split(batch_size or len(input_ids)) for tensor in (input_ids, attention_mask))):
+            output = model(ids, attention_mask=mask, logits_to_keep=logits_to_keep + 1, use_cache=False, **options)
+            parts.append(self._scores(output.logits[:, :-1], ids[:, -logits_to_keep:], mask[:, -logits_to_keep:], compute_entropy))
+            aux_losses.append(output.aux_loss if compute_aux_loss else None)
+        logps, entropies = (None if parts[0][i] is None else torch.cat([part[i] for part in parts]) for i in range(2))
+        return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+
+    def _scores(self, logits, ids, mask, compute_entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(log-probabilities [B, L] as the engine computes them, entropies [B, L]) of logits [B, L, V]; 0 for padding."""
+        temperature = self._sampling["temperature"]
+        logps = chosen_logprobs(logits.flatten(0, 1), ids.flatten(), temperature).view(ids.shape)
+        entropies = None
+        if compute_entropy:
+            with torch.no_grad():
+                entropies = entropy_from_logits(logits.float() / temperature).masked_fill(mask == 0, 0.0)
+        return logps.masked_fill(mask == 0, 0.0), entropies
 
 
 class PagedGRPOTrainer(PagedRollouts, GRPOTrainer):

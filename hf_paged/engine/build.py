@@ -26,6 +26,7 @@ from .offload import HostOffload
 from .speculation import MAX_STEP_TOKENS, MAX_STEP_TOKENS_ELSEWHERE, NgramProposer, Speculator
 
 R = TypeVar("R", bound=ModelRunner)
+C = TypeVar("C", bound=KVCache)
 INITIAL_CPU_BLOCKS = 64  # a thousand tokens to begin with; the pool grows by itself
 
 
@@ -96,17 +97,8 @@ def build(
     """
     check_config(model, config)
     cuda = model.device.type == "cuda"
-    dtype = kv_dtype_of(config.kv_dtype, model.dtype)
-    kernels = ops.resolve_backend(config.attention_backend, model.device)
-    cache = KVCache(
-        group_layers(model.layers, values_in_keys=kernels == "triton"),
-        states=model.states,
-        block_size=config.block_size or (64 if cuda else 16),
-        dtype=dtype,
-        device=model.device,
-        backend=config.attention_backend,
-    )
-    limits = Limits(config.max_batch_tokens or (8192 if cuda else 512), config.max_num_seqs, max_model_len)
+    cache = build_cache(model, config)
+    limits = Limits(max_batch_tokens(model, config), config.max_num_seqs, max_model_len)
     budget = config.kv_cache_memory
     if budget is None or config.kv_cache_share:
         budget = _free_budget(model, config, cache, limits)
@@ -143,6 +135,24 @@ def build(
         encoder=None if encoder is None else EncoderBudget(config.images.tokens_per_step, encoder.__contains__),
     )
     return cache, scheduler
+
+
+def build_cache(model: PagedModel, config: EngineConfig, kind: type[C] = KVCache) -> C:
+    """An empty cache for `model`."""
+    kernels = ops.resolve_backend(config.attention_backend, model.device)
+    return kind(
+        group_layers(model.layers, values_in_keys=kernels == "triton"),
+        states=model.states,
+        block_size=config.block_size or (64 if model.device.type == "cuda" else 16),
+        dtype=kv_dtype_of(config.kv_dtype, model.dtype),
+        device=model.device,
+        backend=config.attention_backend,
+    )
+
+
+def max_batch_tokens(model: PagedModel, config: EngineConfig) -> int:
+    """The most tokens of a step."""
+    return config.max_batch_tokens or (8192 if model.device.type == "cuda" else 512)
 
 
 def _free_budget(model: PagedModel, config: EngineConfig, cache: KVCache, limits: Limits) -> int:

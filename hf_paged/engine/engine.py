@@ -8,6 +8,7 @@ fails because of it) ends with its own error; the others never notice.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
@@ -282,6 +283,16 @@ class BatchEngine(Jobs, Branching, Upkeep):
             if not self._stepping:
                 self._stepper.look_at_model()
             return bool(self.model.hooked)
+
+    @contextmanager
+    def between_steps(self):
+        """Scope in which no step runs and the model is as it is now: for forwards beside the engine's."""
+        with self._lock:
+            self._check_open()
+            if self._stepping:
+                raise InvalidArgument("a model call came from inside a step (from a processor, criterion or hook)")
+            self._stepper.look_at_model()
+            yield
 
     # Rows driven from outside
 

@@ -1,95 +1,103 @@
 """Exact mode: a token's logits are the same bits however they come about, in the engine and in `model(input_ids)`.
 
 The kernels of the engine give a row of a batch bits of its own; nothing else of a forward may undo that, which is
-checked when a model is patched. A forward outside the engine, as a training loop calls it, takes its logits from pages,
-too; their gradient is that of the model's own forward on the same inputs, whose logits differ by rounding only.
+checked when a model is patched (exact_check.py). A forward outside the engine, as a training loop calls it, runs on the same
+kernels, packed, without padding, and with what its rows begin with in common computed once. It is differentiated as it
+is; where that cannot be, the gradient is that of a second forward, the model's own, whose logits differ by rounding.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..base.config import EngineConfig
-from ..base.errors import InvalidArgument, UnsupportedModel, UnsupportedOption
-from ..core.request import Request
-from ..engine.build import build, build_runner
-from .fusion.torch_ops import scope_torch_ops
-from .selfcheck import Observed, scratch_config
+from ..base.errors import InvalidArgument, RequestTooLarge, UnsupportedOption
+from ..core.whole import WholeSequences
+from ..engine.build import build_cache, max_batch_tokens
+from ..runtime.runner import as_in_a_step
+from ..runtime.whole import PassingCache, whole_context
 from .spec import text_config
 from .swap import are_own
 from .weights import float_parameter
 
-_DTYPES = (torch.float32, torch.bfloat16)
-_KNOWN = frozenset({"input_ids", "attention_mask", "logits_to_keep", "labels", "use_cache", "return_dict"})
-_OWN = frozenset({"output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch"})
-_BUDGETS = (5, 16)  # tokens of a step, for the check
+_KNOWN = frozenset(
+    {"input_ids", "attention_mask", "logits_to_keep", "labels", "num_items_in_batch", "use_cache", "return_dict"}
+)
+_OWN = frozenset({"output_hidden_states", "output_attentions", "output_router_logits"})  # what else an output holds
 
-# -- when a model is patched
+Spans = list[tuple[int, list[int]]]
 
 
-def check_exact(adapter, observed: Observed, config: EngineConfig) -> None:
-    """Raise UnsupportedModel unless the logits of a prompt have the same bits computed at once, alone, and in steps of
-    various lengths beside others and token by token."""
-    if adapter.team is not None:
-        raise UnsupportedOption("exact: the sums of a sharded model's ranks depend on the batch")
-    if adapter.dtype not in _DTYPES:
-        raise UnsupportedOption(f"exact: float32 and bfloat16 are exact, not {adapter.dtype}")
-    if not adapter.generates:
-        raise UnsupportedOption(f"exact: {adapter.name} does not generate")
-    if adapter.states:
-        raise UnsupportedOption(f"exact: layers of {adapter.name} keep a state, which goes on from a prompt's chunks")
-    tokens = observed.ids[0].tolist()
-    adapter.torch_ops.noting = True
-    whole = _logits(adapter, config, [tokens], len(tokens))[0]
-    adapter.torch_ops.noting = False
-    if adapter.torch_ops.others:
-        raise UnsupportedModel(
-            f"exact: {adapter.name} calls {', '.join(sorted(adapter.torch_ops.others))}, whose results depend on the batch"
-        )
-    adapter.runs_under_torch_ops = not scope_torch_ops(adapter.torch_ops, adapter.module, adapter.fusions)
-    for budget in _BUDGETS:
-        prompts = [tokens, tokens[: max(1, len(tokens) // 2)], tokens[: max(1, len(tokens) - 3)]]
-        for mine in _logits(adapter, config, prompts, budget):
-            if not torch.equal(mine, whole[: len(mine)]):
-                raise UnsupportedModel(
-                    f"exact: a token's logits of {adapter.name} depend on what is computed beside it"
+class Forwards:
+    """Forwards of a model over whole sequences, on pages of their own. Raises UnsupportedOption for a sharded one."""
+
+    def __init__(self, adapter, config: EngineConfig):
+        if adapter.team is not None:
+            raise UnsupportedOption("a sharded model has no forwards beside its engine's")
+        self._adapter = adapter
+        self._cache = build_cache(adapter, config, PassingCache)
+        self._budget = max_batch_tokens(adapter, config)
+        self._longest = config.max_model_len or adapter.max_model_len
+
+    def run(self, sequences: Sequence[list[int]], wanted: Sequence[int]) -> Iterator[tuple[Spans, Tensor]]:
+        """Forwards over all `sequences`: one with autograd on, else several of as many tokens as a step has, or of one sequence.
+
+        Args:
+            wanted: of how many of each one's last tokens the logits are.
+
+        Yields:
+            (place of a sequence, the rows of `logits` of its wanted tokens) of every sequence in a forward, and its
+            logits [R, V].
+
+        Raises InvalidArgument for tokens that there are none of, RequestTooLarge for a sequence that is too long.
+        """
+        self._check(sequences)
+        first, batch, together = 0, self._batch(), torch.is_grad_enabled()
+        for index, tokens in enumerate(sequences):
+            if batch.num_tokens and not together and batch.num_tokens + batch.cost(tokens) > self._budget:
+                yield self._forward(batch, wanted[first:index], first)
+                first, batch = index, self._batch()
+            batch.add(tokens)
+        yield self._forward(batch, wanted[first:], first)
+
+    def _batch(self) -> WholeSequences:
+        return WholeSequences(self._cache.block_size, stateful=bool(self._adapter.states))
+
+    def _forward(self, batch: WholeSequences, wanted: Sequence[int], first: int) -> tuple[Spans, Tensor]:
+        chosen = [rows[len(rows) - count :] for rows, count in zip(batch.rows, wanted)]
+        rows = sorted(set().union(*chosen)) or [0]
+        place = {row: index for index, row in enumerate(rows)}
+        device = self._cache.device
+        with _as_in_a_step(device):
+            context = whole_context(batch, self._cache, first)
+            logits = self._adapter.forward(context, torch.tensor(rows, device=device))
+            context.shared.clear()
+        return [(first + index, [place[row] for row in mine]) for index, mine in enumerate(chosen)], logits
+
+    def _check(self, sequences: Sequence[list[int]]) -> None:
+        vocab_size = self._adapter.vocab_size
+        for row, tokens in enumerate(sequences):
+            if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+                raise InvalidArgument(
+                    f"input_ids has token id {wrong} in row {row}, outside the vocabulary of {vocab_size}"
                 )
+            if len(tokens) > self._longest:
+                raise RequestTooLarge(f"row {row} has {len(tokens)} tokens, more than max_model_len ({self._longest})")
 
 
-def _logits(adapter, config: EngineConfig, prompts: list[list[int]], budget: int) -> list[Tensor]:
-    """Logits [L, V] of every position of every prompt, in steps of at most `budget` tokens together, their last tokens
-    one by one."""
-    longest = max(map(len, prompts))
-    scratch = scratch_config(adapter, config, max_batch_tokens=max(budget, len(prompts)), max_num_seqs=len(prompts))
-    scratch = scratch.replace(kv_cache_memory=scratch.kv_cache_memory * len(prompts), kv_dtype=config.kv_dtype)
-    cache, scheduler = build(adapter, scratch, max_model_len=longest + 1)
-    runner = build_runner(adapter, scratch, cache, scheduler)
-    singles = 1 if budget >= longest or scheduler.whole_prompts else 3
-    given = [tokens[: max(1, len(tokens) - singles + 1)] for tokens in prompts]
-    for number, tokens in enumerate(given):
-        left = len(prompts[number]) - len(tokens) + 1
-        scheduler.add(Request(request_id=str(number), prompt_token_ids=tokens, max_tokens=left))
-    parts: dict[int, list[Tensor]] = {}
-    try:
-        while (plan := scheduler.schedule()) is not None:
-            logits = runner.forward(runner.prepare(plan, rows=range(plan.num_tokens)))
-            ends = {}
-            for seq_id, begin, mine in zip(plan.seq_ids, plan.num_context, logits.split(plan.num_new)):
-                parts.setdefault(seq_id, []).append(mine.clone())
-                ends[seq_id] = begin + len(mine)
-            longer = prompts[0] + prompts[0]  # all of them begin alike
-            scheduler.commit(plan, {seq_id: [longer[ends[seq_id]]] for _, seq_id in plan.samples})
-    finally:
-        runner.release()
-    return [torch.cat(parts[seq_id]) for seq_id in sorted(parts)]
-
-
-# -- a forward outside the engine
+@contextmanager
+def _as_in_a_step(device: torch.device):
+    """As in a step, but with the caller's mode of autograd."""
+    tracked = torch.is_grad_enabled()
+    with as_in_a_step(device), torch.set_grad_enabled(tracked):
+        yield
 
 
 def takes(model, args: tuple, options: dict) -> bool:
@@ -102,10 +110,11 @@ def takes(model, args: tuple, options: dict) -> bool:
 def exact_forward(model, forward, args: tuple, options: dict):
     """The output of `model(*args, **options)`, its logits those of the engine for the same tokens.
 
-    Rows may have padding on both sides, whose logits are zeros. Their positions count from their first token.
+    Rows may have padding on both sides, whose logits are zeros. Their positions count from their first token. There is a
+    cache in the output only if `use_cache=True` was given.
 
     Args:
-        forward: the model's own; it runs for the gradient of the logits, and for whatever else the output holds.
+        forward: the model's own; it runs for whatever else the output holds, and for gradients that need it.
 
     Raises UnsupportedOption for inputs that the engine would not see as it does, and dropout.
     """
@@ -118,86 +127,69 @@ def exact_forward(model, forward, args: tuple, options: dict):
             raise UnsupportedOption(f"exact: {name} is not supported by an exact forward; leave it out")
     if model.training and (name := _dropout(model)) is not None:
         raise UnsupportedOption(f"exact: {name} drops out in training mode, which no generated token saw; set it to 0")
-    first, lengths = extents(input_ids, mask)
-    columns = input_ids.shape[1]
     keep = options.get("logits_to_keep", 0)
     if not isinstance(keep, int) or keep < 0:
         raise UnsupportedOption("exact: logits_to_keep must be a number of positions")
-    keep = min(keep, columns) or columns
-    labels = options.pop("labels", None)
-    if any(first) and "position_ids" in inspect.signature(type(model).forward).parameters:
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)  # a row's own, as in the engine and in `generate`
-    output = forward(**options) if _needs_own(model, options) else CausalLMOutputWithPast()
-    tokens = [row[begin : begin + length] for row, begin, length in zip(input_ids.tolist(), first, lengths)]
-    wanted = [max(0, begin + length - (columns - keep)) for begin, length in zip(first, lengths)]
-    wanted = [min(count, length) for count, length in zip(wanted, lengths)]
-    rows = exact_logits(model, tokens, wanted)
-    logits = rows[0].new_zeros(len(rows), keep, rows[0].shape[1])
-    for row, begin, length, mine in zip(logits, first, lengths, rows):
-        end = begin + length - (columns - keep)
-        row[end - len(mine) : end] = mine
-    if output.logits is not None:
-        logits = with_gradient_of(output.logits, logits)
-    output.logits = logits
+    first, lengths = extents(input_ids, mask)
+    labels, as_tuple = options.pop("labels", None), options.pop("return_dict", None) is False
+    tracked = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    second = tracked and model._hf_paged.second_forward is not None
+    asked = any(options.get(name, getattr(text_config(model), name, False)) for name in _OWN)
+    output = CausalLMOutputWithPast()
+    if second or asked or options.get("use_cache"):
+        if any(first) and "position_ids" in inspect.signature(type(model).forward).parameters:
+            options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)  # a row's own, as in the engine and in `generate`
+        with torch.set_grad_enabled(tracked and (second or asked)):
+            output = forward(**{"use_cache": False, **options})
+    with torch.set_grad_enabled(tracked and not second):
+        logits = _padded_logits(model, input_ids, first, lengths, keep)
+    output.logits = _WithGradientOf.apply(output.logits, logits) if second else logits
     if labels is not None:
         count = {"num_items_in_batch": options["num_items_in_batch"]} if "num_items_in_batch" in options else {}
         output.loss = model.loss_function(
-            logits=logits, labels=labels, vocab_size=text_config(model).vocab_size, **count
+            logits=output.logits, labels=labels, vocab_size=text_config(model).vocab_size, **count
         )
-    return output
+        if getattr(output, "aux_loss", None) is not None:
+            output.loss = output.loss + model.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+    return output.to_tuple() if as_tuple else output
 
 
-def exact_logits(model, tokens: Sequence[list[int]], wanted: Sequence[int]) -> list[Tensor]:
-    """Logits [wanted[i], V] of the last so many positions of sequences `tokens[i]`, without gradient."""
-    engine = model._hf_paged.engine()
-    results: list[list[Tensor]] = [[] for _ in tokens]
-    for group in _groups([len(row) for row in tokens], engine._scheduler.max_batch_tokens):
-        held = engine.hold(len(group), name="forward")
-        try:
-            skipped = []
-            for place, index in enumerate(group):
-                needed = tokens[index][: len(tokens[index]) - max(1, wanted[index]) + 1]
-                skipped.append(held.take_hit(place, needed) if needed else 0)
-
-            def execute(context, spans, group=group, skipped=skipped):
-                packed, owners = [], []
-                for span in spans:
-                    index = group[span.row]
-                    begin = skipped[span.row] + span.start
-                    unwanted = min(span.count, max(0, len(tokens[index]) - wanted[index] - begin))
-                    mine = span.packed[unwanted:]
-                    packed += mine
-                    owners.append((index, len(mine)))
-                rows = torch.tensor(packed, dtype=torch.int64, device=context.position_ids.device)
-                if not packed:  # a chunk of which nothing was asked: its keys and values were
-                    rows = rows.new_zeros(1)
-                logits = engine.model.forward(context, rows)
-                offset = 0
-                for index, count in owners:
-                    results[index].append(logits[offset : offset + count].clone())
-                    offset += count
-
-            held.forward([tokens[index][skip:] for index, skip in zip(group, skipped)], execute)
-        finally:
-            held.close()
-    like, size = float_parameter(model), engine.model.vocab_size
-    return [torch.cat(parts) if parts else like.new_zeros(0, size).detach() for parts in results]
+def _padded_logits(model, input_ids: Tensor, first: list[int], lengths: list[int], keep: int) -> Tensor:
+    """Logits [B, keep, V] of the last columns (0: all), zeros where there is padding."""
+    batch, columns = input_ids.shape
+    keep = min(keep, columns) or columns
+    tokens = [row[begin : begin + length] for row, begin, length in zip(input_ids.tolist(), first, lengths)]
+    ends = [begin + length - (columns - keep) for begin, length in zip(first, lengths)]
+    wanted = [min(max(0, end), length) for end, length in zip(ends, lengths)]
+    result = None
+    with exact_forwards(model) as forwards:
+        for spans, logits in forwards.run(tokens, wanted):
+            sources = [place for _, places in spans for place in places]
+            targets = [index * keep + column for index, places in spans
+                       for column in range(ends[index] - len(places), ends[index])]  # fmt: skip
+            if targets == list(range(batch * keep)) == sources:
+                return logits.view(batch, keep, -1)
+            if result is None:
+                result = logits.new_zeros(batch * keep, logits.shape[1])
+            if sources != list(range(len(logits))):
+                logits = logits[torch.tensor(sources, device=logits.device)]
+            result.index_copy_(0, torch.tensor(targets, device=logits.device), logits)
+    return result.view(batch, keep, -1)
 
 
-def _groups(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows that are held together: as many as the tokens of a step, so that their pages are few."""
-    groups, room = [], 0
-    for index, length in enumerate(lengths):
-        if not groups or length > room:
-            groups.append([])
-            room = budget
-        groups[-1].append(index)
-        room -= length
-    return groups
+@contextmanager
+def exact_forwards(model):
+    """`Forwards` of a patched model as it is now. Its engine, if it has one, rests meanwhile."""
+    patch = model._hf_paged
+    engine = patch.live_engine
+    with nullcontext() if engine is None else engine.between_steps():
+        if engine is None:
+            patch.adapter.weights_changed()
+        yield Forwards(patch.adapter, patch.config_in_use)
 
 
 class _WithGradientOf(torch.autograd.Function):
-    """The values of one tensor with the gradient of another."""
+    """The values of one tensor with the gradient of another: two results of the same formula, one knows its gradient."""
 
     @staticmethod
     def forward(ctx, own: Tensor, values: Tensor) -> Tensor:
@@ -206,19 +198,6 @@ class _WithGradientOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient, None
-
-
-def with_gradient_of(own: Tensor, values: Tensor) -> Tensor:
-    """`values`, differentiated as `own` is: two results of the same formula, of which one knows its gradient."""
-    return _WithGradientOf.apply(own, values) if own.requires_grad else values
-
-
-def _needs_own(model, options: dict) -> bool:
-    """Whether the model's own forward must run as well."""
-    keeps = options.get("use_cache", getattr(text_config(model), "use_cache", False))
-    gradient = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
-    asked = any(options.get(name) for name in _OWN - {"num_items_in_batch"})
-    return gradient or bool(keeps) or asked
 
 
 def extents(input_ids: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:

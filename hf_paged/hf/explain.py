@@ -67,6 +67,7 @@ class Explanation:
         calls: options of `generate` that sent a call so far to transformers' own path, with the reason.
         guesses: what speculation does; None if it is off.
         exact: whether a token's logits are the same bits in any batch (`EngineConfig.exact`).
+        second_forward: why an exact forward that trains has its gradient from a second one; None if it is one forward.
         images: how images get their embeddings; None if the model takes none on pages.
         offload: what host memory is used for; None if for nothing.
         graphs: which steps run as CUDA graphs; None if none do.
@@ -96,6 +97,7 @@ class Explanation:
     limits: list[str] = field(default_factory=list)
     guesses: str | None = None
     exact: bool = False
+    second_forward: str | None = None
     offload: str | None = None
     images: str | None = None
     graphs: str | None = None
@@ -126,6 +128,8 @@ class Explanation:
             lines.append(f"kernels {len(self.launches)} a layer for a token: {', '.join(self.launches)}")
         if self.exact:
             lines.append("exact   a token's logits have the same bits in any batch, and in model(input_ids)")
+        if self.second_forward:
+            lines.append(f"exact   forwards that train run twice: {self.second_forward}")
         if self.guesses:
             lines.append(f"guesses {self.guesses}")
         if self.images:
@@ -227,6 +231,7 @@ def explain_patch(model, patch, config) -> Explanation:
         limits=limits,
         guesses=_guesses(config),
         exact=config.exact,
+        second_forward=patch.second_forward,
         offload=_offload(adapter, config),
         images=_images(adapter, config),
         graphs=_graphs(patch, config),

@@ -17,6 +17,7 @@ from ..parallel.team import Team
 from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
+from .checkpointing import checkpointed_modules, recomputed_on_pages
 from .fusion import Fusions
 from .fusion.experts import eager_experts, paged_experts
 from .fusion.sharded import SplitHead
@@ -137,19 +138,29 @@ class TransformersModel:
     def _running(self, context: StepContext):
         """Scope in which calls of the model's modules are one forward of the packed batch of `context`."""
         self._check_obstacle()
+        layers = checkpointed_modules(self._seen.modules) if torch.is_grad_enabled() else []
         with (
-            exact(self.fusions.exact),
-            self.torch_ops if self._under_torch_ops else nullcontext(),
             self.adapters.running(context.plan),
-            evaluating(self.module, self._seen.modules),
-            paged_attention(self._configs),
+            self._on_pages(context, self.module, self._seen.modules),
             paged_masks(),
-            paged_experts(self.fusions.expert_configs),
-            eager_experts(self.fusions.eager_configs),
-            activate(context),
             sequence_hooks(self.module, context),
             keeping_hidden(self._body, context),
             deepened(self.module, context),
+            recomputed_on_pages(layers, context, self._on_pages),
+        ):
+            yield
+
+    @contextmanager
+    def _on_pages(self, context: StepContext, module: torch.nn.Module, modules: list[torch.nn.Module] | None = None):
+        """Scope in which calls of `module` and its `modules` run our kernels, on the pages of `context`."""
+        with (
+            exact(self.fusions.exact),
+            self.torch_ops if self._under_torch_ops else nullcontext(),
+            evaluating(module, modules),
+            paged_attention(self._configs),
+            paged_experts(self.fusions.expert_configs),
+            eager_experts(self.fusions.eager_configs),
+            activate(context),
         ):
             yield
 

@@ -23,7 +23,7 @@ from ..parallel.team import Team
 from ..runtime.runner import as_in_a_step
 from .adapters import adapt
 from .draft import check_draft, draft_config
-from .exact import check_exact
+from .exact_check import check_exact
 from .explain import Explanation, explain_patch
 from .fusion import Fusions, fuse, fuse_layers, shard, voting
 from .generation import PagedMixin
@@ -77,6 +77,7 @@ class Patch:
         self.largest_difference: float | None = None  # that `verify` found
         self.launches: list[str] | None = None  # kernels of a layer that decodes, where they are Triton's
         self.exact = False  # once the model's own forwards were looked at
+        self.second_forward: str | None = None  # why an exact forward needs one for its gradient
         self.scatter: float | None = None  # of the model's own logits, where its layers round activations to 8 bits
         self.calls: dict[str, str] = {}  # options of calls so far that took a slower path, and why
         self._engine = None
@@ -95,7 +96,7 @@ class Patch:
                 self.launches, self.scatter = check_forward(self.adapter, observed, self.config)
         if self.config.exact:
             with without_hooks(model):
-                check_exact(self.adapter, observed, self.config)
+                self.second_forward = check_exact(self.adapter, observed, self.config)
             self.exact = True
         self.adapter.weights_replaced()  # with its hooks
         if self.team is not None:

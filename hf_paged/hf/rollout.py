@@ -12,7 +12,7 @@ from ..base.errors import InvalidArgument
 from ..base.sampling_params import SamplingParams
 from ..base.types import RequestOutput
 from ..runtime.logprobs import chosen_logprobs
-from .exact import exact_logits, extents
+from .exact import exact_forwards, extents
 from .patch import engine_of, is_patched, patch, patch_of, unpatch
 from .peft import base_model
 
@@ -47,7 +47,6 @@ class Rollout:
         finally:
             engine.sleep()
 
-    @torch.no_grad()
     def logprobs(
         self,
         input_ids: Tensor,
@@ -56,7 +55,7 @@ class Rollout:
         count: int | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Log-probabilities of the last tokens of each row, by the engine.
+        """Log-probabilities of the last tokens of each row, on the engine's kernels; without gradient.
 
         Args:
             input_ids: [B, L], padded on either side where `attention_mask` [B, L] is 0.
@@ -78,13 +77,14 @@ class Rollout:
         rows = [ids[begin : begin + length] for ids, begin, length in zip(input_ids.tolist(), first, lengths)]
         # logits of the token before the first wanted one, up to the last but one
         wanted = [min(length, max(0, begin + length - (columns - count) + 1)) for begin, length in zip(first, lengths)]
-        logits = exact_logits(base_model(self.model), rows, wanted)
         result = torch.zeros(len(rows), count)
-        for line, ids, begin, mine in zip(result, rows, first, logits):
-            chosen = torch.tensor(ids[len(ids) - len(mine) + 1 :], dtype=torch.int64, device=mine.device)
-            if len(chosen):
-                end = begin + len(ids) - (columns - count)
-                line[end - len(chosen) : end] = chosen_logprobs(mine[:-1], chosen, temperature)
+        with torch.no_grad(), exact_forwards(base_model(self.model)) as forwards:
+            for spans, logits in forwards.run(rows, wanted):
+                for index, places in spans:
+                    ids, end = rows[index], first[index] + lengths[index] - (columns - count)
+                    chosen = torch.tensor(ids[len(ids) - len(places) + 1 :], dtype=torch.int64, device=logits.device)
+                    if len(chosen):
+                        result[index, end - len(chosen) : end] = chosen_logprobs(logits[places[:-1]], chosen, temperature)
         return result.to(input_ids.device)
 
     def close(self) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_paged_kernels import ops
+from hf_paged_kernels import autograd, ops
+from hf_paged_kernels.norm import Norm
+from hf_paged_kernels.ref import elementwise
 
 from ..core.plan import StepPlan
 from .adapters import StepAdapters
@@ -114,43 +116,74 @@ class StepContext:
         cos, sin [T, R], or None where nothing is rotated.
         """
         layer = self._next(layer_idx)
-        metadata = self.metadata[layer.group]
-        query = ops.rotary_store(
+        options = dict(scale=scale, softcap=softcap, sinks=sinks)
+        norms = q_norm, k_norm
+        if torch.is_grad_enabled():
+            query, key = self._stored_keys(layer, query, key, value, cos, sin, norms)
+            return self._attend(layer, query, key, value, stored=True, **options)
+        query = self._store(layer, query, key, value, cos, sin, norms)
+        return self._attend(layer, query, None, None, **options)
+
+    def _store(self, layer, query, key, value, cos, sin, norms) -> torch.Tensor:
+        return ops.rotary_store(
             query,
             key,
             value,
             layer.k_cache,
             layer.v_cache,
-            metadata.slot_mapping,
+            self.metadata[layer.group].slot_mapping,
             cos,
             sin,
-            q_norm=q_norm,
-            k_norm=k_norm,
+            q_norm=norms[0],
+            k_norm=norms[1],
             **layer.scales,
             backend=self.backend,
         )
-        return self._attend(layer, query, None, None, scale=scale, softcap=softcap, sinks=sinks)
 
-    def _attend(self, layer, query, key, value, **options):
-        return ops.attention_(
-            query,
-            key,
-            value,
-            layer.k_cache,
-            layer.v_cache,
-            self.metadata[layer.group],
-            window=layer.spec.window,
-            chunk=layer.spec.chunk,
-            backend=self.backend,
-            **layer.scales,
-            **options,
-        )
+    def _stored_keys(self, layer, query, key, value, cos, sin, norms) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries, and the keys that are in the pages now, with their gradient."""
+
+        def kernel(query, key, *weights):
+            query = self._store(layer, query, key, value, cos, sin, _with(norms, weights))
+            slots = self.metadata[layer.group].slot_mapping
+            return query, ops.read_keys(layer.k_cache, slots, k_scale=layer.scales["k_scale"]).to(key.dtype)
+
+        def formula(query, key, *weights):
+            query, key = map(_normed, (query, key), _with(norms, weights))
+            return (query, key) if cos is None else elementwise.rotary(query, key, cos, sin)
+
+        return autograd.recomputed(kernel, formula, query, key, *(norm and norm.weight for norm in norms))
+
+    def _attend(self, layer, query, key, value, *, stored: bool = False, sinks=None, **options):
+        """`stored`: keys and values are in the pages, and here for their gradient only."""
+        spec, metadata = layer.spec, self.metadata[layer.group]
+        options |= dict(window=spec.window, chunk=spec.chunk)
+        common = dict(options, backend=self.backend, **layer.scales)
+        caches = layer.k_cache, layer.v_cache, metadata
+        if not autograd.wanted(query, key, value, sinks):
+            key, value = (None, None) if stored else (key, value)
+            return ops.attention_(query, key, value, *caches, sinks=sinks, **common)
+
+        def kernel(query, key, value, sinks):
+            key, value = (None, None) if stored else (key, value)
+            return ops.attention_(query, key, value, *caches, sinks=sinks, **common)
+
+        block_size = layer.v_cache.shape[2]
+        return autograd.attention(kernel, query, key, value, sinks, metadata, block_size=block_size, **options)
 
     def _next(self, layer_idx: int):
         """The pages of a layer's next attention in this forward."""
         layer = self._layers[layer_idx, self.calls[layer_idx]]
         self.calls[layer_idx] += 1
         return layer
+
+
+def _with(norms: tuple[Norm | None, ...], weights: tuple[torch.Tensor | None, ...]) -> list[Norm | None]:
+    return [norm and norm._replace(weight=weight) for norm, weight in zip(norms, weights)]
+
+
+def _normed(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    return heads if norm is None else elementwise.rms_norm(heads, *norm[:2], offset=norm.offset, cast=norm.cast)
 
 
 _active = threading.local()

@@ -141,6 +141,13 @@ def copy_blocks(
             tensor[destination] = tensor[source]
 
 
+def read_keys(k_cache: Tensor, slots: Tensor, *, k_scale=None) -> Tensor:
+    """See `ops.read_keys`."""
+    block, offset = slots // k_cache.shape[3], slots % k_cache.shape[3]
+    key = _raw(k_cache)[block, :, :, offset].view(k_cache.dtype)
+    return key if k_scale is None else key.float() * k_scale[block, :, offset][..., None]
+
+
 def gather_kv(
     k_cache: Tensor, v_cache: Tensor, block_table_row: Tensor, length: int, *, k_scale=None, v_scale=None
 ) -> tuple[Tensor, Tensor]:

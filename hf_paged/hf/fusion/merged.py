@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hf_paged_kernels import autograd
 from hf_paged_kernels.quantized import QuantizedWeight, cat, same_layout, why_not_joined
 
 from ...quant.linear import QuantLinear
@@ -28,7 +29,8 @@ class Merged:
 
     Attributes:
         weight: a tensor or a QuantizedWeight. Vectors along K that belong to a quantized one (the order of its columns,
-            the scale of its inputs) remain each layer's own.
+            the scale of its inputs) remain each layer's own. With autograd on, its gradient is that of the parameters.
+        bias: None if the layers have none.
         joined: False while the layers are not of one kind, after something changed some of them. Then they run by
             themselves.
     """
@@ -45,8 +47,20 @@ class Merged:
         if not self.joined:
             self.separate()
             return
-        self.weight = self._join_quantized() if _quantized(self.layers) else self._join("weight")
-        self.bias = None if self.layers[0].bias is None else self._join("bias")
+        self._weight = self._join_quantized() if _quantized(self.layers) else self._join("weight")
+        self._bias = None if self.layers[0].bias is None else self._join("bias")
+
+    @property
+    def weight(self) -> torch.Tensor | QuantizedWeight | None:
+        return self._weight if not torch.is_grad_enabled() or _quantized(self.layers) else self._tracked("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias if self._bias is None or not torch.is_grad_enabled() else self._tracked("bias")
+
+    def _tracked(self, name: str) -> torch.Tensor:
+        whole, parts = getattr(self, f"_{name}"), [getattr(layer, name) for layer in self.layers]
+        return autograd.joined(whole, parts) if autograd.wanted(*parts) else whole
 
     def _join(self, name: str) -> torch.Tensor:
         parameters = [local(getattr(layer, name)) for layer in self.layers]
@@ -66,17 +80,17 @@ class Merged:
         """Whether every layer's parameters still are the views they were made."""
         if not self.joined:
             return False
-        if self.bias is not None and not _follows(self.bias, [local(layer.bias) for layer in self.layers]):
+        if self._bias is not None and not _follows(self._bias, [local(layer.bias) for layer in self.layers]):
             return False
         if not _quantized(self.layers):
-            return _follows(self.weight, [local(layer.weight) for layer in self.layers])
-        parts = zip(self.layers, self.weight.split(self.sizes))
+            return _follows(self._weight, [local(layer.weight) for layer in self.layers])
+        parts = zip(self.layers, self._weight.split(self.sizes))
         return all(_is_part(layer.quantized, part) for layer, part in parts)
 
     def separate(self) -> None:
         """Give every parameter its own storage back."""
         self.joined = False
-        self.weight = self.bias = None
+        self._weight = self._bias = None
         for layer in self.layers:
             if isinstance(layer, QuantLinear):
                 tensors = layer.quantized.tensors()
