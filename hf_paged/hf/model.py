@@ -18,6 +18,7 @@ from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
 from .checkpointing import checkpointed_modules, recomputed_on_pages
+from .fingerprint import fingerprint
 from .fusion import Fusions
 from .fusion.experts import eager_experts, paged_experts
 from .fusion.sharded import SplitHead
@@ -226,6 +227,9 @@ class TransformersModel:
         if replaced:
             self.adapters.weights_changed()
         return self.adapters.changed() or replaced
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.module)
 
     @property
     def hooked(self) -> list[int]:

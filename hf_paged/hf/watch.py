@@ -42,7 +42,7 @@ class Snapshot:
         self._around = self._around_forwards()
         self.hooked = [-1] if any(map(_of_user, _global_hooks())) else []
         self.hooked += [place for place, module in enumerate(modules) if any(map(_of_user, _hooks(module)))]
-        self._adapters = [(module, _adapter_state(module)) for module in modules if hasattr(module, "_active_adapter")]
+        self._adapters = [(module, adapter_state(module)) for module in modules if hasattr(module, "_active_adapter")]
         self._fingerprint = torch.cat([_sample(entry[3]) for entry in self._tensors])
 
     @property
@@ -60,7 +60,7 @@ class Snapshot:
             self._around == self._around_forwards()
             and all(tensor._version == version for tensor, version in self._sharded)
             and all(now == then for now, then in self._children)
-            and all(_adapter_state(module) == then for module, then in self._adapters)
+            and all(adapter_state(module) == then for module, then in self._adapters)
         )
 
     def equals(self, later: Snapshot) -> bool:
@@ -150,7 +150,7 @@ def without_hooks(model: torch.nn.Module):
             module._forward_pre_hooks, module._forward_hooks = before, after
 
 
-def _adapter_state(module) -> tuple:
+def adapter_state(module) -> tuple:
     """What a PEFT layer currently adds to its base layer, as far as its parameters do not tell."""
     scaling = getattr(module, "scaling", None)
     return (

@@ -130,6 +130,13 @@ class PagedModel(Protocol):
         """A second, slower look that also finds writes behind autograd's back; asked when work starts."""
         ...
 
+    def fingerprint(self) -> str:
+        """A digest of all that decides which keys and values tokens get, the same in every process. Reads all weights.
+
+        Raises UnsupportedOption if user code takes part in that.
+        """
+        ...
+
 
 def on_device(device: torch.device):
     """A context in which `device` is the current one, where kernels are launched."""
