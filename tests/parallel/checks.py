@@ -503,6 +503,7 @@ def refusals():
     pair = pairs["llama"]
     refused(hf_paged.UnsupportedOption, "quantization", hf_paged.patch, pair.shards, quantization="int4")
     refused(hf_paged.UnsupportedOption, "cuda_graphs", hf_paged.patch, pair.shards, cuda_graphs=True)
+    refused(hf_paged.UnsupportedOption, "offload: a sharded model", hf_paged.patch, pair.shards, offload="1MiB")
     refused(hf_paged.InvalidArgument, "not patched", hf_paged.follow, pair.shards)
     hf_paged.patch(pair.shards)
     try:
