@@ -26,8 +26,8 @@ class HostTier:
     Args:
         max_slots: per group, most slots.
         max_states: most slots for states of sequences.
-        prefers_copy: `prefers_copy(tokens, blocks per group, states)` says whether copying so much out, and back later, is
-            better than computing so many tokens again.
+        prefers_copy: `prefers_copy(tokens, blocks per group, states, ways)` says whether copying so much one way, or out
+            and back, is better than computing so many tokens again.
         keeps_prefixes: whether prefixes evicted from the device come here.
 
     Attributes:
@@ -41,7 +41,7 @@ class HostTier:
         max_slots: AbstractSequence[int],
         *,
         max_states: int,
-        prefers_copy: Callable[[int, list[int], int], bool],
+        prefers_copy: Callable[[int, list[int], int, int], bool],
         keeps_prefixes: bool,
     ):
         self.pools = [BlockPool(0, count) for count in max_slots]

@@ -61,7 +61,7 @@ class Parking:
             for pool, table in zip(self._pools, seq.block_tables, strict=True)
         ]
         new = [sum(pool.lookup(key) is None for _, key in kept) for pool, kept in zip(host.pools, keys, strict=True)]
-        if not host.prefers_copy(seq.num_computed, new, int(seq.state_slot is not None)):
+        if not host.prefers_copy(seq.num_computed, new, int(seq.state_slot is not None), 2):
             return None
         record = Parked(seq.num_computed, [], None, host.age)
         for group, (kept, table) in enumerate(zip(keys, seq.block_tables, strict=True)):

@@ -210,7 +210,7 @@ class Planner:
             return False
         parked = tables.parking.take(seq)
         if parked is None:
-            num_hit = tables.longest_hit(seq) if tables.prefix_cache else 0
+            num_hit = tables.best_hit(seq) if tables.prefix_cache else 0
             if self._is_coming(step, seq, num_hit):
                 step.walk.pass_over(seq)
                 return True

@@ -38,6 +38,20 @@ class PrefixTables:
         pools = self.pools if on_device else self._findable
         return longest_hit(pools, self.groups, seq.block_keys, self._most_hit(seq), self.block_size)
 
+    def best_hit(self, seq: Sequence) -> int:
+        """`longest_hit`, or the part of it on the device where copying the rest from host memory is no better than computing it."""
+        longest = self.longest_hit(seq)
+        if self.host is None or not longest:
+            return longest
+        on_host = [
+            sum(pool.lookup(key) is None for key in seq.block_keys[self._first_seen(group, longest) : longest])
+            for pool, group in zip(self.pools, self.groups, strict=True)
+        ]
+        if not any(on_host):
+            return longest
+        here = self.longest_hit(seq, on_device=True)
+        return longest if self.host.prefers_copy((longest - here) * self.block_size, on_host, 0, 1) else here
+
     def num_cached(self, seq: Sequence) -> int:
         """About `longest_hit`, found with few lookups: as if a block that is cached had all those before it cached, too."""
         lookup, keys, most = self._findable[self._whole].lookup, seq.block_keys, self._most_hit(seq)
@@ -58,7 +72,7 @@ class PrefixTables:
         seq.num_computed = num_blocks * self.block_size
         for index, (pool, group, table) in enumerate(zip(self.pools, self.groups, seq.block_tables, strict=True)):
             assert not table, "a hit starts a sequence"
-            unseen = group.num_unseen_blocks(seq.num_computed, self.block_size)
+            unseen = self._first_seen(group, num_blocks)
             table.extend([RELEASED] * unseen)
             for key in seq.block_keys[unseen:num_blocks]:
                 block = pool.lookup(key)
@@ -69,6 +83,10 @@ class PrefixTables:
                     slot = self.host.pools[index].lookup(key)
                     self.host.pools[index].incref(slot)
                     table.append(on_host(slot))
+
+    def _first_seen(self, group: GroupSpec, num_blocks: int) -> int:
+        """The first of a hit's blocks that the token after it sees in a group."""
+        return group.num_unseen_blocks(num_blocks * self.block_size, self.block_size)
 
     # -- published
 

@@ -18,7 +18,9 @@ class HostOffload:
 
     Whether something is copied or computed again is decided by what takes less time, both as measured on this machine:
 
-        a copy's overhead + bytes / bandwidth, out and back    against    tokens / speed of steps that compute prompts
+        ways * (a copy's overhead + bytes / bandwidth)    against    tokens / speed of steps that compute prompts
+
+    What is preempted goes out and comes back; a prefix that was evicted there only comes back.
 
     Attributes:
         copying: what a copy one way takes, measured by `tier`; None before.
@@ -73,11 +75,11 @@ class HostOffload:
             self._tokens = kept * self._tokens + num_tokens
             self._seconds = kept * self._seconds + seconds
 
-    def prefers_copy(self, num_tokens: int, num_blocks: list[int], num_states: int) -> bool:
-        """Whether to copy so many blocks a group, and states, out and back rather than to compute so many tokens again."""
+    def prefers_copy(self, num_tokens: int, num_blocks: list[int], num_states: int, ways: int) -> bool:
+        """Whether to copy so many blocks a group, and states, one way or both, rather than to compute so many tokens again."""
         if not self._tokens:
             return True
-        copying = 2 * (self.copying.overhead + self._num_bytes(num_blocks, num_states) * self.copying.per_byte)
+        copying = ways * (self.copying.overhead + self._num_bytes(num_blocks, num_states) * self.copying.per_byte)
         return copying < num_tokens / self.speed
 
     def stats(self) -> dict[str, int]:

@@ -193,6 +193,24 @@ def test_an_evicted_prefix_comes_back_from_host_memory(model):
         assert cached(engine, LONG) == (0, expected)
 
 
+def test_of_a_prefix_in_host_memory_only_what_is_copied_faster_comes_back(model):
+    expected, whole = stock(model, LONG), len(LONG) // BLOCK * BLOCK
+    begun = LONG[: 4 * BLOCK] + [7]
+    with Engine(model, config=config(model, 20)) as engine:
+        cached(engine, LONG)
+        evict(engine)
+        cached(engine, begun)  # its blocks come back, the five after them stay there
+        measured = engine._offload.copying
+        engine._offload.copying = CopyTime(overhead=1.0, per_byte=measured.per_byte)
+        engine._offload.computed(10**12, 1.0, num_running=1)
+        assert cached(engine, LONG) == (4 * BLOCK, expected)
+        evict(engine)
+        assert cached(engine, LONG) == (0, expected)
+        evict(engine)
+        engine._offload.copying = CopyTime(overhead=0.0, per_byte=0.0)
+        assert cached(engine, LONG) == (whole, expected)
+
+
 def test_host_memory_is_bounded_and_keeps_what_was_used_last(model):
     memory = 30 * block_bytes(model)[0]
     with Engine(model, config=config(model, 20, offload=memory)) as engine:
