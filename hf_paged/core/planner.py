@@ -15,6 +15,8 @@ from .request import Request, Sequence, SequenceStatus
 from .step import StepBuilder
 from .tables import BlockTables
 
+SHORT_STEP = 0.25  # of the token budget: all that a step is filled with while somebody's prompt has priority
+
 
 @dataclass(slots=True)
 class Counts:
@@ -69,6 +71,7 @@ class Planner:
         self._queues = queues
         self._counts = counts
         self._max_batch_tokens = max_batch_tokens
+        self._left_empty = max_batch_tokens - int(SHORT_STEP * max_batch_tokens)
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._whole_prompts = whole_prompts
@@ -140,6 +143,8 @@ class Planner:
             if self._encoder is not None:
                 self._encoder.take(seq, count)
         self._tables.extend(seq, count, step.changes)
+        if count > 1:
+            step.level = min(step.level, self._queues.waiting.level(seq.request))
         if count < remaining:
             step.add(seq, count, [])
             step.prefills.append((seq, seq.num_computed + count))
@@ -154,7 +159,7 @@ class Planner:
         What must be computed together takes its place in the budget as if it had the room.
         """
         media, begin = seq.request.media, seq.num_computed
-        most = min(seq.num_remaining, step.spare_budget)
+        most = min(seq.num_remaining, self._spare_budget(step, seq))
         if most < 1:
             return 1, 0
         if self._whole_prompts and not begin:
@@ -166,6 +171,17 @@ class Planner:
         if self._encoder is not None:
             most = whole_blocks(media, begin, self._encoder.within(seq, most))
         return least, most
+
+    def _spare_budget(self, step: StepBuilder, seq: Sequence) -> int:
+        """Tokens that `seq` may have computed, but for those of coming decodes.
+
+        A step takes as long as all its prompts together. So one with a prompt of a higher level is filled with others' only
+        as far as it stays short. They lose little: where arithmetic is the bound, short steps follow each other faster.
+        """
+        spare = step.spare_budget
+        if seq.num_remaining > 1 and self._queues.waiting.level(seq.request) > step.level:
+            spare -= self._left_empty
+        return spare
 
     # -- those that wait
 
@@ -181,7 +197,7 @@ class Planner:
                 step.walk.pass_over(head)
             elif head.seq_id in step.preempted or head.num_unknown:
                 step.admitting = False  # (preempted with an unknown token, it cannot be recomputed yet)
-            elif step.spare_budget < 1 or self._is_blocked(step, head):
+            elif self._spare_budget(step, head) < 1 or self._is_blocked(step, head):
                 step.admitting = False
             else:
                 step.admitting = self._admit_one(step, head, order)

@@ -67,6 +67,9 @@ class ByPriority(FirstCome):
     def order(self, request: Request, seq_id: int) -> tuple[int, int]:
         return request.rank, seq_id
 
+    def level(self, request: Request) -> int:
+        return request.priority
+
     def kind(self, request: Request) -> int:
         return request.priority
 

@@ -52,6 +52,10 @@ class Policy(ABC):
         """Whether a waiting sequence, which comes before a running one, takes its seat and its blocks."""
         return False
 
+    def level(self, request: Request) -> float:
+        """Prompts of lower levels are not to wait for those of higher ones."""
+        return 0
+
     def kind(self, request: Request) -> object:
         """Only requests of equal kinds may overtake each other."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 
 from .media import MediaRows, media_rows
@@ -23,6 +24,7 @@ class StepBuilder:
         preempted: sequences preempted while planning; they are not admitted again at once.
         prefills: (sequence, tokens in the cache after the step) of prompts that need further steps.
         forked: siblings that come into being with this step.
+        level: the lowest of those whose prompts it computes (`Policy.level`).
         walk: the step's way along the waiting sequences; None until there is one.
         ranked: by kind of request, what `Overtaking` found out.
         admitting: whether further waiting sequences may be looked at.
@@ -42,6 +44,7 @@ class StepBuilder:
         "decodes",
         "drafts",
         "forked",
+        "level",
         "number",
         "only",
         "preempted",
@@ -58,6 +61,7 @@ class StepBuilder:
         self.preempted: set[int] = set()
         self.prefills: list[tuple[Sequence, int]] = []
         self.forked: list[Sequence] = []
+        self.level = math.inf
         self.walk: Walk | None = None
         self.ranked: dict[object, list[tuple[int, Sequence]]] = {}
         self.admitting = True

@@ -91,6 +91,65 @@ def test_priorities_may_be_any_integers():
     assert order_of(scheduler) == ["a", "b", "c"]
 
 
+# -- steps of prompts that have priority
+
+
+def tokens_of(scheduler) -> dict[str, int]:
+    """One step; how many tokens it computed of each request."""
+    plan = scheduler.schedule()
+    names = [scheduler.sequence(seq_id).request.request_id for seq_id in plan.seq_ids]
+    scheduler.commit(plan, {seq_id: [7] for _, seq_id in plan.samples})
+    scheduler.check_integrity()
+    return dict(zip(names, plan.num_new))
+
+
+@pytest.mark.parametrize("policy", ["priority", "fcfs"])
+def test_a_short_prompt_with_priority_does_not_wait_for_a_long_one_without(policy):
+    scheduler = make(max_batch_tokens=40, policy=policy)
+    add(scheduler, "short", 3, max_tokens=1, priority=0)
+    add(scheduler, "long", 60, max_tokens=1, priority=1)
+    first = {"short": 3, "long": 7 if policy == "priority" else 37}  # a quarter of the budget, or all of it
+    assert tokens_of(scheduler) == first
+    assert tokens_of(scheduler) == {"long": min(40, 60 - first["long"])}
+
+
+def test_a_long_prompt_with_priority_has_its_last_step_to_itself():
+    scheduler = make(max_batch_tokens=40, policy="priority")
+    add(scheduler, "waits", 30, max_tokens=1, priority=1)
+    add(scheduler, "first", 60, max_tokens=1, priority=0)
+    assert [tokens_of(scheduler) for _ in range(3)] == [{"first": 40}, {"first": 20}, {"waits": 30}]
+
+
+def test_prompts_without_priority_go_on_beside_many_short_ones_that_have_it():
+    scheduler = make(max_batch_tokens=40, policy="priority")
+    add(scheduler, "long", 60, max_tokens=1, priority=1)
+    ran = []
+    for number in range(10):
+        add(scheduler, f"short{number}", 2, max_tokens=1, priority=0)
+        ran.append(tokens_of(scheduler))
+    assert all(step[f"short{number}"] == 2 for number, step in enumerate(ran))
+    assert [step.get("long", 0) for step in ran] == [8] * 7 + [4, 0, 0]
+
+
+def test_one_token_is_computed_whatever_prompt_has_priority():
+    scheduler = make(max_batch_tokens=8, policy="priority")
+    add(scheduler, "decodes", 3, max_tokens=4, priority=9)
+    tokens_of(scheduler)
+    add(scheduler, "first", 20, max_tokens=1, priority=0)
+    add(scheduler, "waits", 3, max_tokens=1, priority=9)
+    assert tokens_of(scheduler) == {"decodes": 1, "first": 7}
+
+
+def test_equal_priorities_and_what_has_aged_share_a_step():
+    clock = Clock()
+    scheduler = make(max_batch_tokens=40, policy="priority", clock=clock)
+    add(scheduler, "old", 9, max_tokens=1, priority=1)
+    clock.seconds = AGING_SECONDS + 1
+    add(scheduler, "a", 9, max_tokens=1, priority=0)
+    add(scheduler, "b", 9, max_tokens=1, priority=0)
+    assert tokens_of(scheduler) == {"old": 9, "a": 9, "b": 9}
+
+
 # -- fair shares
 
 
