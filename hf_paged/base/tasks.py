@@ -22,7 +22,7 @@ class EmbedParams:
 
     Attributes:
         pooling: "mean" of all tokens, or that of the "last" or the first token ("cls"). None: what the checkpoint says
-            (sentence-transformers' 1_Pooling/config.json), "mean" where it says nothing.
+            (sentence-transformers' modules.json and what it names), "mean" where it says nothing.
         normalize: scale to length 1.
         dimensions: keep only so many leading numbers (before normalising), for models trained for that (Matryoshka).
             None: all.

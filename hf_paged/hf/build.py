@@ -66,9 +66,8 @@ def load_model(
         OSError, ValueError: transformers' own, for a name it cannot load.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
-    from .heads import POOLING_FILE
+    from .sentences import fetch_notes
 
     source = str(default_model_folder(progress=progress)) if name is None else name
     options = {"dtype": "auto" if dtype is None else dtype}
@@ -83,9 +82,7 @@ def load_model(
     with _transformers_progress(progress):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = _auto_class(source).from_pretrained(source, **options)
-        if not os.path.isdir(source):
-            with contextlib.suppress(OSError):  # few repositories have one
-                cached_file(source, POOLING_FILE)
+        fetch_notes(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if name is None:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from ..base.errors import UnsupportedModel
 from ..runtime.batch import StepContext, active_context
 from .spec import text_config
 from .swap import own_forwards
-
-POOLING_FILE = "1_Pooling/config.json"
-_MODE = "pooling_mode_"
-_POOLINGS = {_MODE + "cls_token": "cls", _MODE + "lasttoken": "last", _MODE + "mean_tokens": "mean"}
 
 
 @dataclass(frozen=True)
@@ -69,32 +61,6 @@ def _activation(config) -> str:
         return "none"
     several = config.problem_type == "multi_label_classification"
     return "sigmoid" if several or config.num_labels == 1 else "softmax"
-
-
-def stated_pooling(config) -> str:
-    """How the checkpoint that `config` was loaded from pools hidden states, as sentence-transformers notes it beside it.
-
-    Names that EmbedParams does not know come back as they are; "mean" if there is no note. Nothing is downloaded.
-    """
-    path = _local(getattr(config, "_name_or_path", ""), POOLING_FILE)
-    if path is None:
-        return "mean"
-    noted = json.loads(path.read_text(encoding="utf-8"))
-    modes = [name for name, chosen in noted.items() if name.startswith(_MODE) and chosen]
-    return "+".join(_POOLINGS.get(name, name.removeprefix(_MODE)) for name in modes) or "mean"
-
-
-def _local(source: str, file: str) -> Path | None:
-    """A file beside a checkpoint in a folder, or of a repository in the hub's cache; None if it is not there."""
-    if not source:
-        return None
-    path = Path(source, file)
-    if not path.is_file():
-        try:
-            path = try_to_load_from_cache(source, file)
-        except HFValidationError:  # a folder, or no name of a repository
-            return None
-    return Path(path) if isinstance(path, str | Path) else None
 
 
 @dataclass

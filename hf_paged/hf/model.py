@@ -24,11 +24,12 @@ from .fusion.experts import eager_experts, paged_experts
 from .fusion.sharded import SplitHead
 from .fusion.linear import linear_layers, newcomers
 from .fusion.torch_ops import TorchOps
-from .heads import head_of, keeping_hidden, stated_pooling
+from .heads import head_of, keeping_hidden
 from .peft import obstacles
 from .peft_bank.bank import AdapterBank, Loaded
 from .peft_bank.check import check_apart, why_not_together
 from .selfcheck import Observed
+from .sentences import sentence_notes
 from .sequence_hooks import sequence_hooks
 from .spec import language_modules, model_lengths, probe_layers, text_config, vocab_size
 from .swap import evaluating
@@ -53,7 +54,8 @@ class TransformersModel:
         self.team = team
         self.split_head: SplitHead | None = None  # of a sharded model, once `winners` is known to be right
         self._body, self.hidden_size = observed.body, observed.hidden_size
-        self.pooling = stated_pooling(model.config)
+        self.sentences = sentence_notes(model.config)
+        self.pooling = self.sentences.pooling
         self.name = type(model).__name__
         self._head = head_of(model)
         self.generates, self.labels, self.activation = self._head.generates, self._head.labels, self._head.activation

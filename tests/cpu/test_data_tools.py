@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import datasets
 import numpy
 import pytest
 import torch
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModel
 
-from hf_paged import Engine, InvalidArgument, RequestTooLarge, SamplingParams
+from hf_paged import Engine, InvalidArgument, RequestTooLarge, SamplingParams, UnsupportedOption
 from hf_paged.integrations.datasets import Embed, Generate, Score
 from hf_paged.integrations.sentence_transformers import SentenceEncoder
 
@@ -126,10 +129,10 @@ def test_encode_is_stock_pooled(engine, pooling):
     encoder = SentenceEncoder(engine, pooling=pooling)
     found = encoder.encode(TEXTS)
     assert found.dtype == numpy.float32 and found.shape == (5, 48)
-    numpy.testing.assert_allclose(found, [stock(text.strip(), pooling) for text in TEXTS], atol=1e-5)
+    numpy.testing.assert_allclose(found, [stock(text, pooling) for text in TEXTS], atol=1e-5)
     numpy.testing.assert_allclose(encoder.encode(TEXTS[0]), stock(TEXTS[0], pooling), atol=1e-5)
     short = encoder.encode(TEXTS, truncate_dim=7, normalize_embeddings=True, batch_size=2)
-    wanted = [stock(text.strip(), pooling, 7, normalize=True) for text in TEXTS]
+    wanted = [stock(text, pooling, 7, normalize=True) for text in TEXTS]
     numpy.testing.assert_allclose(short, wanted, atol=1e-5)
 
 
@@ -156,19 +159,110 @@ def test_prompts_and_long_texts(engine):
         (encoder.encode("rain", prompt_name="query"), "query: rain"),
         (encoder.encode("rain", prompt="so: "), "so: rain"),
         (encoder.encode_query("rain"), "query: rain"),
-        (encoder.encode_document("rain"), "passage: rain"),
+        (encoder.encode_document("rain"), "rain"),
         (encoder.encode_query("rain", prompt=""), "rain"),
     ):
         numpy.testing.assert_allclose(found, stock(text), atol=1e-5)
     cut = tiny_tokenizer(320).decode(tiny_tokenizer(320)("abc" * 30).input_ids[:20])
     numpy.testing.assert_allclose(encoder.encode("abc" * 30, prompt=""), stock(cut), atol=1e-5)
     with pytest.raises(
-        InvalidArgument, match="prompt_name 'other' is not one of prompts, which are: 'query', 'passage'"
+        InvalidArgument, match="prompt_name 'other' is not one of prompts, which are: 'query', 'document', 'passage'"
     ):
         encoder.encode("rain", prompt_name="other")
-    with pytest.raises(InvalidArgument, match="sentences must be a text or a list of texts, got int"):
+    with pytest.raises(InvalidArgument, match="inputs must be a text or a list of texts, got one that is 5"):
         encoder.encode([5])
     with pytest.raises(InvalidArgument, match="max_seq_length must be between 1 and"):
         SentenceEncoder(engine, max_seq_length=10**9)
     with pytest.raises(InvalidArgument, match="prompt_name 'x'"):
         SentenceEncoder(engine, default_prompt_name="x")
+
+
+LASTTOKEN = {"pooling_mode": "lasttoken", "embedding_dimension": 48, "include_prompt": True}
+
+
+def folder_of(path, *further: str, pooling: dict = LASTTOKEN, **general):
+    """A checkpoint as sentence-transformers saves it; `further` modules come after the pooling."""
+    tiny_model("llama", vocab_size=320).model.save_pretrained(path)
+    kinds = ["base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling", *further]
+    folders = ["", *(f"{place}_{kind.rpartition('.')[2]}" for place, kind in enumerate(kinds[1:], 1))]
+    types = [kind if kind.startswith("own.") else f"sentence_transformers.{kind}" for kind in kinds]
+    modules = [{"idx": place, "path": path, "type": name} for place, (path, name) in enumerate(zip(folders, types))]
+    (path / "1_Pooling").mkdir()
+    for file, content in (
+        ("modules.json", modules),
+        ("1_Pooling/config.json", pooling),
+        ("config_sentence_transformers.json", general),
+        ("sentence_bert_config.json", {"max_seq_length": 24}),
+    ):
+        (path / file).write_text(json.dumps(content))
+    return AutoModel.from_pretrained(path).eval()
+
+
+def test_what_the_checkpoint_says(tmp_path):
+    said = dict(prompts={"query": "query: ", "passage": "so: "}, default_prompt_name="passage", similarity_fn_name="dot")
+    model = folder_of(tmp_path, "base.modules.normalize.Normalize", **said)
+    with Engine(model, tiny_tokenizer(320)) as engine:
+        encoder = SentenceEncoder(engine)
+        for found, text in (
+            (encoder.encode("rain"), "so: rain"),
+            (encoder.encode_query("rain"), "query: rain"),
+            (encoder.encode_document("rain"), "rain"),
+        ):
+            numpy.testing.assert_allclose(found, stock(text, "last", normalize=True), atol=1e-5)
+        whole = stock("rain", "last", normalize=True)
+        numpy.testing.assert_allclose(encoder.encode("rain", prompt="", truncate_dim=7), whole[:7], atol=1e-5)
+        short = encoder.encode("rain", prompt="", truncate_dim=7, normalize_embeddings=True)
+        numpy.testing.assert_allclose(short, stock("rain", "last", 7, normalize=True), atol=1e-5)
+        cut = tiny_tokenizer(320).decode(tiny_tokenizer(320)("abc" * 30).input_ids[:24])
+        numpy.testing.assert_allclose(
+            encoder.encode("abc" * 30, prompt=""), stock(cut, "last", normalize=True), atol=1e-5
+        )
+        one, other = encoder.encode("rain"), 2 * encoder.encode("snow")
+        assert encoder.similarity(one, other).item() == pytest.approx(one @ other, abs=1e-6)
+        own = SentenceEncoder(engine, prompts={"query": "q "}, similarity_fn_name="euclidean", truncate_dim=5)
+        wanted = stock("q rain", "last", normalize=True)[:5]
+        numpy.testing.assert_allclose(own.encode_query("rain"), wanted, atol=1e-5)
+        assert own.similarity(one, other).item() == pytest.approx(-numpy.linalg.norm(one - other), abs=1e-5)
+        manhattan = SentenceEncoder(engine, similarity_fn_name="manhattan")
+        assert manhattan.similarity(one, other).item() == pytest.approx(-abs(one - other).sum(), abs=1e-5)
+
+
+def test_modules_that_are_not_run_are_named(tmp_path):
+    further = ["base.modules.dense.Dense", "own.module.Whitening"]
+    with Engine(folder_of(tmp_path, *further), tiny_tokenizer(320)) as engine:
+        with pytest.raises(UnsupportedOption, match="pools by 'last, then Dense, then own.module.Whitening'"):
+            SentenceEncoder(engine).encode("rain")
+        with pytest.raises(UnsupportedOption, match="then Dense"):
+            engine.embed("rain")
+        numpy.testing.assert_allclose(
+            SentenceEncoder(engine, pooling="mean").encode("rain"), stock("rain"), atol=1e-5
+        )
+
+
+def test_a_prompt_that_is_not_pooled_is_refused(tmp_path):
+    pooling = {"pooling_mode": "mean", "include_prompt": False}
+    with Engine(folder_of(tmp_path, pooling=pooling, prompts={"query": "q: "}), tiny_tokenizer(320)) as engine:
+        encoder = SentenceEncoder(engine)
+        numpy.testing.assert_allclose(encoder.encode("rain"), stock("rain"), atol=1e-5)
+        with pytest.raises(UnsupportedOption, match="leaves the prompt's tokens out"):
+            encoder.encode_query("rain")
+        last = SentenceEncoder(engine, pooling="last").encode_query("rain")
+        numpy.testing.assert_allclose(last, stock("q: rain", "last"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "words"),
+    [
+        ({"precision": "int8"}, UnsupportedOption, "precision: vectors are 'float32'"),
+        ({"output_value": "token_embeddings"}, UnsupportedOption, "output_value"),
+        ({"device": "meta"}, UnsupportedOption, "device: the engine's model is on cpu"),
+        ({"truncate_dim": 0}, InvalidArgument, "truncate_dim must be a positive integer"),
+        ({"inputs": None}, InvalidArgument, "inputs must be a text or a list of texts, got None"),
+        ({"inputs": ["a", ""]}, InvalidArgument, "inputs: '' has no tokens"),
+    ],
+)
+def test_what_encode_is_told_wrong(engine, option, error, words):
+    with pytest.raises(error, match=words):
+        SentenceEncoder(engine).encode(**{"inputs": "rain"} | option)
+    with pytest.raises(InvalidArgument, match="similarity_fn_name must be one of 'cosine'"):
+        SentenceEncoder(engine, similarity_fn_name="own")

@@ -292,6 +292,8 @@ def test_checkpoints_are_loaded_as_what_they_were_saved_as(kind, tmp_path):
         ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
         ({"pooling_mode_cls_token": True}, "cls"),
         ({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 48}, "mean"),
+        ({"pooling_mode": "lasttoken", "embedding_dimension": 48, "include_prompt": True}, "last"),
+        ({"pooling_mode": "mean"}, "mean"),
         ({"pooling_mode_max_tokens": True}, None),
     ],
 )
