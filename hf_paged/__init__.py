@@ -35,6 +35,7 @@ _HOMES = {
     "HfPagedError": "base.errors",
     "ImageLimits": "base.images",
     "InvalidArgument": "base.errors",
+    "KVState": "runtime.kv_state",
     "KernelUnavailable": "base.errors",
     "Logprob": "base.types",
     "Offload": "base.offload",

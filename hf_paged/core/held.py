@@ -3,7 +3,8 @@
 Beam search, assisted decoding and draft models decide by rules of their own what every row computes, forks and takes
 back. They hold sequences here: the same pools and block tables as the scheduler's, but no queue and no seat. A held
 sequence is never preempted; one that lacks blocks takes them from the scheduler's running sequences, last in order.
-Only expendable ones, whose owner can do without what they hold, are emptied when anybody else lacks blocks.
+Only expendable ones, whose owner can do without what they hold, are emptied when anybody else lacks blocks; and pinned
+ones (`core.pinned`) when nothing else is left to take.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as AbstractSequence
 
 from ..base.errors import CacheFull
+from .pinned import Filling, find, pin, publish
 from .plan import StepPlan
 from .request import MediaSpan, Request, Sequence, SequenceStatus
 from .step import StepBuilder
@@ -44,6 +46,7 @@ class HeldSequences:
         self._make_room = make_room
         self._sequences: dict[int, Sequence] = {}
         self._expendable: set[int] = set()
+        self._pinned: dict[int, Sequence] = {}
 
     def __iter__(self):
         return iter(self._sequences.values())
@@ -109,6 +112,7 @@ class HeldSequences:
         if self._sequences.pop(sequence.seq_id, None) is None:
             return
         self._expendable.discard(sequence.seq_id)
+        self._pinned.pop(sequence.seq_id, None)
         sequence.status = SequenceStatus.FINISHED
         self._tables.release(sequence)
 
@@ -120,19 +124,76 @@ class HeldSequences:
                 return True
         return False
 
+    def empty_pinned(self) -> bool:
+        """Empty a pinned sequence. False if there is none that holds blocks."""
+        for sequence in self._pinned.values():
+            if _holds_blocks(sequence):
+                self.truncate(sequence, 0)
+                return True
+        return False
+
+    def release_pinned(self) -> None:
+        """What was pinned is of no use any more."""
+        for sequence in list(self._pinned.values()):
+            self.release(sequence)
+
     def num_kept(self) -> list[int]:
-        """Blocks a group in use by sequences that are not expendable."""
+        """Blocks a group in use by sequences that are neither expendable nor pinned."""
         tables = zip(*(sequence.block_tables for sequence in self._kept()))
         return [len({block for table in group for block in table} - {RELEASED}) for group in tables]
 
     @property
     def keeps_any(self) -> bool:
-        """Whether a sequence that is not expendable has blocks, or a state."""
+        """Whether a sequence that is neither expendable nor pinned has blocks, or a state."""
         return any(_holds_blocks(sequence) or sequence.state_slot is not None for sequence in self._kept())
 
     def stop_publishing(self) -> None:
         for sequence in self._sequences.values():
             sequence.publishable = False
+
+    # -- prefixes from outside
+
+    def find(
+        self,
+        token_ids: AbstractSequence[int],
+        *,
+        cache_salt: str | bytes | None,
+        adapter: int,
+        media: tuple[MediaSpan, ...],
+    ) -> tuple[list[int], list[list[int]]] | None:
+        """See `pinned.find`."""
+        return find(self._tables, token_ids, cache_salt, adapter, media)
+
+    def pin(
+        self,
+        name: str,
+        token_ids: AbstractSequence[int],
+        first_blocks: AbstractSequence[int],
+        *,
+        cache_salt: str | bytes | None,
+        media: tuple[MediaSpan, ...],
+    ) -> Filling:
+        """A sequence that holds the blocks of a prefix: `settle_pin` when what is new was written, else `release` it.
+
+        Raises CacheFull.
+        """
+        sequence = self.new(name, cache_salt=cache_salt, media=media)
+        try:
+            room = lambda: self.empty_one() or self._make_room()  # noqa: E731
+            filling = pin(self._tables, sequence, token_ids, first_blocks, room, self._new_step())
+        except BaseException:
+            self.release(sequence)
+            raise
+        self._pinned[sequence.seq_id] = sequence
+        return filling
+
+    def settle_pin(self, filling: Filling, *, done: bool) -> None:
+        """What was new is written; or it is not, then the sequence ends."""
+        if done:
+            publish(self._tables, filling)
+        else:
+            self._tables.take_back_moves(filling.step)
+            self.release(filling.sequence)
 
     # -- one step
 
@@ -175,7 +236,7 @@ class HeldSequences:
 
     def _find_room(self, sequence: Sequence, count: int, keep: Container[int]) -> None:
         while self._tables.room(sequence, count) < count:
-            if not (self.empty_one(keep) or self._make_room()):
+            if not (self.empty_one(keep) or self._make_room() or self.empty_pinned()):
                 raise CacheFull(
                     f"{sequence.request.request_id}: the KV cache has no blocks left for {count} more tokens beside "
                     f"{sequence.num_computed}; raise kv_cache_memory, or use fewer or shorter rows"
@@ -200,7 +261,8 @@ class HeldSequences:
     # -- private
 
     def _kept(self) -> list[Sequence]:
-        return [sequence for sequence in self._sequences.values() if sequence.seq_id not in self._expendable]
+        can_yield = self._expendable | self._pinned.keys()
+        return [sequence for sequence in self._sequences.values() if sequence.seq_id not in can_yield]
 
     def _enter(self, request: Request, index: int) -> Sequence:
         sequence = Sequence(self._new_id(), request, index, _ORDER, len(self._tables.pools))

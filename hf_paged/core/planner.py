@@ -50,6 +50,7 @@ class Planner:
         new_sequence: `new_sequence(request, index, seq_id)` brings a sibling into being.
         held_blocks: whether held sequences have some of the blocks.
         empty_held: takes the blocks of a held sequence that can do without; False if there is none.
+        empty_pinned: takes the blocks of a pinned one; False if there is none.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Planner:
         new_sequence: Callable[[Request, int, int], Sequence],
         held_blocks: Callable[[], bool],
         empty_held: Callable[[], bool],
+        empty_pinned: Callable[[], bool],
     ):
         self._tables = tables
         self._queues = queues
@@ -79,6 +81,7 @@ class Planner:
         self._new_sequence = new_sequence
         self._held_blocks = held_blocks
         self._empty_held = empty_held
+        self._empty_pinned = empty_pinned
         self._overtaking = Overtaking(tables, queues.waiting, reach=2 * max_num_seqs)
         self._blocked: tuple[int, int] | None = None  # (seq_id, num_releases) of a sequence that found no blocks
 
@@ -311,7 +314,8 @@ class Planner:
             return True
         victim = self._victim(step, seq, admitting)
         if victim is None:
-            return False
+            alone = not any(other is not seq for other in self._queues.running)
+            return alone and self._empty_pinned()  # nobody else is left to wait for
         self._preempt(step, victim)
         return True
 

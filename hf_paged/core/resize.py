@@ -33,5 +33,6 @@ def make_room(tables: BlockTables, held: HeldSequences, planner: Planner, max_bl
                 f"there would be {most}; let it end, or delete the cache, first"
             )
     while any(pool.num_in_use > most for pool, most in zip(tables.pools, max_blocks, strict=True)):
-        if not (held.empty_one() or planner.preempt_last(may_swap=False)):  # what is to be copied must not move
+        # (swapped out nothing is: what is to be copied must not move)
+        if not (held.empty_one() or planner.preempt_last(may_swap=False) or held.empty_pinned()):
             raise AssertionError("blocks are in use, but by nobody")

@@ -106,6 +106,7 @@ class Scheduler(SchedulerUpkeep):
             new_sequence=self._new_sequence,
             held_blocks=lambda: self.held.holds_blocks,
             empty_held=lambda: self.held.empty_one(),
+            empty_pinned=lambda: self.held.empty_pinned(),
         )
         self.held = HeldSequences(
             self._tables, new_id=self._take_id, new_step=self._take_step, make_room=self._planner.preempt_last

@@ -42,6 +42,7 @@ class SchedulerUpkeep:
         `recompute_all` makes them start over too.
         """
         self._tables.clear_cache()
+        self.held.release_pinned()
         self.held.stop_publishing()
         for seq in self._queues.running:
             seq.publishable = False

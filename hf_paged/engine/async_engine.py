@@ -8,12 +8,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 
 from ..base.branch import Branch
 from ..base.errors import EngineClosed, ParallelError
 from ..base.sampling_params import SamplingParams
 from ..base.tasks import ClassificationOutput, ClassifyParams, EmbeddingOutput, EmbedParams, ScoreOutput
 from ..base.types import AdapterInfo, RequestDelta, RequestOutput
+from ..runtime.kv_state import KVState
 from .engine import BatchEngine, Prompt
 from .job import Work, as_list, grouped, own_images, result_of
 from .lock import FairLock
@@ -248,6 +250,20 @@ class AsyncEngine:
         """See `BatchEngine.roll_back`. For requests that are read with `generate` or `complete`."""
         await asyncio.to_thread(partial(self.engine.roll_back, request_id, position, params, index=index))
         self._work.set()
+
+    async def save_kv(self, prompt: Prompt | RequestOutput, **options) -> KVState:
+        """See `BatchEngine.save_kv`."""
+        state = await asyncio.to_thread(partial(self.engine.save_kv, prompt, **options))
+        self._work.set()
+        return state
+
+    async def load_kv(self, state: KVState | str | Path, *, cache_salt: str | bytes | None = None) -> str:
+        """See `BatchEngine.load_kv`."""
+        return await asyncio.to_thread(partial(self.engine.load_kv, state, cache_salt=cache_salt))
+
+    async def drop_kv(self, name: str) -> None:
+        """See `BatchEngine.drop_kv`."""
+        await asyncio.to_thread(self.engine.drop_kv, name)
 
     async def load_adapter(self, name: str, source, **options) -> AdapterInfo:
         """See `BatchEngine.load_adapter`."""

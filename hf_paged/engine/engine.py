@@ -35,6 +35,7 @@ from .held import HeldRows
 from .intake import Intake
 from .job import Jobs
 from .jump import JumpAhead
+from .kv_states import KVStates
 from .lock import FairLock
 from .memory import CacheMemory
 from .offload import HostOffload
@@ -47,7 +48,7 @@ from .upkeep import Upkeep
 Prompt = str | list[int] | list[dict] | Branch
 
 
-class BatchEngine(Jobs, Branching, Upkeep):
+class BatchEngine(Jobs, Branching, KVStates, Upkeep):
     """Continuous batching over one model. All methods may be called from any thread; steps run one at a time.
 
     Args:
@@ -71,6 +72,8 @@ class BatchEngine(Jobs, Branching, Upkeep):
         self._stepping = False
         self._dropped: deque[list[Sequence]] = deque()  # held rows whose owner is gone
         self._abandoned: deque[RequestState] = deque()  # requests nobody waits for
+        self._pinned: dict[str, Sequence] = {}  # by what `load_kv` called it
+        self._digest: tuple[int, str] | None = None  # of the model, as of how often it had changed
         self.closed = False
         self._encoder = build_encoder(model, config)
         self._offload = None if config.offload is None else HostOffload(config.offload)

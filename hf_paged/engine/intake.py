@@ -20,7 +20,7 @@ from .checks import check_options, checked_forward_hooks, checked_functions, che
 from .images import Images, has_images, images_of_messages
 from .prompts import checked_ids, is_messages, prompt_tokens, render_chat, text_continuations
 from .request_state import NO_HOOKS, RequestState, RowHooks, new_request_id
-from .tasks import TaskParams, check_head, make_task
+from .tasks import KeepTask, TaskParams, check_head, make_task
 
 _NO_TOKENS = SamplingParams(detokenize=False)  # of tasks, which sample none
 
@@ -199,6 +199,31 @@ class Intake:
         )
         if begun:
             request.state.check_begun()
+        return request.state
+
+    def prefix(self, prompt, images, adapter: str | None, cache_salt: str | bytes | None) -> RequestState:
+        """A request that only computes a prompt, as `request` takes it; of a Branch, with the output that has begun."""
+        check_options(None, 0, None, cache_salt, self._config.policy)
+        if isinstance(prompt, Branch):
+            branch = checked_branch(prompt, dict(adapter=adapter, cache_salt=cache_salt, images=images))
+            adapter, cache_salt = branch.adapter, branch.cache_salt
+            text, media = branch.prompt, NO_MEDIA if branch.media is None else branch.media
+            ids = checked_ids([*branch.prompt_token_ids, *branch.output_token_ids], self._model.vocab_size)
+        else:
+            text, ids, media = self._prompt(prompt, images, NO_MEDIA, pairs=False)
+        request = Request(
+            request_id=new_request_id(),
+            prompt_token_ids=ids,
+            max_tokens=0,
+            cache_salt=cache_salt,
+            adapter=self._model.adapters.number(adapter),
+            media=media.spans,
+            params=_NO_TOKENS,
+        )
+        request.state = RequestState(
+            request, _NO_TOKENS, prompt=text, tokenizer=self._tokenizer, seed=0, hooks=NO_HOOKS, task=KeepTask()
+        )
+        request.state.media = media
         return request.state
 
     def _task(

@@ -44,6 +44,7 @@ class Stepper:
 
     Attributes:
         clock: where the time went.
+        num_forgotten: counts the times that all that was computed became of no use, as the model had changed.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Stepper:
         self._in_flight: deque[InFlight] = deque()  # oldest first; at most one between steps
         self._model_moves = False  # it has changed since a step was last collected
         self.clock = StepClock()
+        self.num_forgotten = 0
 
     def step(self) -> None:
         """Launch the next step and collect the one before it, or whatever must be collected."""
@@ -109,6 +111,7 @@ class Stepper:
 
     def forget_computed(self) -> None:
         """No later request may find what the model has computed so far: it has changed."""
+        self.num_forgotten += 1
         self._scheduler.reset_prefix_cache()
         if self._encoder is not None:
             self._encoder.clear()

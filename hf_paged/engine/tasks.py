@@ -156,6 +156,16 @@ def activated(logits: numpy.ndarray, activation: str) -> numpy.ndarray:
     return values.astype(numpy.float32)
 
 
+class KeepTask(Task):
+    """Nothing: the keys and values of the prompt are all that is wanted."""
+
+    def wanted(self, chunk):
+        return range(0)
+
+    def result(self, output):
+        return None
+
+
 def make_task(params: TaskParams, token_ids: list[int], continuation: list[int] | None, model: PagedModel) -> Task:
     """The task of a request whose prompt has these tokens.
 

@@ -29,7 +29,8 @@ from ..base.errors import UnsupportedOption
 from .watch import adapter_state, hooked_modules, memory_of
 
 _PLAIN = (str, int, float, bool, type(None))
-_PASSING = frozenset({"training", "name_or_path"})  # attributes that change nothing here
+# attributes that change nothing here; the last notes that transformers' own hooks have come, with a first forward
+_PASSING = frozenset({"training", "name_or_path", "_output_capturing_hooks_installed"})
 _UNSAID = frozenset({"_name_or_path", "transformers_version"})  # of a configuration: the same model from elsewhere
 _THREADS = min(4, os.cpu_count() or 1)
 

@@ -13,7 +13,7 @@ from hf_paged_kernels import ops
 
 from ..base.config import EngineConfig
 from ..base.types import AdapterInfo
-from ..core.plan import StepPlan
+from ..core.plan import StepPlan, TierMoves
 from ..parallel.team import Team
 from .adapters import Adapters, part_of
 from .batch import SequenceHooks, StepContext
@@ -362,6 +362,17 @@ class ModelRunner:
         with as_in_a_step(self.cache.device):
             self._order.follow(None)
             self.cache.resize(num_blocks, moves)
+
+    def beside(
+        self, function: Callable[[KVCache], T], num_blocks: Sequence[int] = (), moves: TierMoves | None = None
+    ) -> T:
+        """Call `function` on the cache, after all steps so far: with so many blocks a group, and after these moves."""
+        with as_in_a_step(self.cache.device):
+            self._order.follow(None)
+            self.cache.ensure(list(num_blocks))
+            if moves is not None:
+                self.cache.host.move(moves)
+            return function(self.cache)
 
     def reserve(self, num_blocks: list[int], num_slots: int) -> None:
         """Take memory for so many blocks a group, and so many states, now."""

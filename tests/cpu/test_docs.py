@@ -66,13 +66,16 @@ def test_benchmarks(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "steps.json").read_text())["traceEvents"]
 
 
-def test_memory(capsys):
+def test_memory(capsys, tmp_path):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 300, (100,), generator=generator).tolist() for _ in range(12)]
     model = tiny_model("llama", vocab_size=320, num_hidden_layers=20, max_position_embeddings=256)
-    run("memory.md", dict(model=model, tokenizer=tiny_tokenizer(320), prompts=prompts))
+    names = dict(model=model, tokenizer=tiny_tokenizer(320), prompts=prompts, folder=tmp_path)
+    run("memory.md", names)
     preemptions, swaps_out, swaps_in, *_ = map(int, capsys.readouterr().out.split())
     assert preemptions == swaps_out == swaps_in > 0
+    assert len(names["branches"]) == 8 and len(names["sent_back"]) == 1
+    assert names["cached"] == len(names["state"]) > 64
 
 
 def test_tasks(names, tmp_path, capsys):

@@ -9,7 +9,7 @@ import hf_paged
 from hf_paged.base import errors
 
 DOCUMENTED = {
-    *("AdapterInfo", "AsyncEngine", "Branch", "Engine", "EngineConfig", "ImageLimits", "Offload", "SamplingParams"),
+    *("AdapterInfo", "AsyncEngine", "Branch", "Engine", "EngineConfig", "ImageLimits", "KVState", "Offload", "SamplingParams"),
     *("Speculation", "StructuredOutputsParams", "StructuredOutputsProcessor"),
     *("ClassificationOutput", "ClassifyParams", "EmbedParams", "EmbeddingOutput", "ScoreOutput", "ScoreParams"),
     *("CompletionDelta", "CompletionOutput", "Logprob", "RequestDelta", "RequestOutput"),
