@@ -15,6 +15,8 @@ from .common import (
     MAX_IMAGES,
     MEDIA_HOSTS,
     MEDIA_TIMEOUT,
+    OFFLOAD_DISK,
+    OFFLOAD_DISK_MEMORY,
     Device,
     DraftModel,
     Dtype,
@@ -24,6 +26,7 @@ from .common import (
     Speculation,
     Threads,
     guard,
+    offload_of,
 )
 from .ranks import adopt_mpi, num_ranks, rank
 
@@ -167,6 +170,8 @@ def run_batch(
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's limit.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help='Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
     offload: Annotated[str | None, typer.Option(help='Memory of the host for evicted prefixes and preempted requests, such as "8GiB".')] = None,
+    offload_disk: Annotated[Path | None, typer.Option(help=OFFLOAD_DISK)] = None,
+    offload_disk_memory: Annotated[str, typer.Option(help=OFFLOAD_DISK_MEMORY)] = "20GiB",
     kv_dtype: Annotated[str | None, typer.Option(help="fp8, int8, or a floating type. Default: the model's.")] = None,
     allowed_media_hosts: Annotated[list[str] | None, typer.Option(help=MEDIA_HOSTS)] = None,
     media_timeout: Annotated[float, typer.Option(help=MEDIA_TIMEOUT)] = 10,
@@ -185,7 +190,7 @@ def run_batch(
     from .run_batch import run_batch as run
 
     engine = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
-    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype, "offload": offload}
+    engine |= {"kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype, "offload": offload_of(offload, offload_disk, offload_disk_memory)}
     engine["images"] = ImageLimits(max_count=max_images, max_pixels=max_image_pixels)
     settings = {"model_name": model_name, "allowed_media_hosts": tuple(allowed_media_hosts or ())}
     settings["media_timeout"] = media_timeout

@@ -6,10 +6,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..base.offload import Offload
 from .ranks import num_ranks, rank
 
 Model = Annotated[
@@ -43,6 +45,8 @@ ExpertParallel = Annotated[
 Threads = Annotated[int | None, _option("CPU threads. Default: torch's own.", min=1)]
 
 # Help of what both a server and a batch have
+OFFLOAD_DISK = "Folder for prefixes that --offload has no room for, or holds at the end: they outlive the process. May be shared."
+OFFLOAD_DISK_MEMORY = 'Most bytes of the files in --offload-disk, such as "20GiB".'
 MEDIA_HOSTS = "A host, *.domain, address or network, maybe with :PORT, to fetch images from that requests name; repeatable."
 MEDIA_TIMEOUT = "Seconds in which an image that a request names must come."
 MAX_IMAGES = "Most images of a request."
@@ -60,6 +64,13 @@ def check_alone(command: str) -> None:
     """Raise UserError if there are several processes: they would all do the same."""
     if num_ranks() > 1:
         raise UserError(f"{command} runs in one process, not under torchrun or `accelerate launch`")
+
+
+def offload_of(memory: str | None, disk: Path | None, disk_memory: str) -> Offload | None:
+    """EngineConfig.offload of the options --offload, --offload-disk and --offload-disk-memory."""
+    if memory is None and disk is not None:
+        raise UserError("--offload-disk needs --offload, the memory that it is behind")
+    return None if memory is None else Offload(memory, disk=disk, disk_memory=disk_memory)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from .common import (
     MAX_IMAGES,
     MEDIA_HOSTS,
     MEDIA_TIMEOUT,
+    OFFLOAD_DISK,
+    OFFLOAD_DISK_MEMORY,
     Device,
     DraftModel,
     Dtype,
@@ -25,6 +27,7 @@ from .common import (
     Threads,
     UserError,
     follow_rank_0,
+    offload_of,
     open_engine,
 )
 
@@ -59,6 +62,8 @@ def serve(
     max_model_len: Annotated[int | None, _option(_ENGINE, "Most tokens of a sequence. Default: the model's limit.")] = None,
     kv_cache_memory: Annotated[str | None, _option(_ENGINE, 'Most memory of the KV cache: "2GiB", or "0.5" for a share of what is free.')] = None,
     offload: Annotated[str | None, _option(_ENGINE, 'Memory of the host for evicted prefixes and preempted requests, such as "8GiB".')] = None,
+    offload_disk: Annotated[Path | None, _option(_ENGINE, OFFLOAD_DISK)] = None,
+    offload_disk_memory: Annotated[str, _option(_ENGINE, OFFLOAD_DISK_MEMORY)] = "20GiB",
     kv_dtype: Annotated[str | None, _option(_ENGINE, "fp8, int8, or a floating type. Default: the model's.")] = None,
     policy: Annotated[str, _option(_ENGINE, "Who runs first: fcfs; priority (lower numbers); or fair (users served least).")] = "fcfs",
     adapter: Annotated[
@@ -160,7 +165,8 @@ def serve(
     process |= {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "ssl_ca_certs": ssl_ca_certs}
     process |= {"ssl_keyfile_password": ssl_keyfile_password, "log_format": log_format, "log_level": log_level}
     engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
-    engine |= {"max_batch_tokens": max_batch_tokens, "kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype, "offload": offload}
+    engine |= {"max_batch_tokens": max_batch_tokens, "kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
+    engine["offload"] = offload_of(offload, offload_disk, offload_disk_memory)
     engine["images"] = ImageLimits(max_count=max_images, max_pixels=max_image_pixels)
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}

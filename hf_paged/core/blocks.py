@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 MIN_GROWTH_BLOCKS = 16
 
@@ -119,6 +119,10 @@ class BlockPool:
 
     def key_of(self, block: int) -> bytes | None:
         return self._key_of.get(block)
+
+    def published(self) -> Iterable[tuple[int, bytes]]:
+        """Every block with a key, and its key."""
+        return self._key_of.items()
 
     def publish(self, block: int, key: bytes) -> bool:
         """Make `block` findable. False (and nothing done) if another block has the key already."""

@@ -6,18 +6,21 @@ that leaves the device, then all that comes back. So a block may be given to som
 that its contents leave, and a slot be read that the same step fills. Slots that a step fills or reads stay held until
 it is packed, lest it use one for two things.
 
-An entry is only as good as the step that brings it: if that is rolled back, it is forgotten.
+An entry is only as good as the step that brings it: if that is rolled back, it is forgotten. So only those whose step was
+computed go on to a disk behind.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from functools import partial
 
 from .blocks import BlockPool
+from .disk import Disk
 from .plan import TierMoves
+from .prefix import is_private
 
 
 class HostTier:
@@ -29,6 +32,8 @@ class HostTier:
         prefers_copy: `prefers_copy(tokens, blocks per group, states, ways)` says whether copying so much one way, or out
             and back, is better than computing so many tokens again.
         keeps_prefixes: whether prefixes evicted from the device come here.
+        disk: where they go when they are evicted from here; None: nowhere.
+        prefers_read: `prefers_read(tokens, blocks per group)` says likewise of reading from the disk.
 
     Attributes:
         pools: the slots of each group.
@@ -43,19 +48,28 @@ class HostTier:
         max_states: int,
         prefers_copy: Callable[[int, list[int], int, int], bool],
         keeps_prefixes: bool,
+        disk: Disk | None = None,
+        prefers_read: Callable[[int, list[int]], bool] | None = None,
     ):
         self.pools = [BlockPool(0, count) for count in max_slots]
         self.states = BlockPool(0, max_states, min_growth=1)
         self.prefers_copy = prefers_copy
         self.keeps_prefixes = keeps_prefixes
+        self.disk = disk
+        self.prefers_read = prefers_read
         self.age = 0
+        self._device: list[BlockPool] = []
         self._moves = self._no_moves()
         self._held: list[tuple[BlockPool, int]] = []
-        self._entries: list[tuple[int, BlockPool, int, bytes]] = []  # age, pool, slot and key of those that may not come
+        self._entries: dict[tuple[int, int], tuple[int, bytes]] = {}  # by group and slot, age and key of those that may not come
         self._ages: dict[int, int] = {}  # by step under way, the age of what it brings
+        if disk is not None:
+            for group, pool in enumerate(self.pools):
+                pool.on_evict = partial(self._spill, group)
 
     def watch(self, group: int, pool: BlockPool) -> None:
         """Take in what is evicted from the device's blocks of a group."""
+        self._device.append(pool)
         if self.keeps_prefixes:
             pool.on_evict = partial(self._keep, group)
 
@@ -77,7 +91,7 @@ class HostTier:
         self._moves.out[group].append((block, slot))
         self._held.append((pool, slot))
         if key is not None and pool.publish(slot, key):
-            self._entries.append((self.age, pool, slot, key))
+            self._entries[group, slot] = self.age, key
         return slot
 
     def take_in(self, group: int, blocks: AbstractSequence[int], keys: AbstractSequence[bytes | None]) -> list[int] | None:
@@ -119,14 +133,48 @@ class HostTier:
         self._moves.states_back.append((host_slot, slot))
         self._held.append((self.states, host_slot))
 
+    # -- to the disk, and from there
+
+    def _spill(self, group: int, slot: int, key: bytes) -> None:
+        """A block of a prefix is evicted from here."""
+        if not is_private(key) and (group, slot) not in self._entries:
+            self._moves.spilled.append((group, slot, key))
+
+    def storable(self) -> tuple[list[tuple[int, int, bytes]], list[tuple[int, int, bytes]]]:
+        """What may go to a disk when no step is under way: group, slot and key of prefix blocks here, and likewise of blocks."""
+        here = [(group, *entry) for group, pool in enumerate(self.pools) for entry in pool.published()]
+        return (
+            [entry for entry in here if not is_private(entry[2]) and entry[:2] not in self._entries],
+            [
+                (group, *entry)
+                for group, pool in enumerate(self._device)
+                for entry in pool.published()
+                if not is_private(entry[1])
+            ],
+        )
+
+    def put(self, blocks: Iterable[tuple[int, bytes, object]]) -> int:
+        """Slots, as far as there is room, for blocks that were read: group, key, contents. Returns for how many of a group at most."""
+        taken = Counter()
+        for group, key, contents in blocks:
+            pool = self.pools[group]
+            if pool.lookup(key) is None and pool.num_free:
+                slot = pool.allocate()
+                pool.publish(slot, key)
+                self._held.append((pool, slot))
+                self._entries[group, slot] = self.age, key
+                self._moves.read.append((group, slot, contents))
+                taken[group] += 1
+        return max(taken.values(), default=0)
+
     # -- steps
 
     def take_moves(self, step: int) -> TierMoves | None:
         """What moves with this step; None if nothing does."""
         moves, self._moves = self._moves, self._no_moves()
         self._release_held()
-        some = moves.states_out or moves.states_back or any(moves.out) or any(moves.back)
-        if not some:
+        groups = [*moves.out, *moves.back]
+        if not (moves.spilled or moves.read or moves.states_out or moves.states_back or any(groups)):
             return None
         self._ages[step] = self.age
         self.age += 1
@@ -138,7 +186,7 @@ class HostTier:
         """The step was computed."""
         age = self._ages.pop(step, None)
         if age is not None:
-            self._entries = [entry for entry in self._entries if entry[0] > age]
+            self._entries = {place: entry for place, entry in self._entries.items() if entry[0] > age}
 
     def drop_unsettled(self, step: int) -> int:
         """The step failed, or never ran: what it was to bring, and whatever is newer, is not here. Returns its age."""
@@ -149,10 +197,10 @@ class HostTier:
         return self._drop_since(self.age)
 
     def _drop_since(self, first: int) -> int:
-        for age, pool, slot, key in self._entries:
-            if age >= first and pool.key_of(slot) == key:
-                pool.unpublish(slot)
-        self._entries = [entry for entry in self._entries if entry[0] < first]
+        for (group, slot), (age, key) in self._entries.items():
+            if age >= first and self.pools[group].key_of(slot) == key:
+                self.pools[group].unpublish(slot)
+        self._entries = {place: entry for place, entry in self._entries.items() if entry[0] < first}
         self._forget_moves()
         return first
 
@@ -166,7 +214,7 @@ class HostTier:
         self._held.clear()
 
     def _no_moves(self) -> TierMoves:
-        return TierMoves([[] for _ in self.pools], [[] for _ in self.pools], [], [], [], 0)
+        return TierMoves([], [], [[] for _ in self.pools], [[] for _ in self.pools], [], [], [], 0)
 
     # -- as a whole
 

@@ -9,9 +9,11 @@ from .media import MediaRows
 
 @dataclass(slots=True)
 class TierMoves:
-    """What moves between the device's blocks and host memory before a step: first all that leaves, then all that comes.
+    """What moves between the device's blocks, host memory and a disk before a step: first all that leaves, then all that comes.
 
     Attributes:
+        spilled: (group, host slot, key) of prefix blocks that give their slots up: to be written to the disk.
+        read: (group, host slot, contents) of blocks that came from the disk.
         out: [group] -> (block, host slot) to copy to the host.
         back: [group] -> (host slot, block) to copy to the device.
         states_out: (state slot, host slot) to copy to the host.
@@ -20,6 +22,8 @@ class TierMoves:
         num_states: host slots there must be for states. It only grows.
     """
 
+    spilled: list[tuple[int, int, bytes]]
+    read: list[tuple[int, int, object]]
     out: list[list[tuple[int, int]]]
     back: list[list[tuple[int, int]]]
     states_out: list[tuple[int, int]]

@@ -28,6 +28,7 @@ class Counts:
     prefix_hit_tokens: int = 0
     prefix_queried_tokens: int = 0
     host_hit_tokens: int = 0
+    disk_hit_tokens: int = 0
     preemptions: int = 0
     swaps_out: int = 0
     swaps_in: int = 0
@@ -229,8 +230,8 @@ class Planner:
             return False
         parked = tables.parking.take(seq)
         if parked is None:
-            num_hit = tables.best_hit(seq) if tables.prefix_cache else 0
-            if self._is_coming(step, seq, num_hit):
+            num_hit = self._find(step, seq)
+            if num_hit is None:
                 step.walk.pass_over(seq)
                 return True
             tables.take_hit(seq, num_hit)
@@ -249,6 +250,18 @@ class Planner:
         self._advance(step, seq)
         assert seq.seq_id in step.busy, "admitted without room: it might share blocks whose step fails"
         return True
+
+    def _find(self, step: StepBuilder, seq: Sequence) -> int | None:
+        """Leading blocks of `seq` in the prefix cache; None: more are on their way there, which are worth waiting for."""
+        tables = self._tables
+        if not tables.prefix_cache:
+            return 0
+        if step.only is None:  # those are to run now
+            if tables.is_reading(seq):
+                return None
+            self._counts.disk_hit_tokens += tables.take_read(seq) * tables.block_size
+        num_hit = tables.best_hit(seq)
+        return None if self._is_coming(step, seq, num_hit) else num_hit
 
     def _put_back(self, seq: Sequence, parked: Parked | None) -> None:
         """It is not admitted after all."""

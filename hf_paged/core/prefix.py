@@ -3,6 +3,8 @@
     key[-1] = sha256(tag | adapter, if any | kind of salt | salt)
     key[i] = sha256(key[i - 1] | tokens of block i, 8 bytes each | the media spans that begin in it, if any)
 
+Keys of chains with a salt or an adapter have a byte more, the same in each: what it says is theirs alone (`is_private`).
+
 A key names the whole history up to the end of its block, so equal keys mean equal keys and values. SHA-256 because a
 forged collision would let one caller read the effects of another's prompt.
 """
@@ -18,6 +20,8 @@ from .groups import GroupSpec
 from .request import MediaSpan
 
 _ROOT_TAG = b"hf_paged prefix root\0"
+_DIGEST_BYTES = 32
+_PRIVATE = b"\1"
 
 
 def root_key(cache_salt: str | bytes | None, adapter: int = 0) -> bytes:
@@ -29,7 +33,13 @@ def root_key(cache_salt: str | bytes | None, adapter: int = 0) -> bytes:
     else:
         salt = b"\2" + bytes(cache_salt)
     own = b"\3" + adapter.to_bytes(8, "big") if adapter else b""
-    return hashlib.sha256(_ROOT_TAG + own + salt).digest()
+    private = _PRIVATE if adapter or cache_salt is not None else b""
+    return hashlib.sha256(_ROOT_TAG + own + salt).digest() + private
+
+
+def is_private(key: bytes) -> bool:
+    """Whether it is of a chain with a salt, or with an adapter, whose number means nothing to another process."""
+    return len(key) > _DIGEST_BYTES
 
 
 def extend_keys(
@@ -49,7 +59,7 @@ def extend_keys(
         block = array("q", token_ids[start : start + block_size]).tobytes()
         if media:
             block += _begun(media, start, start + block_size)
-        key = hashlib.sha256(key + block).digest()
+        key = hashlib.sha256(key + block).digest() + key[_DIGEST_BYTES:]
         keys.append(key)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING
 
 from .blocks import BlockPool
+from .disk import MOST_READINGS, Reading
 from .groups import GroupSpec
 from .host_tier import HostTier
 from .parking import FIRST_HOST, RELEASED, Parking, on_host
-from .prefix import EitherPool, Findable, extend_keys, longest_hit
+from .prefix import Findable, extend_keys, longest_hit
 from .request import Sequence
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class PrefixTables:
     parking: Parking
     prefix_cache: bool
     _findable: list[Findable]
+    _readable: list[Findable]
+    _readings: dict[int, Reading]
     _whole: int
 
     # -- found
@@ -105,6 +108,7 @@ class PrefixTables:
         if self.host is not None:
             self.host.clear_cache()
         self.parking.clear()
+        self._readings.clear()
 
     # -- in host memory
 
@@ -157,6 +161,51 @@ class PrefixTables:
         """The step failed: what it was to move to host memory, and whatever was to be moved later, is not there."""
         if self.host is not None:
             self.parking.drop_since(self.host.drop_unsettled(step))
+
+    # -- from the disk
+
+    @property
+    def reads(self) -> bool:
+        """Whether sequences wait for a disk."""
+        return bool(self._readings)
+
+    def is_reading(self, seq: Sequence) -> bool:
+        """Whether the waiting `seq` has to wait until more of its prefix was read from the disk. Begins with that."""
+        reading = self._readings.get(seq.seq_id)
+        if reading is None:
+            wanted = self._wanted_of_disk(seq)
+            if not wanted:
+                return False
+            if len(self._readings) >= MOST_READINGS:  # its turn comes when they are read
+                return not all(other.done for other in self._readings.values())
+            reading = self._readings[seq.seq_id] = self.host.disk.read(wanted)
+        return not reading.done
+
+    def take_read(self, seq: Sequence) -> int:
+        """Let host memory have what was read for `seq`, if anything was. Returns how many blocks of a group that is at most."""
+        reading = self._readings.pop(seq.seq_id, None)
+        return 0 if reading is None else self.host.put(reading.blocks())
+
+    def _wanted_of_disk(self, seq: Sequence) -> list[tuple[int, bytes]]:
+        """(group, key) of the blocks on disk with which more of `seq` would be found; as many as host memory has room for."""
+        if self.host is None or self.host.disk is None:
+            return []
+        found = self.longest_hit(seq)
+        most = min(self._most_hit(seq), found + min(pool.num_free for pool in self.host.pools))
+        count = longest_hit(self._readable, self.groups, seq.block_keys, most, self.block_size)
+        if count == found:
+            return []
+        seen = [seq.block_keys[self._first_seen(group, count) : count] for group in self.groups]
+        wanted = [
+            [key for key in keys if here.lookup(key) is None] for keys, here in zip(seen, self._findable, strict=True)
+        ]
+        if not self.host.prefers_read((count - found) * self.block_size, list(map(len, wanted))):
+            return []
+        for pool, keys in zip(self.host.pools, seen, strict=True):  # not to give its place to what goes on from it
+            for slot in map(pool.lookup, reversed(keys)):
+                if slot is not None:
+                    pool.touch(slot)
+        return [(index, key) for index, keys in enumerate(wanted) for key in keys]
 
     # -- private
 

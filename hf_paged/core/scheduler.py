@@ -324,6 +324,11 @@ class Scheduler(SchedulerUpkeep):
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
+    @property
+    def reads_disk(self) -> bool:
+        """Whether sequences wait for blocks that are read from a disk."""
+        return self._tables.reads
+
     def is_request_finished(self, request_id: str) -> bool:
         """Whether all its sequences have ended (or it was never added)."""
         return request_id not in self.requests

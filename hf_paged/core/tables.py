@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence as AbstractSequence
 
 from .blocks import BlockPool
+from .disk import OnDisk, Reading
 from .groups import GroupSpec
 from .host_tier import HostTier
 from .media import longest_block
@@ -99,6 +100,10 @@ class BlockTables(PrefixTables):
             self._findable = [EitherPool(*pair) for pair in zip(self.pools, host.pools, strict=True)]
             for group, pool in enumerate(self.pools):
                 host.watch(group, pool)
+        self._readings: dict[int, Reading] = {}
+        self._readable = self._findable
+        if host is not None and host.disk is not None:
+            self._readable = [EitherPool(here, OnDisk(host.disk, index)) for index, here in enumerate(self._findable)]
         self._sliding = [index for index, group in enumerate(groups) if group.span is not None]
         self._whole = next((index for index, group in enumerate(groups) if group.span is None), 0)
 
@@ -227,6 +232,7 @@ class BlockTables(PrefixTables):
         The tables are replaced, not emptied: a plan under way still refers to the old lists.
         """
         self.parking.drop(seq.seq_id)
+        self._readings.pop(seq.seq_id, None)
         for group, table in enumerate(seq.block_tables):
             for entry in reversed(table):
                 self.parking.release_entry(group, entry)
@@ -255,6 +261,7 @@ class BlockTables(PrefixTables):
     def reset(self, num_blocks: list[int]) -> None:
         """Begin anew, each group with so many blocks; no sequence may hold any, nor a state. Host memory, too."""
         self.parking.clear()
+        self._readings.clear()
         if self.host is not None:
             self.host.reset()
         for pool, count in zip(self.pools, num_blocks, strict=True):

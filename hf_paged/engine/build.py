@@ -119,6 +119,7 @@ def build(
             max_batch_tokens=limits.max_batch_tokens,
             max_num_seqs=limits.max_num_seqs,
             keeps_prefixes=prefix_cache,
+            fingerprint=lambda: f"{model.fingerprint()} {config.exact}",
         )
     scheduler = Scheduler(
         groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in cache.groups],

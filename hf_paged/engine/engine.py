@@ -8,10 +8,10 @@ fails because of it) ends with its own error; the others never notice.
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
+from contextlib import contextmanager
 
 from ..base.branch import Branch
 from ..base.config import EngineConfig
@@ -23,9 +23,9 @@ from ..core.request import Sequence
 from ..parallel.encoding import encode_config
 from ..parallel.team import Order
 from ..runtime.batch import StepContext
+from ..runtime.leading import LeadingRunner
 from ..runtime.media import Media
 from ..runtime.packed import Owner
-from ..runtime.leading import LeadingRunner
 from ..runtime.runner import ModelRunner, PagedModel
 from ..runtime.sampler import derive_seed
 from .branching import Branching
@@ -101,6 +101,7 @@ class BatchEngine(Jobs, Branching, KVStates, Upkeep):
             self._jump,
             overlap=model.device.type == "cuda" if config.overlap is None else config.overlap,
             encoder=self._encoder,
+            offload=self._offload,
         )
         self.reset_stats()
 
@@ -403,6 +404,8 @@ class BatchEngine(Jobs, Branching, KVStates, Upkeep):
             self._settle()
             for sequence in list(self._scheduler.held):
                 self._scheduler.held.release(sequence)
+            if self._offload is not None:
+                self._offload.close()
             self._runner.release()
             if self.model.team is not None and not self.model.team.failed:
                 self.model.team.send(Order.CLOSE)

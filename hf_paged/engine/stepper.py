@@ -28,11 +28,12 @@ from .execute import InFlight, StepExecutor
 from .isolation import Isolation
 from .jump import JumpAhead
 from .metrics import StepClock
+from .offload import HostOffload
 from .open_requests import OpenRequests
 from .request_state import RequestState
 from .speculation import Speculator
 
-HELD_WAIT = 0.001  # seconds
+WAIT = 0.001  # seconds
 
 
 class Stepper:
@@ -41,6 +42,7 @@ class Stepper:
     Args:
         overlap: let a step run while the next one is scheduled.
         encoder: what is kept of images; None for a model that takes none.
+        offload: the host's memory behind the cache; None: there is none.
 
     Attributes:
         clock: where the time went.
@@ -58,6 +60,7 @@ class Stepper:
         *,
         overlap: bool,
         encoder: EncoderOutputs | None = None,
+        offload: HostOffload | None = None,
     ):
         self._model = model
         self._executor = executor
@@ -67,6 +70,7 @@ class Stepper:
         self._jump = jump
         self._overlap = overlap and speculator is None  # guesses follow known tokens
         self._encoder = encoder
+        self._offload = offload
         self._isolation = Isolation()
         self._in_flight: deque[InFlight] = deque()  # oldest first; at most one between steps
         self._model_moves = False  # it has changed since a step was last collected
@@ -113,6 +117,8 @@ class Stepper:
         """No later request may find what the model has computed so far: it has changed."""
         self.num_forgotten += 1
         self._scheduler.reset_prefix_cache()
+        if self._offload is not None:
+            self._offload.forget()
         if self._encoder is not None:
             self._encoder.clear()
 
@@ -137,8 +143,8 @@ class Stepper:
             self._isolation.cleared()  # the suspects are gone
             plan = self._scheduler.schedule(only=self._isolation.suspects())
         if plan is None and not self._in_flight and self._scheduler.has_unfinished():
-            assert self._scheduler.held, "requests are left but none can run"
-            time.sleep(HELD_WAIT)  # held rows have the blocks: let their owner get on
+            assert self._scheduler.held or self._scheduler.reads_disk, "requests are left but none can run"
+            time.sleep(WAIT)  # held rows have the blocks: let their owner get on; or a disk does
         return plan
 
     def _may_look_ahead(self) -> bool:

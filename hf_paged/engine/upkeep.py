@@ -84,11 +84,16 @@ class Upkeep:
     # Memory
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix, encoded image and CUDA graph; for models changed in ways the engine cannot see."""
+        """Forget every cached prefix, encoded image and CUDA graph; for models changed in ways the engine cannot see.
+
+        With blocks on a disk (`Offload.disk`), those of this model are deleted.
+        """
         with self._lock:
             if not self._stepping:
                 self._stepper.take_back()
             self._stepper.forget_computed()
+            if self._offload is not None:
+                self._offload.delete()
             for graphs in self._runner.all_graphs:
                 graphs.clear()
 
@@ -205,6 +210,8 @@ class Upkeep:
         Of the `preemptions`, `swaps_out` went to host memory and `swaps_in` came back from there; `host_hit_tokens` of the
         `prefix_hit_tokens` came from there, too; with `offload`, `host_bytes_in_use` of at most `host_bytes_limit` are
         there, in `host_bytes_allocated`; `host_bytes_out` and `host_bytes_back` were copied since the engine was opened.
+        With a disk behind that, `disk_hit_tokens` were read from it, and its folder has `disk_files` of `disk_bytes` (at most
+        `disk_bytes_limit`); `disk_skipped_blocks` were not written, as it was too slow.
         `draft_tokens` were guessed, `accepted_tokens` of them were right and `acceptance_rate` is their share (None if
         nothing was guessed). `forced_tokens` took no step of their own, as a form left no choice about them. `overtakes`
         counts requests that went before others because of a cached prefix; with policy "fair", `users` have requests,

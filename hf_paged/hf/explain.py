@@ -347,7 +347,8 @@ def _offload(adapter, config: EngineConfig) -> str | None:
     if config.offload is None:
         return None
     keeps = "" if adapter.states or not config.prefix_cache else "evicted prefixes and "
-    return f"up to {config.offload.memory / 2**20:.1f} MiB of host memory for {keeps}preempted sequences"
+    disk = "" if config.offload.disk is None else f", {config.offload.disk_memory / 2**20:.1f} MiB of files in {config.offload.disk} behind"
+    return f"up to {config.offload.memory / 2**20:.1f} MiB of host memory for {keeps}preempted sequences{disk}"
 
 
 def _guesses(config: EngineConfig) -> str | None:

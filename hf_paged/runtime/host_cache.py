@@ -12,13 +12,14 @@ So the step's stream never waits for what leaves, and what comes may be on its w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..core.plan import TierMoves
+from .disk_cache import DiskCache
 from .kv_cache import KVCache
 from .transfer import to_device
 
@@ -46,6 +47,7 @@ class HostCache:
 
     Attributes:
         bytes_out, bytes_back: copied so far.
+        disk: where blocks go that give their rows up; None: nowhere.
     """
 
     def __init__(self, cache: KVCache, max_slots: Sequence[int], max_states: int):
@@ -54,6 +56,7 @@ class HostCache:
         sizes = [*max_slots, max_states]
         self._shelves = [_Shelf(of, most, self._transfer) for of, most in zip(parts, sizes, strict=True)]
         self.bytes_out = self.bytes_back = 0
+        self.disk: DiskCache | None = None
 
     @property
     def bytes_allocated(self) -> int:
@@ -62,9 +65,15 @@ class HostCache:
 
     def move(self, moves: TierMoves) -> None:
         """Everything that moves with a step, before anything else of it is done; the cache's tensors are large enough."""
-        sizes = [*moves.num_slots, moves.num_states]
-        for shelf, num_rows, out in zip(self._shelves, sizes, [*moves.out, moves.states_out], strict=True):
+        for shelf, num_rows in zip(self._shelves, [*moves.num_slots, moves.num_states], strict=True):
             shelf.ensure(num_rows)
+        if moves.spilled or moves.read:
+            self._transfer.synchronize()  # no row is on its way, there or back
+        for group, slot, key in moves.spilled:
+            self.disk.write(group, key, self._shelves[group].row(slot))
+        for group, slot, contents in moves.read:
+            self._shelves[group].row(slot).copy_(contents)
+        for shelf, out in zip(self._shelves, [*moves.out, moves.states_out], strict=True):
             shelf.take(out)
             self.bytes_out += len(out) * shelf.row_bytes
         for shelf, back in zip(self._shelves, [*moves.back, moves.states_back], strict=True):
@@ -89,6 +98,18 @@ class HostCache:
             self._transfer.synchronize()
             taken.append(time.perf_counter() - started)
         return min(taken)
+
+    def row_bytes(self, group: int) -> int:
+        """Of a block of a group; the cache has one at least."""
+        return self._shelves[group].row_bytes
+
+    def store(self, rows: Iterable[tuple[int, int, bytes]], blocks: Iterable[tuple[int, int, bytes]]) -> None:
+        """Write rows (group, slot, key) to the disk now, and blocks (group, block, key) of the device."""
+        self._transfer.synchronize()
+        for group, slot, key in rows:
+            self.disk.write(group, key, self._shelves[group].row(slot), waits=True)
+        for group, block, key in blocks:
+            self.disk.write(group, key, self._shelves[group].place(block), waits=True)
 
     def close(self) -> None:
         """Give all memory back, and forget what was in it."""
@@ -142,6 +163,10 @@ class _Shelf:
         """uint8 [row_bytes]."""
         per_segment = len(self._segments[0])
         return self._segments[index // per_segment][index % per_segment]
+
+    def place(self, index: int) -> torch.Tensor:
+        """What a row of a place would be, in host memory: uint8 [row_bytes]."""
+        return torch.cat([part[index] for part in self._parts()]).cpu()
 
     def take(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy places of the tensors to rows; `pairs` of (place, row)."""

@@ -77,6 +77,11 @@ class KVCache:
         return self.groups[group].bytes_per_block(self.block_size, self.dtype)
 
     @property
+    def layout(self) -> str:
+        """What a block's bytes mean, as far as this object decides it."""
+        return f"{self.groups} {self.block_size} {self.dtype} {self.backend}"
+
+    @property
     def bytes_per_token(self) -> float:
         return sum(map(self.bytes_per_block, range(len(self.groups)))) / self.block_size
 

@@ -41,6 +41,7 @@ _COUNTERS = (
     ("num_swaps_out", "Of those, copied to host memory.", "swaps_out"),
     ("num_swaps_in", "Sequences that came back from host memory.", "swaps_in"),
     ("host_cache_hits", "Prompt tokens of the prefix cache that came from host memory.", "host_hit_tokens"),
+    ("disk_cache_hits", "Prompt tokens of the prefix cache that were read from disk.", "disk_hit_tokens"),
     ("num_overtakes", "Requests that went before others because of a cached prefix.", "overtakes"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
     ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", "prefix_queried_tokens"),
@@ -53,6 +54,12 @@ _COUNTERS = (
 _OFFLOAD_GAUGES = (
     ("host_cache_bytes_in_use", "Prefixes and preempted sequences in host memory, in bytes.", "host_bytes_in_use"),
     ("host_cache_bytes_allocated", "Host memory taken for them, in bytes.", "host_bytes_allocated"),
+)
+
+# What a disk behind that tells, too.
+_DISK_GAUGES = (
+    ("disk_cache_bytes", "Prefixes in files of the folder, whosever, in bytes.", "disk_bytes"),
+    ("disk_cache_files", "Files they are, one a block.", "disk_files"),
 )
 
 # What the policy "fair" tells, too.
@@ -233,7 +240,9 @@ class _EngineNumbers(Collector):
         stats = self._engine.engine.stats()
         policy = self._engine.engine.config.policy
         gauges = _GAUGES + (_FAIR_GAUGES if policy == "fair" else ())
-        gauges += _OFFLOAD_GAUGES if self._engine.engine.config.offload is not None else ()
+        offload = self._engine.engine.config.offload
+        gauges += _OFFLOAD_GAUGES if offload is not None else ()
+        gauges += _DISK_GAUGES if offload is not None and offload.disk is not None else ()
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, _COUNTERS)):
             for name, text, key in metrics:
                 yield self._family(kind, name, text, stats[key])

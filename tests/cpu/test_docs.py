@@ -72,8 +72,10 @@ def test_memory(capsys, tmp_path):
     model = tiny_model("llama", vocab_size=320, num_hidden_layers=20, max_position_embeddings=256)
     names = dict(model=model, tokenizer=tiny_tokenizer(320), prompts=prompts, folder=tmp_path)
     run("memory.md", names)
-    preemptions, swaps_out, swaps_in, *_ = map(int, capsys.readouterr().out.split())
+    first, disk, *_ = capsys.readouterr().out.splitlines()
+    preemptions, swaps_out, swaps_in, *_ = map(int, first.split())
     assert preemptions == swaps_out == swaps_in > 0
+    assert int(disk.split()[1]) == len(list(tmp_path.rglob("0-*.safetensors"))) > 0
     assert len(names["branches"]) == 8 and len(names["sent_back"]) == 1
     assert names["cached"] == len(names["state"]) > 64
 

@@ -758,7 +758,7 @@ def test_stats_tell_what_waits_runs_and_is_in_use():
     empty = dict(prefix_hit_tokens=0, prefix_queried_tokens=0, preemptions=0, blocks_total=[9])
     empty |= dict(slots_in_use=0, slots_peak=0, slots_total=0)  # the model keeps no state
     empty |= dict(draft_tokens=0, accepted_tokens=0, forced_tokens=0, overtakes=0)
-    empty |= dict(host_hit_tokens=0, swaps_out=0, swaps_in=0)
+    empty |= dict(host_hit_tokens=0, disk_hit_tokens=0, swaps_out=0, swaps_in=0)
     assert scheduler.stats() == dict(waiting=3, running=0, blocks_in_use=[0], blocks_peak=[0], **empty)
     step(scheduler)
     assert scheduler.stats() == dict(waiting=1, running=2, blocks_in_use=[4], blocks_peak=[4], **empty)
