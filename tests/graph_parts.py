@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recording import Recorder
+from recording import Recorder, counting
 from tiny_models import tiny_model
 
 from hf_paged import EngineConfig, SamplingParams
@@ -17,30 +17,9 @@ from hf_paged.runtime.inputs import StagedInputs
 @pytest.fixture
 def recorders(device, monkeypatch) -> list[Recorder]:
     """Those that recorded, or were to record, anything in this test, in order."""
-    made: list[Recorder] = []
-    make = graphs.CudaCapture if device.type == "cuda" else Recorder
-
-    class Counting(make):
-        num_replays = num_records = num_warm_ups = 0
-
-        def warm_up(self, run):
-            if not self.num_warm_ups:
-                made.append(self)
-            self.num_warm_ups += 1
-            super().warm_up(run)
-
-        def record(self, run):
-            self.num_records += 1
-            replay = super().record(run)
-
-            def counted():
-                self.num_replays += 1
-                return replay()
-
-            return counted
-
-    monkeypatch.setattr(build, "cuda_capture", Counting)
-    return made
+    made = counting(graphs.CudaCapture if device.type == "cuda" else Recorder)
+    monkeypatch.setattr(build, "cuda_capture", made)
+    return made.used
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,32 @@ class Recorder:
         self.num_bytes = 0
 
 
+def counting(make: type) -> type:
+    """A `graphs.Capture` like `make`, of which each counts what is asked of it; those that are used are in `used`, in order."""
+
+    class Counting(make):
+        used: list[Counting] = []
+        num_warm_ups = num_records = num_replays = 0
+
+        def warm_up(self, run):
+            if not self.num_warm_ups:
+                self.used.append(self)
+            self.num_warm_ups += 1
+            super().warm_up(run)
+
+        def record(self, run):
+            self.num_records += 1
+            replay = super().record(run)
+
+            def counted():
+                self.num_replays += 1
+                return replay()
+
+            return counted
+
+    return Counting
+
+
 @contextmanager
 def _launches(launched: Callable):
     """While inside, `launched(kernel, grid, args, meta)` is called for every Triton launch."""

@@ -102,7 +102,8 @@ class Intake:
         number = self._model.adapters.number(adapter)
         if media.spans and self._model.adapters.changes_images(number):
             raise UnsupportedOption(
-                f"adapter {adapter!r} changes more than the language model's layers, and images are encoded without one"
+                f"adapter {adapter!r} changes more than the language model's layers, or runs on PEFT's modules, and images are "
+                "encoded without one"
             )
         check_options(deadline, priority, user, cache_salt, self._config.policy)
         common = dict(

@@ -7,7 +7,7 @@ import sys
 import checks
 import triton_interpreter  # noqa: F401  (applies the interpreter's repairs)
 from checks import EngineConfig, pairs, prompts, rank
-from recording import Recorder
+from recording import Recorder, counting
 
 from hf_paged.engine import build
 from hf_paged.runtime import graphs
@@ -21,30 +21,22 @@ CONFIG = EngineConfig(
 )  # fmt: skip
 
 
-class Counting(Recorder):
-    num_records = num_replays = 0
-
-    def record(self, run):
-        Counting.num_records += 1
-        replay = super().record(run)
-
-        def counted():
-            Counting.num_replays += 1
-            return replay()
-
-        return counted
-
-
+Counting = counting(Recorder)
 build.cuda_capture = Counting
 
 
 def run(work) -> None:
     """`work(engine)`, with graphs on two ranks and without on one, gives the same."""
-    Counting.num_records = Counting.num_replays = 0
+    Counting.used.clear()
     pair = pairs["llama"]
     expected = pair.alone(work, CONFIG.replace(cuda_graphs=False))
     actual = pair.led(work, CONFIG)
     assert actual is None if rank() else actual == expected, (actual, expected)
+
+
+def counts() -> tuple[int, int]:
+    """(recordings, replays) of this rank in the last `run`."""
+    return sum(one.num_records for one in Counting.used), sum(one.num_replays for one in Counting.used)
 
 
 def greedy(engine, count: int = 2, **params) -> list:
@@ -55,7 +47,7 @@ def greedy(engine, count: int = 2, **params) -> list:
 def the_same_tokens_from_replays():
     """Greedy by winners, sampled by gathered logits: one graph serves both."""
     run(lambda engine: (greedy(engine), greedy(engine, temperature=0.8, seed=3)))
-    assert Counting.num_records == 1 and Counting.num_replays >= 7
+    assert counts()[0] == 1 and counts()[1] >= 7
 
 
 @check
@@ -82,7 +74,7 @@ def a_rank_that_cannot_record_keeps_all_from_it():
             run(work)
         finally:
             Counting.record = record
-        assert Counting.num_records == 1 and not Counting.num_replays
+        assert counts() == (1, 0)
         said = ["MemoryError: no room", "failed on rank 1"][culprit]
         assert rank() or said in reason[0], reason
 
@@ -106,7 +98,7 @@ def other_logits_on_a_rank():
         run(work)
     finally:
         graphs._check_alike = check_alike
-    assert Counting.num_replays == 1 and (rank() or "failed on rank 1" in wrong[0])
+    assert counts()[1] == 1 and (rank() or "failed on rank 1" in wrong[0])
 
 
 if __name__ == "__main__":
