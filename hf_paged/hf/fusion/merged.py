@@ -54,6 +54,10 @@ class Merged:
     def weight(self) -> torch.Tensor | QuantizedWeight | None:
         return self._weight if not torch.is_grad_enabled() or _quantized(self.layers) else self._tracked("weight")
 
+    @weight.setter
+    def weight(self, weight: torch.Tensor | QuantizedWeight) -> None:
+        self._weight = weight
+
     @property
     def bias(self) -> torch.Tensor | None:
         return self._bias if self._bias is None or not torch.is_grad_enabled() else self._tracked("bias")
