@@ -65,8 +65,9 @@ class AttentionMetadata:
             own where others have many.
         ends: int32 [T], how many keys of its sequence each row sees, where it is more than those up to itself: of images whose
             tokens see each other. None: no row sees further. Never of the first `num_decodes` sequences' rows.
-        shared: what the first `num_decodes` sequences are known to share. The result is the same without; the Triton
-            kernels read shared keys once where every position is seen.
+        shared: what the first `num_decodes` sequences are known to share, and had before this step. The result is the same
+            without: bit for bit with the C++ kernels, which read whole `SHARED_UNIT` keys once; the Triton kernels do so
+            where every position is seen.
     """
 
     cu_seqlens_q: Tensor

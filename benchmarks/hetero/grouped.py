@@ -5,7 +5,7 @@
 In turns, in one process, the requests decoded greedily by an engine of their own:
 
 - grouped    one computes the beginning, the others find it in the prefix cache, and attention reads it once a step for all
-             of them: with the Triton kernels. Those for CPU have each sequence read it, and this system is left out there.
+             of them (left out with the reference kernels, which do not)
 - cached     the same, but each reads it for itself
 - no cache   each computes it, too; a sample of the requests, as that is slow
 

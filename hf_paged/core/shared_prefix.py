@@ -28,7 +28,7 @@ class SharedPrefix:
 
 
 def find_shared_prefixes(
-    tables: Sequence[list[int]], full_blocks: Sequence[int], per_pass: int
+    tables: Sequence[list[int]], full_blocks: Sequence[int], per_pass: int, unit: int = 1
 ) -> list[SharedPrefix]:
     """Disjoint groups of sequences that save much reading, by the blocks they share.
 
@@ -36,6 +36,7 @@ def find_shared_prefixes(
         tables: block tables.
         full_blocks: how many leading blocks of each are full and not written any more; only those are shared.
         per_pass: how many sequences one reading of a prefix serves.
+        unit: blocks are shared only so many at a time.
 
     Sorting brings equal beginnings together, after which groups are runs; n sequences cost n log n comparisons of their
     common blocks. A prefix may go on differently in parts of a run (a system prompt, then one of several examples): a
@@ -43,7 +44,7 @@ def find_shared_prefixes(
     """
     shared = [(table[:count], place) for place, (table, count) in enumerate(zip(tables, full_blocks)) if count]
     shared.sort()
-    common = [_common_blocks(a, b) for (a, _), (b, _) in zip(shared, shared[1:])]
+    common = [_common_blocks(a, b) // unit * unit for (a, _), (b, _) in zip(shared, shared[1:])]
     places = [place for _, place in shared]
     groups: list[SharedPrefix] = []
     for begin, end in _runs(common, 0, len(places), 0):

@@ -23,7 +23,7 @@ from .kv_cache import KVCache
 from .layout import LayerSpec
 from .media import MediaModel
 from .packed import Owner
-from .shared_prefix import PrefixSharing
+from .shared_prefix import READINGS, PrefixSharing
 from .states import StateSpec
 from .transfer import to_device
 
@@ -202,9 +202,10 @@ class ModelRunner:
         self._inputs = inputs
         self._order = StreamOrder(cache.device)
         self.prefixes: PrefixSharing | None = None
-        if ops.resolve_backend(backend, cache.device) == "triton":
+        kernels = ops.resolve_backend(backend, cache.device)
+        if kernels in READINGS:
             self.prefixes = PrefixSharing(
-                cache.groups, block_size=cache.block_size, dtype=cache.dtype, device=cache.device
+                cache.groups, backend=kernels, block_size=cache.block_size, dtype=cache.dtype, device=cache.device
             )
 
     def prepare(

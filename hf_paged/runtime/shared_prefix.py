@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from hf_paged_kernels import ops
+from hf_paged_kernels.cpu.attention import SHARED_UNIT
 from hf_paged_kernels.metadata import SharedPrefixes
 
 from ..core.plan import StepPlan
 from ..core.shared_prefix import SharedPrefix, find_shared_prefixes
 from .layout import BlockGroup
 
-# Of a layer: what memory at 3 TB/s moves in 5 microseconds, the time of two more launches. An estimate: to be measured.
-_MIN_SAVED_BYTES = 16 << 20
-_ROWS_PER_READING = 64  # query heads that one reading of a prefix serves: the rows of a program of the kernel
 _ALIGNED = 4  # int32 entries: Triton compiles a kernel anew for a pointer that is no multiple of 16 bytes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the kernels of a backend read what is shared.
+
+    Attributes:
+        rows: query rows of a KV head that one reading serves.
+        unit: tokens that are shared at a time.
+        windows: whether layers with a window or chunks take part, in steps in which nobody's has moved yet.
+        min_saved_bytes: of a layer's keys and values that need not be read, if grouping is to pay.
+    """
+
+    rows: int
+    unit: int
+    windows: bool
+    min_saved_bytes: int
+
+
+READINGS = {
+    # What memory at 3 TB/s moves in 5 microseconds, the time of two more launches. An estimate: to be measured.
+    "triton": Reading(rows=64, unit=1, windows=False, min_saved_bytes=16 << 20),
+    # Measured on one core of an EPYC: a byte saved is worth 6 picoseconds (fp32, bf16, int8) and more, finding what 32
+    # sequences share costs some 10 microseconds a layer.
+    "cpu": Reading(rows=48, unit=SHARED_UNIT, windows=True, min_saved_bytes=2 << 20),
+}
 
 
 class PrefixSharing:
     """Tells the attention of a step what its decodes share, where that saves more than it costs.
 
-    Over a shared prefix of P tokens, n sequences read P keys and values once per reading instead of n times; two more
-    launches a layer are the price. So the rule is tokens saved * bytes of a token >= _MIN_SAVED_BYTES in a layer.
+    Over a shared prefix of P tokens, n sequences read P keys and values once per reading instead of n times. The price
+    is two more launches a layer with Triton, and on the CPU the time to find the prefix. So the rule is tokens saved *
+    bytes of a token >= `min_saved_bytes` in a layer.
 
     Attributes:
         saved_tokens: tokens of keys and values that a layer did not have to read, over all steps.
     """
 
-    def __init__(self, groups: list[BlockGroup], *, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, groups: list[BlockGroup], *, backend: str, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
         self.saved_tokens = 0
         self._groups = groups
+        self._reading = READINGS[backend]
         self._block_size = block_size
+        self._unit = self._reading.unit // math.gcd(self._reading.unit, block_size)  # blocks
         self._dtype = dtype
         self._device = device
 
@@ -39,19 +71,28 @@ class PrefixSharing:
         """Set `shared` of the metadata of each block group where it pays. The batch must not be padded."""
         saved_tokens = []
         for group, tables, meta in zip(self._groups, plan.block_tables, metadata):
-            count = meta.num_decodes
-            latents = group.values_in_keys and any(layer.value_in_key for layer in group.layers)
-            if count < 2 or group.window is not None or group.chunk is not None or latents:
+            contexts = plan.num_context[: meta.num_decodes]
+            if len(contexts) < 2 or not self._takes_part(group, max(contexts)):
                 continue
             rows = max(layer.num_heads // layer.num_kv_heads for layer in group.layers)  # of a sequence and KV head
-            per_reading = max(1, _ROWS_PER_READING // rows)
-            full_blocks = [context // self._block_size for context in plan.num_context[:count]]
-            found = find_shared_prefixes(tables[:count], full_blocks, per_reading)
+            token_bytes = min(layer.bytes_per_token(self._dtype) for layer in group.layers)
+            if (sum(contexts) - max(contexts)) * token_bytes < self._reading.min_saved_bytes:
+                continue  # not even if they shared all they can
+            per_reading = max(1, self._reading.rows // rows)
+            full_blocks = [context // self._block_size for context in contexts]
+            found = find_shared_prefixes(tables[: len(contexts)], full_blocks, per_reading, self._unit)
             saved = self._block_size * sum(prefix.saved_blocks(per_reading) for prefix in found)
-            if saved * min(layer.bytes_per_token(self._dtype) for layer in group.layers) >= _MIN_SAVED_BYTES:
-                meta.shared = shared_prefixes(found, plan.num_context[:count], self._block_size, self._device)
+            if saved * token_bytes >= self._reading.min_saved_bytes:
+                meta.shared = shared_prefixes(found, contexts, self._block_size, self._device)
                 saved_tokens.append(saved)
         self.saved_tokens += max(saved_tokens, default=0)
+
+    def _takes_part(self, group: BlockGroup, longest: int) -> bool:
+        """Whether the layers of a group read what is shared once, the longest sequence having so many tokens before this step."""
+        if group.values_in_keys and any(layer.value_in_key for layer in group.layers):
+            return False
+        sees = group.window or group.chunk
+        return sees is None or self._reading.windows and longest < sees
 
 
 def shared_prefixes(

@@ -11,11 +11,13 @@ from torch import Tensor
 from . import build
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-_ARGS = struct.Struct("@15P 12q 12q 2q 2d")  # struct Args in attention_store.h
+SHARED_UNIT = 256  # keys of a shared prefix that are read at a time: kSplit in attention_tiles.h
+_ARGS = struct.Struct("@18P 13q 12q 2q 2d")  # struct Args in attention_store.h
 _ERRORS = {
     1: "cu_seqlens_q, seq_lens and block_table do not fit together at sequence {}",
     2: "block_table has a block id at or above the cache's number of blocks in sequence {}",
     3: "slot_mapping points past the end of the cache at token {}",
+    4: "shared names sequence {}, which the batch has not, twice, or with more keys than were there before this step",
 }
 _entry = None
 
@@ -34,8 +36,8 @@ def attention_(
     _run(query, key, value, k_cache, v_cache, k_scale, v_scale, out,
          metadata.cu_seqlens_q.data_ptr(), metadata.seq_lens.data_ptr(), metadata.block_table.data_ptr(),
          metadata.slot_mapping.data_ptr(), 0 if metadata.ends is None else metadata.ends.data_ptr(), sinks, alibi_slopes,
-         (num_tokens, metadata.block_table.shape[0], metadata.block_table.shape[1], num_blocks, block_size, num_heads,
-          num_kv_heads, k_dim, v_dim), window or 0, chunk or 0, scale, softcap or 0.0)  # fmt: skip
+         metadata.shared, (num_tokens, *metadata.block_table.shape, num_blocks, block_size, num_heads, num_kv_heads,
+         k_dim, v_dim), window or 0, chunk or 0, scale, softcap or 0.0)  # fmt: skip
     return out
 
 
@@ -44,13 +46,13 @@ def store_kv(
 ) -> None:
     """See `ops.store_kv`: a batch of no sequences, which is written and attended by nobody."""
     num_blocks, num_kv_heads, block_size, v_dim = v_cache.shape
-    _run(key, key, value, k_cache, v_cache, k_scale, v_scale, None, 0, 0, 0, slot_mapping.data_ptr(), 0, None, None,
+    _run(key, key, value, k_cache, v_cache, k_scale, v_scale, None, 0, 0, 0, slot_mapping.data_ptr(), 0, None, None, None,
          (key.shape[0], 0, 0, num_blocks, block_size, num_kv_heads, num_kv_heads, key.shape[2], v_dim), 0, 0, 1.0,
          0.0)  # fmt: skip
 
 
 def _run(query, key, value, k_cache, v_cache, k_scale, v_scale, out, cu_seqlens_q, seq_lens, block_table, slot_mapping,
-         ends, sinks, alibi_slopes, sizes, window, chunk, scale, softcap):  # fmt: skip
+         ends, sinks, alibi_slopes, shared, sizes, window, chunk, scale, softcap):  # fmt: skip
     global _entry
     if _entry is None:
         entry = build.load().hf_paged_attention
@@ -82,11 +84,15 @@ def _run(query, key, value, k_cache, v_cache, k_scale, v_scale, out, cu_seqlens_
         sinks = sinks.float().contiguous()
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.float().contiguous()
+    groups = (0, 0, 0, 0)
+    if shared is not None:
+        tensors = (shared.members, shared.group_starts, shared.prefix_lens)
+        groups = (*(tensor.data_ptr() for tensor in tensors), shared.num_groups)
     packed = _ARGS.pack(
         query.data_ptr(), key_at, value_at, 0 if out is None else out.data_ptr(), k_cache.data_ptr(),
         v_cache.data_ptr(), k_scale_at, v_scale_at, cu_seqlens_q, seq_lens, block_table, slot_mapping, ends,
         0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        _DTYPE_CODES[query.dtype], new_dtype, _DTYPE_CODES[k_cache.dtype], *sizes,
+        *groups, _DTYPE_CODES[query.dtype], new_dtype, _DTYPE_CODES[k_cache.dtype], *sizes,
         query_strides[0], query_strides[1], key_strides[0], key_strides[1], value_strides[0], value_strides[1],
         k_strides[0], k_strides[1], v_strides[0], v_strides[1], scale_strides[0], scale_strides[1], window, chunk,
         scale, softcap,

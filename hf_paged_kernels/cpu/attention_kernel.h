@@ -6,9 +6,9 @@
 // k_cache [block, kv head, dim, block_size], v_cache [block, kv head, block_size, dim]: a vector holds the scores of
 // consecutive keys, and later consecutive dims of the output, so neither product needs a horizontal sum.
 //
-// A tile is some consecutive rows of one sequence times all query heads of one KV head. Keys are taken in splits of
-// kSplit absolute positions. In a split, every row gets its maximum m, its sum l and its weighted values, and the
-// splits are merged in ascending order. Small batches spread a tile's splits over threads and merge at the end.
+// Keys are taken in splits of kSplit absolute positions. In a split, every row of a tile (attention_plan.h) gets its
+// maximum m, its sum l and its weighted values, and the splits are merged in ascending order. Small batches spread a
+// tile's splits over threads and merge at the end.
 //
 // Of a quantized cache the scores are multiplied by the keys' scales, and the weights by the values'. Tiles of many rows
 // widen a split's numbers to float32 once, which is exact.
@@ -20,34 +20,26 @@
 
 #pragma once
 
-#include "attention_store.h"
-#include "attention_tiles.h"
+#include "attention_plan.h"
 
 #include <atomic>
-#include <vector>
 
 namespace hf_paged {
 namespace {
 
-constexpr int64_t kTileRows = 48;                // rows of a prefill tile
-constexpr int64_t kWidenRows = 2 * kRows;        // tiles of more rows than these widen a quantized split first
-constexpr int64_t kMaxPartialFloats = 16 << 20;  // bound on the memory for splits merged at the end
-constexpr double kSmallWork = 1 << 18;           // multiply-adds (some 5 us) not worth waking other threads for
-
-enum Error : int64_t { kOk = 0, kBadLengths = 1, kBadBlock = 2, kBadSlot = 3 };
+constexpr int64_t kWidenRows = 2 * kRows;  // more rows than these widen a quantized split first
+constexpr int64_t kNarrowRows = 4;         // of a register tile that widens as it reads
+constexpr double kSmallWork = 1 << 18;     // multiply-adds (some 5 us) not worth waking other threads for
 
 // ---- a tile ------------------------------------------------------------------------------------------------------
 
-struct Tile {
-  int64_t seq, head, first_token, num_tokens;  // rows: tokens [first_token, + num_tokens) of the batch
-  int64_t position;                            // of first_token in its sequence
-  int64_t end;                                 // keys up to here are seen by some row
-  int64_t split_begin, split_end;              // splits that any row sees
-  int64_t partials;                            // where its splits' results go; -1: this item runs and merges them all
-};
-
-struct Item {
-  int64_t tile, split;  // split -1: all of the tile
+struct Rows {  // of a tile, each for all query heads of its head: their places in the batch and in their sequences
+  int64_t token[kTileRows], position[kTileRows];
+  Rows(const Span* span, int64_t num_spans) {
+    for (int64_t i = 0, n = 0; i < num_spans; ++i, ++span)
+      for (int64_t t = 0; t < span->num_tokens; ++t, ++n)
+        token[n] = span->first_token + t, position[n] = span->position + t;
+  }
 };
 
 // One split of a sequence as one KV head keeps it, by chunks of 16 keys; null where there are none.
@@ -65,111 +57,30 @@ struct State {
 };
 
 template <class T>
-class Kernel {
+class Kernel : public Plan {
  public:
-  explicit Kernel(const Args& args)
-      : a(args), group(args.num_heads / args.num_kv_heads),
-        tile_tokens(std::max<int64_t>(1, kTileRows / group)), max_rows(tile_tokens * group),
-        q_stride((args.k_dim + kLanes - 1) / kLanes * kLanes), v_stride((args.v_dim + kLanes - 1) / kLanes * kLanes) {}
-
-  // The work of the call: tiles, and items that threads take one by one.
-  Error plan(int64_t num_threads);
+  using Plan::Plan;
   void run();
 
-  int64_t bad_index = 0;  // the sequence or token that an error is about
-
  private:
-  int64_t lowest_key(int64_t position) const {  // that a query at `position` sees; never falls with the position
-    if (a.chunk) return position - position % a.chunk;
-    return a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
-  }
-  int64_t end_key(int64_t token, int64_t position) const {  // of those that the row sees
-    return a.ends ? std::max<int64_t>(position + 1, a.ends[token]) : position + 1;
-  }
-  int64_t end_of_rows(int64_t token, int64_t position, int64_t count) const {  // of `count` tokens from this one on
-    int64_t end = position + count;
-    if (a.ends)
-      for (int64_t i = 0; i < count; ++i) end = std::max<int64_t>(end, a.ends[token + i]);
-    return end;
-  }
-  int64_t state_floats(int64_t rows) const { return rows * (v_stride + 2); }
-  void load_queries(const Tile& tile, float* q) const;
+  void load_queries(const Tile& tile, const Rows& rows, float* q) const;
   int64_t wide_floats() const { return kIsQuantized<T> ? kSplit * (a.k_dim + a.v_dim + 2) : 0; }
-  void run_split(const Tile& tile, int64_t split, const float* q, float* scores, float* wide, const State& result) const;
+  void run_split(const Tile& tile, const Rows& rows, int64_t split, const float* q, float* scores, float* wide,
+                 const State& result) const;
+  Pages<T> pages_of(int64_t seq, int64_t head, int64_t split, Range keys, float* scales) const;
   Pages<float> widen(const Pages<T>& pages, float* to) const;
   template <class E>
-  void attend_split(const Tile& tile, int64_t split, const Pages<E>& pages, const float* q, float* scores,
-                    const State& result) const;
+  void attend_split(const Rows& rows, int64_t head, int64_t split, Range tokens, const Pages<E>& pages, const float* q,
+                    float* scores, const State& result) const;
   template <int M, class E>
-  void run_rows(const Tile& tile, int64_t split, int64_t row, const Pages<E>& pages, const float* q, float* scores,
-                const State& result) const;
+  void run_rows(const Rows& rows, int64_t head, int64_t split, int64_t row, const Pages<E>& pages, const float* q,
+                float* scores, const State& result) const;
   void merge(const State& part, const State& total, int64_t rows, bool first) const;
-  void finish(const Tile& tile, const State& total) const;
+  void finish(const Tile& tile, const Rows& rows, const State& total) const;
   void run_item(const Item& item, float* scratch) const;
   void merge_partials(const Tile& tile, float* scratch) const;
   void store_new(int64_t thread, int64_t num_threads) const;
-
-  const Args& a;
-  const int64_t group, tile_tokens, max_rows, q_stride, v_stride;
-  std::vector<Tile> tiles;
-  std::vector<Item> items;
-  std::vector<int64_t> split_tiles;
-  Scratch partials;
-  double work = 0;  // multiply-adds of the call, about
 };
-
-template <class T>
-Error Kernel<T>::plan(int64_t num_threads) {
-  tiles.clear(), items.clear(), split_tiles.clear();
-  if (a.key) {
-    const int64_t num_slots = a.num_blocks * a.block_size;
-    for (int64_t t = 0; t < a.num_tokens; ++t)
-      if (a.slot_mapping[t] >= num_slots) return bad_index = t, kBadSlot;
-  }
-  work = a.key ? static_cast<double>(a.num_tokens * a.num_kv_heads * (a.k_dim + a.v_dim)) : 0;
-  double total_cost = 0;
-  for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
-    const int64_t begin = a.cu_seqlens_q[seq], end = a.cu_seqlens_q[seq + 1], length = a.seq_lens[seq];
-    if (begin < 0 || end < begin || end > a.num_tokens || length < end - begin ||
-        length > a.table_width * a.block_size)
-      return bad_index = seq, kBadLengths;
-    if (begin == end) continue;
-    const int64_t position = length - (end - begin);
-    if (end_of_rows(begin, position, end - begin) > length) return bad_index = seq, kBadLengths;
-    for (int64_t b = lowest_key(position) / a.block_size; b <= (length - 1) / a.block_size; ++b)
-      if (a.block_table[seq * a.table_width + b] >= a.num_blocks) return bad_index = seq, kBadBlock;
-    const int64_t count = (end - begin + tile_tokens - 1) / tile_tokens;
-    for (int64_t head = 0; head < a.num_kv_heads; ++head)
-      for (int64_t i = count - 1; i >= 0; --i) {  // the most expensive tile first
-        Tile tile{seq, head, begin + i * tile_tokens, 0, position + i * tile_tokens, 0, 0, 0, -1};
-        tile.num_tokens = std::min(tile_tokens, end - tile.first_token);
-        tile.end = end_of_rows(tile.first_token, tile.position, tile.num_tokens);
-        tile.split_begin = lowest_key(tile.position) / kSplit;
-        tile.split_end = (tile.end - 1) / kSplit + 1;
-        total_cost += tile.num_tokens * (tile.split_end - tile.split_begin);
-        work += static_cast<double>(tile.num_tokens * group * (a.k_dim + a.v_dim)) *
-                (tile.end - lowest_key(tile.position));
-        tiles.push_back(tile);
-      }
-  }
-  int64_t partial_floats = 0;
-  for (size_t t = 0; t < tiles.size(); ++t) {
-    Tile& tile = tiles[t];
-    const int64_t splits = tile.split_end - tile.split_begin;
-    const int64_t floats = splits * state_floats(tile.num_tokens * group);
-    const bool large = tile.num_tokens * splits * 4 * num_threads > total_cost;
-    if (num_threads > 1 && splits > 1 && large && partial_floats + floats <= kMaxPartialFloats) {
-      tile.partials = partial_floats;
-      partial_floats += floats;
-      split_tiles.push_back(t);
-      for (int64_t s = tile.split_begin; s < tile.split_end; ++s) items.push_back({static_cast<int64_t>(t), s});
-    } else {
-      items.push_back({static_cast<int64_t>(t), -1});
-    }
-  }
-  partials.get(partial_floats);
-  return kOk;
-}
 
 template <class Q>
 inline void convert_row(const Q* from, float* to, int64_t dims) {
@@ -178,25 +89,27 @@ inline void convert_row(const Q* from, float* to, int64_t dims) {
 
 // q[row] for row = token * group + head of the group, as float32.
 template <class T>
-void Kernel<T>::load_queries(const Tile& tile, float* q) const {
+void Kernel<T>::load_queries(const Tile& tile, const Rows& rows, float* q) const {
   for (int64_t i = 0; i < tile.num_tokens; ++i)
     for (int64_t g = 0; g < group; ++g, q += q_stride) {
-      const int64_t at = (tile.first_token + i) * a.query_stride[0] + (tile.head * group + g) * a.query_stride[1];
+      const int64_t at = rows.token[i] * a.query_stride[0] + (tile.head * group + g) * a.query_stride[1];
       if (a.query_dtype == kFloat32) convert_row(static_cast<const float*>(a.query) + at, q, a.k_dim);
       else if (a.query_dtype == kBFloat16) convert_row(static_cast<const c10::BFloat16*>(a.query) + at, q, a.k_dim);
       else convert_row(static_cast<const c10::Half*>(a.query) + at, q, a.k_dim);
     }
 }
 
-// Rows [row, row + M) of the tile against one split.
+// Rows [row, row + M) of a tile against one split.
 template <class T>
 template <int M, class E>
-void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const Pages<E>& pages, const float* q,
-                         float* scores, const State& result) const {
+void Kernel<T>::run_rows(const Rows& rows, int64_t kv_head, int64_t split, int64_t row, const Pages<E>& pages,
+                         const float* q, float* scores, const State& result) const {
   const int64_t base = split * kSplit;
-  const int64_t first = row / group, last = (row + M - 1) / group;
-  const int64_t end = end_of_rows(tile.first_token + first, tile.position + first, last - first + 1);
-  const Range keys{std::max<int64_t>(lowest_key(tile.position + first) - base, 0), std::min(end - base, kSplit)};
+  Range keys{kSplit, 0};  // that any of them sees
+  for (int64_t t = row / group; t <= (row + M - 1) / group; ++t) {
+    keys.begin = std::min(keys.begin, std::max<int64_t>(lowest_key(rows.position[t]) - base, 0));
+    keys.end = std::max(keys.end, std::min(end_key(rows.token[t], rows.position[t]) - base, kSplit));
+  }
   float* values = result.values + row * v_stride;
   if (keys.begin >= keys.end) {
     for (int r = 0; r < M; ++r) result.m[row + r] = kMinusInf;
@@ -205,9 +118,8 @@ void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const Pag
   const Range chunks{keys.begin / kChunk, (keys.end + kChunk - 1) / kChunk};
   score_rows<M>(q + row * q_stride, q_stride, pages.k, chunks.begin, chunks.end, pages.dim_stride, a.k_dim, scores);
   for (int r = 0; r < M; ++r) {
-    const int64_t token = (row + r) / group, position = tile.position + token;
-    const int64_t head = tile.head * group + (row + r) % group;
-    const Range visible{lowest_key(position) - base, end_key(tile.first_token + token, position) - base};
+    const int64_t t = (row + r) / group, position = rows.position[t], head = kv_head * group + (row + r) % group;
+    const Range visible{lowest_key(position) - base, end_key(rows.token[t], position) - base};
     const RowRule rule{static_cast<float>(a.scale), static_cast<float>(a.softcap),
                        a.alibi_slopes ? a.alibi_slopes[head] : 0.0f, position - base};
     result.m[row + r] = softmax_row<kIsQuantized<T>>(scores + r * kScoreStride, pages.k, chunks, visible, rule,
@@ -219,18 +131,19 @@ void Kernel<T>::run_rows(const Tile& tile, int64_t split, int64_t row, const Pag
 
 template <class T>
 template <class E>
-void Kernel<T>::attend_split(const Tile& tile, int64_t split, const Pages<E>& pages, const float* q, float* scores,
-                             const State& result) const {
-  const int64_t rows = tile.num_tokens * group, count = (rows + kRows - 1) / kRows;
+void Kernel<T>::attend_split(const Rows& rows, int64_t head, int64_t split, Range tokens, const Pages<E>& pages,
+                             const float* q, float* scores, const State& result) const {
+  const int64_t first = tokens.begin * group, num_rows = tokens.end * group - first;
+  const int64_t most = kIsQuantized<E> ? kNarrowRows : kRows, count = (num_rows + most - 1) / most;
   for (int64_t i = 0; i < count; ++i) {  // register tiles of nearly equal height
-    const int64_t row = rows * i / count;
-    switch (rows * (i + 1) / count - row) {
-      case 1: run_rows<1>(tile, split, row, pages, q, scores, result); break;
-      case 2: run_rows<2>(tile, split, row, pages, q, scores, result); break;
-      case 3: run_rows<3>(tile, split, row, pages, q, scores, result); break;
-      case 4: run_rows<4>(tile, split, row, pages, q, scores, result); break;
-      case 5: run_rows<5>(tile, split, row, pages, q, scores, result); break;
-      default: run_rows<6>(tile, split, row, pages, q, scores, result);
+    const int64_t row = first + num_rows * i / count;
+    switch (first + num_rows * (i + 1) / count - row) {
+      case 1: run_rows<1>(rows, head, split, row, pages, q, scores, result); break;
+      case 2: run_rows<2>(rows, head, split, row, pages, q, scores, result); break;
+      case 3: run_rows<3>(rows, head, split, row, pages, q, scores, result); break;
+      case 4: run_rows<4>(rows, head, split, row, pages, q, scores, result); break;
+      case 5: run_rows<5>(rows, head, split, row, pages, q, scores, result); break;
+      default: run_rows<6>(rows, head, split, row, pages, q, scores, result);
     }
   }
 }
@@ -240,31 +153,44 @@ inline void load_scales(const float* from, float unit, float* to) {
   for (int64_t i = 0; i < kChunk; ++i) to[i] = from[i] * unit + from[i] * 0.0f;
 }
 
+// The chunks of a split that hold any of `keys`, which are positions in the sequence.
 template <class T>
-void Kernel<T>::run_split(const Tile& tile, int64_t split, const float* q, float* scores, float* wide,
-                          const State& result) const {
+Pages<T> Kernel<T>::pages_of(int64_t seq, int64_t head, int64_t split, Range keys, float* scales) const {
   Pages<T> pages;
   pages.dim_stride = a.block_size;
-  pages.k_scales = wide, pages.v_scales = wide + kSplit;
-  const int64_t base = split * kSplit, end = std::min(base + kSplit, tile.end);
-  for (int64_t key = std::max(base, lowest_key(tile.position)) / kChunk * kChunk; key < end; key += kChunk) {
-    const int64_t block = a.block_table[tile.seq * a.table_width + key / a.block_size];
+  pages.k_scales = scales, pages.v_scales = scales + kSplit;
+  const int64_t base = split * kSplit, end = std::min(base + kSplit, keys.end);
+  for (int64_t key = std::max(base, keys.begin) / kChunk * kChunk; key < end; key += kChunk) {
+    const int64_t block = a.block_table[seq * a.table_width + key / a.block_size];
     if (block < 0) continue;
     const int64_t c = (key - base) / kChunk, offset = key % a.block_size;
-    pages.k[c] = static_cast<const T*>(a.k_cache) + block * a.k_cache_stride[0] + tile.head * a.k_cache_stride[1] +
-                 offset;
-    pages.v[c] = static_cast<const T*>(a.v_cache) + block * a.v_cache_stride[0] + tile.head * a.v_cache_stride[1] +
+    pages.k[c] = static_cast<const T*>(a.k_cache) + block * a.k_cache_stride[0] + head * a.k_cache_stride[1] + offset;
+    pages.v[c] = static_cast<const T*>(a.v_cache) + block * a.v_cache_stride[0] + head * a.v_cache_stride[1] +
                  offset * a.v_dim;
     if constexpr (kIsQuantized<T>) {
-      const int64_t at = block * a.scale_stride[0] + tile.head * a.scale_stride[1] + offset;
-      load_scales(a.k_scale + at, Rounding<T>::kUnit, wide + c * kChunk);
-      load_scales(a.v_scale + at, Rounding<T>::kUnit, wide + kSplit + c * kChunk);
+      const int64_t at = block * a.scale_stride[0] + head * a.scale_stride[1] + offset;
+      load_scales(a.k_scale + at, Rounding<T>::kUnit, scales + c * kChunk);
+      load_scales(a.v_scale + at, Rounding<T>::kUnit, scales + kSplit + c * kChunk);
     }
   }
-  if constexpr (kIsQuantized<T>)
-    if (tile.num_tokens * group > kWidenRows)
-      return attend_split(tile, split, widen(pages, wide + 2 * kSplit), q, scores, result);
-  attend_split(tile, split, pages, q, scores, result);
+  return pages;
+}
+
+template <class T>
+void Kernel<T>::run_split(const Tile& tile, const Rows& rows, int64_t split, const float* q, float* scores, float* wide,
+                          const State& result) const {
+  const Span* span = &spans[tile.first_span];
+  const bool shared = split < tile.shared_end;
+  for (int64_t token = 0; token < tile.num_tokens; ++span) {
+    const Range tokens{token, shared ? tile.num_tokens : token + span->num_tokens};
+    const Range keys{shared ? tile.lowest : lowest_key(span->position), span->end};
+    const Pages<T> pages = pages_of(span->seq, tile.head, split, keys, wide);
+    if (kIsQuantized<T> && (tokens.end - tokens.begin) * group > kWidenRows)
+      attend_split(rows, tile.head, split, tokens, widen(pages, wide + 2 * kSplit), q, scores, result);
+    else
+      attend_split(rows, tile.head, split, tokens, pages, q, scores, result);
+    token = tokens.end;
+  }
 }
 
 template <class T>
@@ -305,9 +231,9 @@ void Kernel<T>::merge(const State& part, const State& total, int64_t rows, bool 
 }
 
 template <class T>
-void Kernel<T>::finish(const Tile& tile, const State& total) const {
+void Kernel<T>::finish(const Tile& tile, const Rows& rows, const State& total) const {
   for (int64_t r = 0; r < tile.num_tokens * group; ++r) {
-    const int64_t token = tile.first_token + r / group, head = tile.head * group + r % group;
+    const int64_t token = rows.token[r / group], head = tile.head * group + r % group;
     float *values = total.values + r * v_stride, l = total.l[r], factor = 1.0f;
     if (total.m[r] == kMinusInf) {  // no visible key at all: 0/0, or 0 if there is a sink
       std::memset(values, 0, v_stride * sizeof(float));
@@ -331,33 +257,34 @@ void Kernel<T>::finish(const Tile& tile, const State& total) const {
 template <class T>
 void Kernel<T>::run_item(const Item& item, float* scratch) const {
   const Tile& tile = tiles[item.tile];
-  const int64_t rows = tile.num_tokens * group;
+  const Rows rows(&spans[tile.first_span], tile.num_spans);
+  const int64_t num_rows = tile.num_tokens * group;
   float* q = scratch;
   float* scores = q + max_rows * q_stride;
   float* wide = scores + kRows * kScoreStride;
   float* after = wide + wide_floats();
-  load_queries(tile, q);
+  load_queries(tile, rows, q);
   if (item.split >= 0) {
     float* slot = const_cast<Scratch&>(partials).get(0) + tile.partials +
-                  (item.split - tile.split_begin) * state_floats(rows);
-    return run_split(tile, item.split, q, scores, wide, State(slot, rows, v_stride));
+                  (item.split - tile.split_begin) * state_floats(num_rows);
+    return run_split(tile, rows, item.split, q, scores, wide, State(slot, num_rows, v_stride));
   }
-  const State part(after, rows, v_stride), total(after + state_floats(rows), rows, v_stride);
+  const State part(after, num_rows, v_stride), total(after + state_floats(num_rows), num_rows, v_stride);
   for (int64_t s = tile.split_begin; s < tile.split_end; ++s) {
-    run_split(tile, s, q, scores, wide, part);
-    merge(part, total, rows, s == tile.split_begin);
+    run_split(tile, rows, s, q, scores, wide, part);
+    merge(part, total, num_rows, s == tile.split_begin);
   }
-  finish(tile, total);
+  finish(tile, rows, total);
 }
 
 template <class T>
 void Kernel<T>::merge_partials(const Tile& tile, float* scratch) const {
-  const int64_t rows = tile.num_tokens * group;
-  const State total(scratch, rows, v_stride);
+  const int64_t num_rows = tile.num_tokens * group;
+  const State total(scratch, num_rows, v_stride);
   float* slot = const_cast<Scratch&>(partials).get(0) + tile.partials;
-  for (int64_t s = tile.split_begin; s < tile.split_end; ++s, slot += state_floats(rows))
-    merge(State(slot, rows, v_stride), total, rows, s == tile.split_begin);
-  finish(tile, total);
+  for (int64_t s = tile.split_begin; s < tile.split_end; ++s, slot += state_floats(num_rows))
+    merge(State(slot, num_rows, v_stride), total, num_rows, s == tile.split_begin);
+  finish(tile, Rows(&spans[tile.first_span], tile.num_spans), total);
 }
 
 template <class T>
@@ -401,7 +328,7 @@ template <class T>
 int64_t attend(const Args& args) {
   at::internal::lazy_init_num_threads();
   Kernel<T> kernel(args);
-  const Error error = kernel.plan(at::in_parallel_region() ? 1 : at::get_num_threads());
+  const Error error = kernel.make(at::in_parallel_region() ? 1 : at::get_num_threads());
   if (error != kOk) return kernel.bad_index * 8 + error;
   kernel.run();
   return kOk;

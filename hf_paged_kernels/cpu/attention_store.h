@@ -21,6 +21,8 @@ struct Args {
   const int64_t* slot_mapping;
   const int32_t* ends;  // of each row, how many keys it sees, if more than those up to itself; null: none does
   const float *sinks, *alibi_slopes;
+  const int32_t *members, *group_starts, *prefix_lens;  // of sequences with the same first blocks; null: none are known
+  int64_t num_groups;
   int64_t query_dtype, new_dtype, cache_dtype;
   int64_t num_tokens, num_seqs, table_width, num_blocks, block_size;
   int64_t num_heads, num_kv_heads, k_dim, v_dim;
