@@ -80,3 +80,9 @@ def test_groups_are_true_and_disjoint_and_no_single_one_is_better(seed):
             while all(full[i] > depth for i in members) and len({tables[i][depth] for i in members}) == 1:
                 depth += 1
             assert SharedPrefix(depth, members).saved_blocks(100) <= saved
+
+
+def test_blocks_are_shared_so_many_at_a_time():
+    tables = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 8], [1, 9]]
+    assert find_shared_prefixes(tables, [6, 6, 2, 2], 100, unit=2) == [SharedPrefix(4, (0, 1))]
+    assert find_shared_prefixes(tables, [6, 6, 2, 2], 100, unit=8) == []
