@@ -9,8 +9,8 @@ from peft_adapters import WARNINGS
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
-from hf_paged.benchmarks import schema
 import hf_paged_kernels as kernels
+from hf_paged.benchmarks import schema
 from hf_paged.benchmarks.hetero import adapters, grouped, mixed, score
 
 
