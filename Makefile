@@ -3,7 +3,8 @@
 #   make test       the tests (minutes)            make test-all   the slow ones too
 #   make test-quantizers   other packages' quantized models under the engine, and our checkpoints read by the formats' own tools
 #   make test-page  the server's chat page in a headless Chromium, which is fetched where there is none (CHROMIUM names one)
-#   make bench      the engine benchmark           make models     every family against stock; writes docs/models.md
+#   make bench      stock, hf_paged and others side by side (5 minutes; ARGS="--full --readme": README's figures)
+#   make models     every family against stock; writes docs/models.md
 #   make bench-server   1000 streaming clients at the server, beside the engine alone (6 minutes)
 #   make bench-quant   quantized weights and caches on this CPU: speed, memory, perplexity (8 minutes)
 #   make gpu        a machine with a GPU: is everything right there, then how fast (10 minutes); results in benchmarks/results/gpu

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 import hf_paged
 
+from ..latency import Answer, Feed
 from .workload import Request
 
-STOCK_ONE, STOCK_BATCH, PAGED = "stock, one at a time", "stock, batches of 8", "hf_paged"
+STOCK_ONE, STOCK_BATCH = "stock, one at a time", "stock, padded batches"
+STOCK_CONTINUOUS, PAGED = "stock, continuous batching", "hf_paged"
 BATCH = 8
 Progress = Callable[[int], None]
 
@@ -21,12 +23,15 @@ Progress = Callable[[int], None]
 class Run:
     """What one system did with some requests, in their order.
 
-    `tokens` are each request's new tokens; `kv_bytes` the most the KV cache held at once.
+    `tokens` are each request's new tokens; `kv_bytes` the most the KV cache held at once, and `kv` what it held over time:
+    pairs of seconds since the start and bytes. `answers` say when tokens came.
     """
 
     tokens: list[list[int]]
     seconds: float
     kv_bytes: int
+    kv: list[tuple[float, int]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def output_tokens(self) -> int:
@@ -38,37 +43,69 @@ class Run:
         return self.output_tokens / self.seconds
 
 
-def run_stock(
-    model, requests: Sequence[Request], *, batch: int = 1, ignore_eos: bool = False, progress: Progress = lambda n: None
-) -> Run:
-    """Untouched `generate`, greedy, `batch` requests at a time in the order given, padded on the left.
+class _Stopwatch:
+    """A streamer of `generate`: the moments at which a batch has tokens. The first call brings the prompts."""
 
-    A batch runs to its longest output; what a row makes beyond its own length is cut off.
+    def __init__(self):
+        self.moments: list[float] = []
+
+    def put(self, value) -> None:
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def run_stock(
+    model, requests: Sequence[Request], *, batch: int = 1, ignore_eos: bool = False, progress: Progress = lambda n: None,
+    feed: Feed | None = None,
+) -> Run:  # fmt: skip
+    """Untouched `generate`, greedy, at most `batch` requests at a time in the order given, padded on the left.
+
+    A batch runs to its longest output; what a row makes beyond its own length is cut off. With `feed`, a batch is what has
+    come when the batch before it ends, and a row's tokens count as they are made.
     """
-    eos = _eos_ids(model)
-    pad = eos[0] if eos else 0
-    tokens: list[list[int]] = []
-    kv_bytes, start = 0, time.perf_counter()
-    for first in range(0, len(requests), batch):
-        group = requests[first : first + batch]
+    eos = eos_ids(model)
+    tokens: list[list[int]] = [[] for _ in requests]
+    kv: list[tuple[float, int]] = []
+    timed, feed = feed is not None, feed or Feed.at_once(len(requests))
+    feed.start()
+    while indices := feed.take(batch):
+        group = [requests[index] for index in indices]
+        begun, watch = feed.now, _Stopwatch() if timed else None
+        rows, cache = _generate(model, group, eos, ignore_eos, watch)
+        made = max(request.max_new_tokens for request in group)
         width = max(len(request.prompt) for request in group)
-        longest = max(request.max_new_tokens for request in group)
-        rows = [[pad] * (width - len(request.prompt)) + list(request.prompt) for request in group]
-        mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in group]
-        out = model.generate(
-            torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            do_sample=False,
-            max_new_tokens=longest,
-            min_new_tokens=longest if ignore_eos else None,
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-        )
-        kv_bytes = max(kv_bytes, cache_bytes(out.past_key_values))
-        for request, row in zip(group, out.sequences[:, width:].tolist(), strict=True):
-            tokens.append(_until_eos(row[: request.max_new_tokens], () if ignore_eos else eos))
-            progress(len(tokens[-1]))
-    return Run(tokens, time.perf_counter() - start, kv_bytes)
+        kv += [(begun, cache * width // (width + made)), (feed.now, cache), (feed.now, 0)]
+        for index, request, row in zip(indices, group, rows, strict=True):
+            tokens[index] = _until_eos(row[: request.max_new_tokens], () if ignore_eos else eos)
+            for moment in watch.moments[1 : 1 + len(tokens[index])] if timed else ():
+                feed.token(index, moment - feed.begun)
+            feed.done(index)
+            progress(len(tokens[index]))
+    return Run(tokens, feed.now, max((size for _, size in kv), default=0), kv, feed.answers)
+
+
+def _generate(
+    model, group: Sequence[Request], eos: tuple[int, ...], ignore_eos: bool, streamer
+) -> tuple[list[list[int]], int]:
+    """(new tokens of each row, bytes of the cache in the end)."""
+    pad = eos[0] if eos else 0
+    width = max(len(request.prompt) for request in group)
+    longest = max(request.max_new_tokens for request in group)
+    rows = [[pad] * (width - len(request.prompt)) + list(request.prompt) for request in group]
+    mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in group]
+    out = model.generate(
+        torch.tensor(rows, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        do_sample=False,
+        max_new_tokens=longest,
+        min_new_tokens=longest if ignore_eos else None,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        streamer=streamer,
+    )
+    return out.sequences[:, width:].tolist(), cache_bytes(out.past_key_values)
 
 
 def run_paged(
@@ -78,24 +115,35 @@ def run_paged(
     ignore_eos: bool = False,
     cache_salt: str | None = None,
     progress: Progress = lambda n: None,
+    feed: Feed | None = None,
 ) -> Run:
-    """All requests at once through the engine, greedy. A fresh `cache_salt` keeps an earlier run's prefixes out."""
+    """Through the engine, greedy, all requests at once or as `feed` brings them.
+
+    A fresh `cache_salt` keeps an earlier run's prefixes out.
+    """
     engine.reset_stats()
-    done: dict[str, list[int]] = {}
-    start = time.perf_counter()
-    ids = [
-        engine.add(list(request.prompt), greedy(request.max_new_tokens, ignore_eos), cache_salt=cache_salt)
-        for request in requests
-    ]
-    while engine.has_unfinished():
+    timed, feed = feed is not None, feed or Feed.at_once(len(requests))
+    tokens: list[list[int]] = [[] for _ in requests]
+    places: dict[str, int] = {}
+    kv: list[tuple[float, int]] = []
+    feed.start()
+    while not feed.exhausted or engine.has_unfinished():
+        for index in feed.take(wait=not engine.has_unfinished()):
+            params = greedy(requests[index].max_new_tokens, ignore_eos)
+            places[engine.add(list(requests[index].prompt), params, cache_salt=cache_salt)] = index
         for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            index, new = places[output.request_id], output.outputs[0].token_ids
+            if timed and (more := len(new) - (feed.answers[index].num_tokens or 0)):
+                feed.token(index, count=more)
             if output.finished:
-                if output.error is not None:
-                    raise output.error
-                done[output.request_id] = list(output.outputs[0].token_ids)
-                progress(len(done[output.request_id]))
-    seconds = time.perf_counter() - start
-    return Run([done[request_id] for request_id in ids], seconds, engine.stats()["kv_bytes_peak"])
+                tokens[index] = list(new)
+                feed.done(index)
+                progress(len(new))
+        if timed:
+            kv.append((feed.now, engine.stats()["kv_bytes_in_use"]))
+    return Run(tokens, feed.now, engine.stats()["kv_bytes_peak"], kv, feed.answers)
 
 
 def greedy(max_tokens: int, ignore_eos: bool = False):
@@ -113,6 +161,12 @@ def kv_bytes_per_token(model) -> int:
     with torch.no_grad():
         cache = model(torch.ones(1, 4, dtype=torch.long, device=model.device), use_cache=True).past_key_values
     return cache_bytes(cache) // 4
+
+
+def weight_bytes(model) -> int:
+    """Bytes of a model's parameters and buffers; what several share counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def static_batch_bytes(per_token: int, requests: Sequence[Request], batch: int) -> int:
@@ -153,7 +207,7 @@ def first_difference(model, index: int, request: Request, expected: list[int], g
     return Difference(index, place, at[0], at[1], float(best[0] - best[1]))
 
 
-def _eos_ids(model) -> tuple[int, ...]:
+def eos_ids(model) -> tuple[int, ...]:
     eos = model.generation_config.eos_token_id
     return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 

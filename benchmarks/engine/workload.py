@@ -18,6 +18,7 @@ MIXED_REQUESTS, MIXED_PROMPT, MIXED_OUTPUT = 64, (16, 512), (16, 128)
 SHARED_REQUESTS, SHARED_PREFIX, SHARED_OWN, SHARED_OUTPUT = 32, 384, (16, 48), 32
 CHAT_REQUESTS, CHAT_TURNS, CHAT_SYSTEM, CHAT_OWN, CHAT_OUTPUT = 32, 4, 96, (16, 64), 48
 LONG_REQUESTS, LONG_PROMPT, LONG_OUTPUT = 8, (1024, 1792), 64
+SHORT_REQUESTS, SHORT_PROMPT, SHORT_OUTPUT = 32, (16, 128), 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ def long(tokenizer, *, seed: int = 0, count: int = LONG_REQUESTS) -> Workload:
     return Workload("long", tuple(Request(_cut(text, rng.randint(*LONG_PROMPT), rng), LONG_OUTPUT) for _ in range(count)))
 
 
+def short(tokenizer, *, seed: int = 0, count: int = SHORT_REQUESTS) -> Workload:
+    """Prompts of 16 to 128 tokens, 16 tokens of output: for loads of which many are run."""
+    rng = random.Random(seed + 5)
+    text = _reference_tokens(tokenizer)
+    return Workload("short", tuple(Request(_cut(text, rng.randint(*SHORT_PROMPT), rng), SHORT_OUTPUT) for _ in range(count)))
+
+
 def from_trace(path: str | Path, tokenizer, *, seed: int = 0, count: int | None = None) -> Workload:
     """The first `count` requests (None: all) of a file with one JSON object a line: {"prompt": text or token ids, "output_tokens": 64}, or
     {"prompt_tokens": 300, "output_tokens": 64} for so many tokens of text.
@@ -113,6 +121,23 @@ def from_trace(path: str | Path, tokenizer, *, seed: int = 0, count: int | None 
     if not requests:
         raise ValueError(f"{path} has no requests")
     return Workload(path.stem, tuple(requests[:count]))
+
+
+WORKLOADS = {"mixed": mixed, "shared": shared, "chat": chat, "long": long, "short": short}
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless it is one of WORKLOADS or a path of a trace."""
+    if name not in WORKLOADS and not name.endswith(".jsonl"):
+        raise ValueError(f"workloads has no {name!r}; there are {', '.join(WORKLOADS)}, and paths of *.jsonl")
+
+
+def make(name: str, tokenizer, *, seed: int = 0, count: int | None = None) -> Workload:
+    """A workload by its name or its trace's path. `count` None: as many requests as it has by itself."""
+    check_name(name)
+    if name.endswith(".jsonl"):
+        return from_trace(name, tokenizer, seed=seed, count=count)
+    return WORKLOADS[name](tokenizer, seed=seed, **({} if count is None else {"count": count}))
 
 
 def _traced(entry, tokenizer, rng: random.Random) -> Request:

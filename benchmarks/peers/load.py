@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import httpx
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hf_paged.benchmarks.engine.workload import Request
 
+from ..latency import Answer
 
-@dataclass
-class Answer:
-    """What came of one request.
-
-    Attributes:
-        times: seconds from when it was sent to each event that brought text.
-        seconds: from the load's beginning until it ended.
-        num_tokens: as the server counts them; as many as there were events, if it does not.
-        problem: why it is no answer; None if it is one.
-    """
-
-    times: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    num_tokens: int | None = None
-    problem: str | None = None
+if TYPE_CHECKING:
+    import httpx
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,8 @@ class Peer:
 
     def model(self, headers: dict) -> str:
         """The first model it lists. Raises ConnectionError if it does not answer."""
+        import httpx
+
         try:
             answer = httpx.get(f"{self.url}/models", headers=headers, timeout=30)
             return answer.raise_for_status().json()["data"][0]["id"]
@@ -56,41 +44,45 @@ class Peer:
             raise ConnectionError(f"{self.name}: {self.url}/models does not list a model: {error!r}") from error
 
 
-def arrivals(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds at which requests come: a Poisson process of so many a second; inf: all at once."""
-    draw, at, times = random.Random(seed), 0.0, []
-    for _ in range(count):
-        times.append(at)
-        at += 0.0 if math.isinf(rate) else draw.expovariate(rate)
-    return times
-
-
 async def load(
-    peer: Peer, model: str, requests: Sequence[Request], rate: float, *, headers: dict, seed: int, timeout: float = 600.0
-) -> list[Answer]:
-    """All requests, in their order, each on a connection of its own and sent when it is due."""
+    peer: Peer, model: str, requests: Sequence[Request], due: Sequence[float], *, headers: dict, most: int | None = None,
+    timeout: float = 600.0,
+) -> list[Answer]:  # fmt: skip
+    """All requests, in their order, each on a connection of its own and sent `due` so many seconds after the start.
+
+    No more than `most` are under way at once (None: any number).
+    """
+    import httpx
+
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    places = nullcontext() if most is None else asyncio.Semaphore(most)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, headers=headers) as client:
         start = time.perf_counter()
 
-        async def one(request: Request, due: float) -> Answer:
-            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+        async def one(request: Request, at: float) -> Answer:
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
             answer = Answer()
-            try:
-                await _stream(client, peer, _body(model, request), answer)
-            except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-                answer.problem = repr(error)
-            answer.seconds = time.perf_counter() - start
+            async with places:
+                try:
+                    await _stream(client, peer, _body(model, request), answer)
+                except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+                    answer.problem = repr(error)
+                answer.seconds = time.perf_counter() - start
             return answer
 
-        due = arrivals(len(requests), rate, seed)
-        return await asyncio.gather(*(one(request, at) for request, at in zip(requests, due)))
+        return await asyncio.gather(*(one(request, at) for request, at in zip(requests, due, strict=True)))
 
 
 def _body(model: str, request: Request) -> dict:
     """Greedy, to its full length (`ignore_eos` is vLLM's, llama.cpp's and hf_paged's), the prompt as token ids."""
     options = {"temperature": 0, "max_tokens": request.max_new_tokens, "ignore_eos": True}
-    return {"model": model, "prompt": list(request.prompt), "stream": True, "stream_options": {"include_usage": True}, **options}
+    return {
+        "model": model,
+        "prompt": list(request.prompt),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **options,
+    }
 
 
 async def _stream(client: httpx.AsyncClient, peer: Peer, body: dict, answer: Answer) -> None:

@@ -50,10 +50,8 @@ class Worker:
 
     def describe(self) -> dict:
         """Bytes of the weights, and of the cache per token."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return {
-            "weights": sum(storages.values()),
+            "weights": systems.weight_bytes(self.model),
             "kv_per_token": self.engine._cache.bytes_per_token,
             "model": str(self.model.config._name_or_path),
         }

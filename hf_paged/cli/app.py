@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..base.images import ImageLimits
-from . import serve
+from . import bench, serve
 from .common import (
     MAX_IMAGE_PIXELS,
     MAX_IMAGES,
@@ -28,7 +28,7 @@ from .common import (
     guard,
     offload_of,
 )
-from .ranks import adopt_mpi, num_ranks, rank
+from .ranks import adopt_mpi
 
 app = typer.Typer(
     name="hf-paged",
@@ -293,61 +293,4 @@ def demo(
     raise typer.Exit(0 if run_demo(model, requests, device, threads) else 1)
 
 
-@app.command()
-def bench(
-    model: Model = None,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(help="mixed, shared, chat, long, or a trace (*.jsonl); repeatable. Default mixed and shared."),
-    ] = None,
-    system: Annotated[list[str] | None, typer.Option(help="paged, one, batch; repeatable. Default all.")] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; each gives one ratio.")] = 4,
-    stock_sample: Annotated[
-        int | None, typer.Option(help="How many requests stock runs in all (it is slow). Default all.")
-    ] = None,
-    requests: Annotated[int | None, typer.Option(help="Requests of a workload. Default 64 mixed, 32 shared.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most sequences hf_paged runs at once.")] = 64,
-    speculation: Annotated[str | None, typer.Option(help="ngram: hf_paged guesses tokens ahead.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="int4, int8 or fp8: hf_paged rounds its weights; stock's stay as they are.")
-    ] = None,
-    expert_parallel: ExpertParallel = False,
-    threads: Annotated[int, typer.Option(help="CPU threads, of each process.")] = 2,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Device = None,
-    seed: Annotated[int, typer.Option(help="Seed of the workloads.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for engine.csv and engine.png.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of the engine's steps to this file.")] = None,
-) -> None:
-    """Measure hf_paged against stock `generate`, interleaved in one run (about 20 minutes on 2 cores).
-
-    Under torchrun both are sharded by the same plan.
-    """
-    from .common import dtype_name, quiet_libraries
-
-    quiet_libraries()
-    from hf_paged.benchmarks.engine.bench import BOTH, SYSTEMS, Options, run_bench
-
-    where = {} if out is None else {"out": out}
-    run_bench(
-        Options(
-            model=model,
-            workloads=workload or BOTH,
-            systems=system or tuple(SYSTEMS),
-            rounds=rounds,
-            stock_sample=stock_sample,
-            requests=requests,
-            max_num_seqs=max_num_seqs,
-            speculation=speculation,
-            quantization=quantization,
-            threads=threads,
-            dtype=dtype_name(dtype),
-            device=device,
-            seed=seed,
-            rank=rank(),
-            num_ranks=num_ranks(),
-            expert_parallel=expert_parallel,
-            profile=profile,
-            **where,
-        )
-    )
+app.command()(bench.bench)

@@ -61,7 +61,7 @@ def test_bench(folder, tmp_path):
     few = ["--workload", "shared", "--requests", "2", "--rounds", "1", "--system", "paged", "--system", "one", "--threads", "1"]
     done = torchrun("-m", "hf_paged", "bench", str(folder), *few, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("rows appended") == 1
+    assert done.stdout.count("rows appended") == 1 and done.stdout.count("hf_paged is faster by") == 1
     with (tmp_path / "engine.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     rates = {row["system"]: json.loads(row["detail"]) for row in rows if row["metric"] == "output_tokens"}

@@ -12,16 +12,17 @@ from server_parts import MODEL, make_tokenizer, serving
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
+from typer.testing import CliRunner
 
 from hf_paged.benchmarks import schema
 from hf_paged.benchmarks.engine.workload import Request
-from hf_paged.benchmarks.peers import __main__ as peers
-from hf_paged.benchmarks.peers.load import Answer, Peer, arrivals, load
-from hf_paged.benchmarks.peers.report import METRICS, outcome
+from hf_paged.benchmarks.latency import METRICS, Answer, arrivals, outcome
+from hf_paged.benchmarks.peers.load import Peer, load
+from hf_paged.cli.app import app
 
 
-def answers(peer: Peer, requests: list[Request], rate: float = math.inf) -> list[Answer]:
-    return asyncio.run(load(peer, MODEL, requests, rate, headers={}, seed=0))
+def answers(peer: Peer, requests: list[Request], most: int | None = None) -> list[Answer]:
+    return asyncio.run(load(peer, MODEL, requests, [0.0] * len(requests), headers={}, most=most))
 
 
 def test_a_server_s_answers_are_timed_and_counted(url):
@@ -35,22 +36,63 @@ def test_a_server_s_answers_are_timed_and_counted(url):
     assert result.answered == 2 and result.values.keys() == METRICS.keys() and all(v > 0 for v in result.values.values())
 
 
-def test_the_whole_run_leaves_rows_a_table_and_a_chart(url, tmp_path, capsys):
+def test_servers_alone_leave_rows_a_table_and_charts(url, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     trace = tmp_path / "mine.jsonl"
     trace.write_text("\n".join(json.dumps({"prompt_tokens": 5 + k, "output_tokens": 3}) for k in range(4)))
-    arguments = ["--peer", f"one={url}/v1", "--peer", f"two={url}/v1/", "--rate", "200", "--rate", "inf"]
-    arguments += ["--workload", str(trace), "--requests", "3", "--model", str(tmp_path / "tokenizer"), "--out", str(tmp_path)]
-    peers.main(arguments)
-    with (tmp_path / "peers.csv").open() as file:
+    arguments = ["bench", str(tmp_path / "tokenizer"), "--system", "none", "--peer", f"one={url}/v1", "--peer", f"two={url}/v1/"]
+    arguments += ["--rate", "40", "--load-workload", str(trace), "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.exception
+    with (tmp_path / "engine.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == schema.COLUMNS
-    assert {(row["system"], row["metric"]) for row in rows} == {(name, metric) for name in ("one", "two") for metric in METRICS}
-    assert {row["workload"] for row in rows} == {"3 requests, mine, 200 a second", "3 requests, mine, all at once"}
-    assert all(json.loads(row["detail"])["answered"] == 3 for row in rows)
-    text = (tmp_path / "peers.md").read_text()
-    assert text.count("| one |") == text.count("| two |") == 2 and text in capsys.readouterr().out
-    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+    loads = [row for row in rows if row["benchmark"] == "engine.rates"]
+    assert {(row["system"], row["metric"]) for row in loads} == {(name, metric) for name in ("one", "two") for metric in METRICS}
+    assert {row["workload"] for row in loads} == {"mine, all at once", "mine, 40 a second"}
+    levels = [json.loads(row["detail"]) for row in rows if row["benchmark"] == "engine.concurrency"]
+    assert {detail["concurrency"] for detail in levels} == {1, 2, 4, 8, 16, 32}
+    assert all(json.loads(row["detail"])["answered"] == json.loads(row["detail"])["requests"] for row in rows)
+    text = (tmp_path / "engine.md").read_text()
+    assert "| one |" in text and text in done.stdout
+    assert all((tmp_path / f"engine_{part}.png").is_file() for part in ("rates", "concurrency"))
+
+
+def test_no_more_requests_are_under_way_than_may_be():
+    under_way, most = 0, 0
+
+    async def complete(request):
+        async def stream():
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            await asyncio.sleep(0.02)
+            yield WORD
+            under_way -= 1
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    with serving(Starlette(routes=[Route("/v1/completions", complete, methods=["POST"])])) as url:
+        found = answers(Peer("other", f"{url}/v1"), [Request((1,), 2)] * 7, most=2)
+    assert most == 2 and all(answer.problem is None for answer in found)
+
+
+def test_a_server_that_stops_answering_is_left_out(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+
+    async def models(request):
+        return JSONResponse({"data": [{"id": "m"}]})
+
+    async def fail(request):
+        return JSONResponse({"error": {"message": "out of memory"}}, status_code=500)
+
+    routes = [Route("/v1/models", models), Route("/v1/completions", fail, methods=["POST"])]
+    with serving(Starlette(routes=routes)) as url:
+        arguments = ["bench", str(tmp_path), "--system", "none", "--peer", f"weak={url}/v1", "--out", str(tmp_path)]
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.exception
+    assert "weak was left out (rates): weak answered no request: status 500" in (tmp_path / "engine.md").read_text()
 
 
 def event(**chunk) -> bytes:
@@ -106,16 +148,6 @@ def test_requests_come_at_the_rate():
 
 
 @pytest.mark.parametrize("text", ["http://a/v1", "=http://a", "vllm=", "vllm=ftp://a", ""])
-def test_a_peer_is_a_name_and_an_address(text, capsys):
+def test_a_peer_is_a_name_and_an_address(text):
     with pytest.raises(ValueError, match="NAME=URL"):
         Peer.parse(text)
-    with pytest.raises(SystemExit):
-        peers.main(["--peer", text])
-    assert "--peer" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", [["--rate", "0"], ["--rate", "-1"], ["--rate", "nan"], ["--workload", "nothing"]])
-def test_options_are_named(option, capsys):
-    with pytest.raises(SystemExit):
-        peers.main(["--peer", "a=http://b/v1", *option])
-    assert option[0] in capsys.readouterr().err
