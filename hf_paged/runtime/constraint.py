@@ -15,6 +15,7 @@ from ..base.structured import StructuredOutputsParams
 
 LEXER_FUEL = 100_000  # a tenth of llguidance's default: about a second for the worst expressions
 REMEMBERED = 64  # compiled forms: many requests share a few
+_NOTHING = "NoExtensionBias"  # llguidance's name of a form that has no beginning
 
 
 class Constraint:
@@ -108,7 +109,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InvalidArgument(f"structured_outputs: {_first_line(self._matcher.get_error())}")
+            raise InvalidArgument(f"structured_outputs: {_said(self._matcher.get_error())}")
 
 
 @contextlib.contextmanager
@@ -160,11 +161,11 @@ class Constraints:
         try:
             matcher = LLMatcher(prepared, _grammar(params, LLMatcher), log_level=0, limits=limits)
         except ValueError as error:  # too deeply nested to be read at all
-            raise InvalidArgument(f"structured_outputs: {params.form}: {_first_line(str(error))}") from None
+            raise InvalidArgument(f"structured_outputs: {params.form}: {_said(str(error))}") from None
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first is the slowest, and finds what is too large: here it delays no step
         if matcher.is_error():
-            raise InvalidArgument(f"structured_outputs: {params.form}: {_first_line(matcher.get_error())}")
+            raise InvalidArgument(f"structured_outputs: {params.form}: {_said(matcher.get_error())}")
         return Constraint(matcher, self._vocab_size, eos_token_ids)
 
     def _prepare(self, eos_token_ids: frozenset[int]):
@@ -199,5 +200,7 @@ def _grammar(params: StructuredOutputsParams, matcher) -> str:
     return matcher.grammar_from_json_schema(schema, overrides=options)
 
 
-def _first_line(message: str) -> str:
-    return message.strip().splitlines()[0] if message.strip() else "unknown error"
+def _said(message: str) -> str:
+    """The first line of what llguidance says."""
+    first = message.strip().splitlines()[0] if message.strip() else "unknown error"
+    return "no text has this form: it contradicts itself, or needs itself to begin" if first == _NOTHING else first

@@ -58,5 +58,5 @@ def test_answers_are_as_described(address):
 
 @pytest.mark.slow
 def test_many_answers_are_as_described(address):
-    """All values at the bounds of the schema, too."""
-    assert not failures(address, 500)
+    """All values at the bounds of the schema, too: some minutes."""
+    assert not failures(address, 100)
