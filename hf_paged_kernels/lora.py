@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -96,6 +96,11 @@ class Site:
             self.table[slot] = 0
 
     @cached_property
+    def width(self) -> int:
+        """Outputs of all layers."""
+        return sum(self.sizes)
+
+    @cached_property
     def columns(self) -> Tensor:
         """int64 [layers + 1] on the device: where each layer's outputs begin."""
         return torch.tensor([0, *np.cumsum(self.sizes)], dtype=torch.int64, device=self.table.device)
@@ -177,7 +182,7 @@ def add_terms_(y: Tensor, x: Tensor, tiles: RowTiles, site: Site, *, backend: st
     Raises ValueError if x or y have another number of rows.
     """
     num_rows = x.numel() if site.looks_up else x.numel() // max(x.shape[-1], 1)
-    width = sum(site.sizes)
+    width = site.width
     if num_rows != tiles.num_rows or y.numel() != num_rows * width or y.shape[-1] != width:
         raise ValueError(
             f"adapters know of {tiles.num_rows} rows of {width} outputs; the layer was given {num_rows} and returned "
@@ -187,14 +192,17 @@ def add_terms_(y: Tensor, x: Tensor, tiles: RowTiles, site: Site, *, backend: st
         return y
     rows = y.view(-1, width)
     x = x.reshape(-1) if site.looks_up else x.reshape(-1, x.shape[-1])
-    _kernels(backend, rows, x, site).add_terms_(rows, x, tiles, site)
+    _kernels(backend, y.device, x.dtype, y.dtype, site.dtype).add_terms_(rows, x, tiles, site)
     return y
 
 
-def _kernels(backend: str, y: Tensor, x: Tensor, site: Site):
-    if rows_on_device(y, x, site, backend):
+@cache
+def _kernels(backend: str, device: torch.device, x: torch.dtype, y: torch.dtype, terms: torch.dtype):
+    """The module with the kernels for inputs, outputs and terms of these types; remembered, for every layer asks."""
+    name = ops.resolve_backend(backend, device)
+    if name == "triton" and x == y == terms:
         from .triton import lora
-    elif ops.resolve_backend(backend, y.device) == "cpu" and y.dtype == torch.float32:
+    elif name == "cpu" and y == torch.float32:
         from .cpu import lora
     else:
         from .ref import lora

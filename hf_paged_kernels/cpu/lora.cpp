@@ -6,6 +6,8 @@
 // layers (linear_tiles.h), the product with B is one chain of fma over ascending rank: a row's bits depend on that row
 // and its adapter only.
 
+#include <memory>
+
 #include "linear_tiles.h"
 
 namespace {
@@ -136,22 +138,33 @@ void expand(const Problem& p, int64_t tile, int64_t part, int64_t begin, int64_t
 
 }  // namespace
 
-// table [slots, parts] of Entry; order and tiles as in lora.py; columns [parts + 1]; h scratch [tiles, parts, 16,
-// max_rank], which holds the first product already where x is null. Strides of rows in elements.
+// table [slots, parts] of Entry; order and tiles as in lora.py; columns [parts + 1]. Where x is null, h [tiles, parts, 16,
+// max_rank] holds the first product; else it is null. Strides of rows in elements.
 HF_PAGED_EXPORT void hfp_lora_f32(
     const float* x, int64_t x_stride, float* y, int64_t y_stride, const void* table, const int32_t* order,
     const int32_t* tiles, int64_t num_tiles, const int64_t* columns, int64_t parts, float* h, int64_t max_rank,
     int64_t K) {
-  const Problem p{x, y, static_cast<const Entry*>(table), order, tiles, columns, h, x_stride, y_stride, parts, max_rank,
-                  K};
+  const std::unique_ptr<float[]> scratch(x ? new float[num_tiles * parts * kMaxRows * max_rank] : nullptr);
+  const Problem p{x, y, static_cast<const Entry*>(table), order, tiles, columns, x ? scratch.get() : h, x_stride,
+                  y_stride, parts, max_rank, K};
+  const int64_t pairs = num_tiles * parts;
+  if (pairs >= at::get_num_threads()) {  // nobody has to wait for anybody's first product
+    at::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (x) shrink(p, i / parts, i % parts);
+        expand(p, i / parts, i % parts, 0, columns[i % parts + 1] - columns[i % parts]);
+      }
+    });
+    return;
+  }
   if (x)
-    at::parallel_for(0, num_tiles * parts, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) shrink(p, i / parts, i % parts);
     });
   int64_t widest = 0;
   for (int64_t part = 0; part < parts; ++part) widest = std::max(widest, columns[part + 1] - columns[part]);
   const int64_t units = (widest + kUnitColumns - 1) / kUnitColumns;
-  at::parallel_for(0, num_tiles * parts * units, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, pairs * units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % units * kUnitColumns;
       expand(p, i / units / parts, i / units % parts, first, first + kUnitColumns);

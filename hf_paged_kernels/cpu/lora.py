@@ -15,15 +15,16 @@ from . import build
 def add_terms_(y: Tensor, x: Tensor, tiles, site) -> None:
     """y [T, N] and x [T, K] (or int64 [T]) fp32 with contiguous rows: see `lora.add_terms_`."""
     num_tiles, parts, rank = len(tiles.tiles), len(site.sizes), max(site.max_rank, 1)
-    hidden = torch.empty(num_tiles, parts, TILE_ROWS, rank)
+    hidden, given, stride, depth = None, None, 0, 0
     if site.looks_up:
-        _look_up(hidden, x, tiles, site)
-        given, stride, depth = None, 0, 0
+        hidden_t = torch.empty(num_tiles, parts, TILE_ROWS, rank)
+        _look_up(hidden_t, x, tiles, site)
+        hidden = hidden_t.data_ptr()
     else:
         x = x if x.dtype == torch.float32 and x.stride(1) == 1 else x.float().contiguous()
-        given, stride, depth = x.data_ptr(), x.stride(0), x.shape[1]
+        given, (stride, _), depth = x.data_ptr(), x.stride(), x.shape[1]
     _kernel()(given, stride, y.data_ptr(), y.stride(0), site.table.data_ptr(), tiles.order.data_ptr(),
-              tiles.tiles.data_ptr(), num_tiles, site.columns.data_ptr(), parts, hidden.data_ptr(), rank, depth)  # fmt: skip
+              tiles.tiles.data_ptr(), num_tiles, site.columns.data_ptr(), parts, hidden, rank, depth)  # fmt: skip
 
 
 def _look_up(hidden: Tensor, ids: Tensor, tiles, site) -> None:

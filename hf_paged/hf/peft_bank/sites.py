@@ -153,11 +153,12 @@ class ForwardRows:
     def __init__(self, sites: Sites, slots: np.ndarray, device: torch.device, backend: str):
         self._sites, self._slots, self._device, self._backend = sites, slots, device, backend
         self._all = tile_rows(slots, device)
-        self._of_logits = self._all
+        self._logit_rows: Tensor | None = None
+        self._of_logits: RowTiles | None = None  # made when somebody asks: mostly no adapter changes that layer
 
     def take_logit_rows(self, rows: Tensor | None) -> None:
         """The packed rows [R] that the output embedding is called with; None: all."""
-        self._of_logits = self._all if rows is None else tile_rows(self._slots[rows.cpu().numpy()], self._device)
+        self._logit_rows, self._of_logits = rows, None
 
     def changed(self, layer: object, x: Tensor, y: Tensor) -> Tensor:
         site = self._sites.of(layer)
@@ -165,8 +166,15 @@ class ForwardRows:
             return y
         if self._sites.called is not None:
             self._sites.note(layer, x, y, self._backend)
-        tiles = self._of_logits if site.sees_logit_rows else self._all
+        tiles = self._tiles_of_logits() if site.sees_logit_rows else self._all
         return site.changed(x, y, tiles, self._backend)
+
+    def _tiles_of_logits(self) -> RowTiles:
+        if self._logit_rows is None:
+            return self._all
+        if self._of_logits is None:
+            self._of_logits = tile_rows(self._slots[self._logit_rows.cpu().numpy()], self._device)
+        return self._of_logits
 
 
 class RecordedRows:
