@@ -119,7 +119,8 @@ def build(
             max_batch_tokens=limits.max_batch_tokens,
             max_num_seqs=limits.max_num_seqs,
             keeps_prefixes=prefix_cache,
-            fingerprint=lambda: f"{model.fingerprint()} {config.exact}",
+            exact=config.exact,
+            begin_fingerprint=model.begin_fingerprint,
         )
     scheduler = Scheduler(
         groups=[GroupSpec(window=group.window, chunk=group.chunk) for group in cache.groups],

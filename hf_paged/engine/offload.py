@@ -46,14 +46,16 @@ class HostOffload:
         max_batch_tokens: int,
         max_num_seqs: int,
         keeps_prefixes: bool,
-        fingerprint: Callable[[], str],
+        exact: bool,
+        begin_fingerprint: Callable[[], Callable[[], str]],
     ) -> HostTier:
         """Give `cache` host memory. Returns what says which block is where in it.
 
         Args:
             max_batch_tokens, max_num_seqs: what steps stay within.
             keeps_prefixes: evicted prefixes go there.
-            fingerprint: names the model and all of its settings that decide keys and values; see `PagedModel`.
+            exact: keys and values are those of exact mode.
+            begin_fingerprint: of the model; see `PagedModel`.
 
         Raises InvalidArgument if there is to be a disk that cannot be written, UnsupportedOption if nothing would be.
         """
@@ -77,7 +79,7 @@ class HostOffload:
             cache.states.ensure(min(num_states, 1))
             self.copying = cache.host.measure()
             if self._config.disk is not None:
-                cache.host.disk = self._disk = self._make_disk(cache, fingerprint)
+                cache.host.disk = self._disk = self._make_disk(cache, exact, begin_fingerprint)
         self._tier = HostTier(
             most,
             max_states=num_states,
@@ -88,13 +90,15 @@ class HostOffload:
         )
         return self._tier
 
-    def _make_disk(self, cache: KVCache, fingerprint: Callable[[], str]) -> DiskCache:
+    def _make_disk(
+        self, cache: KVCache, exact: bool, begin_fingerprint: Callable[[], Callable[[], str]]
+    ) -> DiskCache:
         return DiskCache(
             self._config.disk,
             self._config.disk_memory,
-            layout=cache.layout,
+            layout=f"{cache.layout} {exact}",
             row_bytes=[cache.host.row_bytes(group) for group in range(len(cache.groups))],
-            fingerprint=fingerprint,
+            begin_fingerprint=begin_fingerprint,
             in_background=cache.device.type != "cuda",  # there it would copy beside forwards that are being recorded
         )
 
@@ -140,8 +144,13 @@ class HostOffload:
             **(self._disk.stats() if self._disk else {}),
         }
 
+    def look(self) -> None:
+        """Between two steps: find out whose the blocks on disk are, if that is due."""
+        if self._disk is not None:
+            self._disk.look()
+
     def forget(self) -> None:
-        """The model has changed. What is on disk is not its; nor is anything more written there, up to `delete`."""
+        """The model has changed. What is on disk is not its, nor is anything more written there, until it is known whose it is."""
         if self._disk is not None:
             self._disk.forget()
 

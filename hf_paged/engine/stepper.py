@@ -111,6 +111,8 @@ class Stepper:
             self._model_moves = True
             self.take_back()
             self.forget_computed()
+        if self._offload is not None:
+            self._offload.look()
         self._scheduler.share_prefixes(not self._model.hooked)
 
     def forget_computed(self) -> None:

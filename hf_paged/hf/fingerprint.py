@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,15 @@ _THREADS = min(4, os.cpu_count() or 1)
 def fingerprint(model: torch.nn.Module) -> str:
     """64 hexadecimal digits that name what `model` computes, in this process and any other. Reads all weights once.
 
-    If somebody writes into them meanwhile, the digest names nothing.
+    Raises what `begin_fingerprint` does.
+    """
+    return begin_fingerprint(model)()
+
+
+def begin_fingerprint(model: torch.nn.Module) -> Callable[[], str]:
+    """A function that gives the `fingerprint`: all but the weights is read now, while nobody runs the model.
+
+    The function may be called by another thread while somebody does. If the weights change meanwhile, it names nothing.
 
     Raises UnsupportedOption if functions that were put into the model take part in what it computes (forward hooks,
     forwards replaced on a module), or if weights are not in memory: nobody could tell whether they are the same elsewhere.
@@ -59,9 +67,13 @@ def fingerprint(model: torch.nn.Module) -> str:
                 places[place] = len(distinct)
                 distinct.append(tensor)
             _add(digest, f"{key} {places[place]} {place[1:]}")
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hf_paged-fingerprint") as pool:
-        _add(digest, *pool.map(_contents, distinct))
-    return digest.hexdigest()
+
+    def finish() -> str:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hf_paged-fingerprint") as pool:
+            _add(digest, *pool.map(_contents, distinct))
+        return digest.hexdigest()
+
+    return finish
 
 
 def _add(digest, *parts: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,7 +19,7 @@ from ..runtime.batch import StepContext, activate
 from .adapters import Adaptations
 from .attention import attention_configs, paged_attention, paged_masks
 from .checkpointing import checkpointed_modules, recomputed_on_pages
-from .fingerprint import fingerprint
+from .fingerprint import begin_fingerprint
 from .fusion import Fusions
 from .fusion.experts import eager_experts, paged_experts
 from .fusion.sharded import SplitHead
@@ -231,7 +232,10 @@ class TransformersModel:
         return self.adapters.changed() or replaced
 
     def fingerprint(self) -> str:
-        return fingerprint(self.module)
+        return self.begin_fingerprint()()
+
+    def begin_fingerprint(self) -> Callable[[], str]:
+        return begin_fingerprint(self.module)
 
     @property
     def hooked(self) -> list[int]:

@@ -35,6 +35,7 @@ _PATIENCE = 10.0  # seconds that a sequence waits for its blocks
 _LOOK_EVERY = 10.0  # seconds between two looks at what others did in the folder
 _KEEP = 0.9  # of the limit, when files are deleted
 _REMEMBERED = 60.0  # seconds for which a measured speed counts
+_SETTLED = 30.0  # seconds without a change of the model after which its weights are read again
 _STALE = 3600.0  # seconds after which an unfinished file is nobody's
 _FOLDER = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"\d+-[0-9a-f]{64}\.safetensors")
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 class DiskCache:
     """The files of one engine's cache. Implements `core.disk.Disk`.
 
-    Nothing is read or written before the fingerprint is known, nor after `forget`. What fails later than here is logged
+    Nothing is read or written before the fingerprint is known, nor for a while after `forget`. What fails later than here is logged
     (each kind of failure once) and is a block that is not there.
 
     Args:
@@ -54,8 +55,8 @@ class DiskCache:
         memory: most bytes of blocks in it, whosever they are.
         layout: says how a row is made of keys and values.
         row_bytes: of each group.
-        fingerprint: gives `PagedModel.fingerprint`.
-        in_background: whether `fingerprint` may be called while the engine goes on.
+        begin_fingerprint: as of `PagedModel`.
+        in_background: whether the rest of it may be done while the engine goes on.
 
     Raises InvalidArgument if the folder cannot be written, or `memory` is too little for a block.
     """
@@ -67,14 +68,14 @@ class DiskCache:
         *,
         layout: str,
         row_bytes: list[int],
-        fingerprint: Callable[[], str],
+        begin_fingerprint: Callable[[], Callable[[], str]],
         in_background: bool,
     ):
         if memory < 2 * max(row_bytes):
             raise InvalidArgument(f"offload: disk_memory must be at least {2 * max(row_bytes)} bytes, for two blocks")
         self._root, self._memory = Path(folder), memory
         self._layout, self._row_bytes = layout, row_bytes
-        self._fingerprint, self._in_background = fingerprint, in_background
+        self._begin_fingerprint, self._in_background = begin_fingerprint, in_background
         _probe(self._root, max(row_bytes))
         self._lock = threading.Lock()
         self._place: Path | None = None  # None: not yet, or no longer, known
@@ -83,7 +84,9 @@ class DiskCache:
         self._sizes: tuple[int, int] = 0, 0  # bytes and files in the folder, whosever
         self._looked = 0.0
         self._looking = False
+        self._closed = False
         self._epoch = 0
+        self._due: float | None = None  # when to find out whose the blocks are
         self._queued = 0
         self._numbers = itertools.count()
         self._complained: set[str] = set()
@@ -97,18 +100,25 @@ class DiskCache:
     # -- life
 
     def open(self) -> None:
-        """Find out whose blocks the engine's are."""
-        self._opening = self._writer.submit(self._open, self._epoch)
-        if not self._in_background:
-            self._opening.result()
-
-    def _open(self, epoch: int) -> None:
+        """Find out whose blocks the engine's are. Between two steps."""
+        self._due = None
         try:
-            model = self._fingerprint()
-            place = self._root / hashlib.sha256(f"{model} {self._layout}".encode()).hexdigest()
-            place.mkdir(mode=0o700, exist_ok=True)
+            fingerprint = self._begin_fingerprint()
         except UnsupportedOption as error:
-            _log.warning("offload: nothing goes to disk: %s", error)
+            self._complain("model", "offload: nothing goes to disk for now", error)
+            return
+        opening = self._writer.submit(self._open, self._epoch, fingerprint)
+        if not self._in_background:
+            opening.result()
+
+    def wait(self) -> None:
+        """Until it is known whose the blocks are, and what was to be written is."""
+        self._writer.submit(int).result()
+
+    def _open(self, epoch: int, fingerprint: Callable[[], str]) -> None:
+        try:
+            place = self._root / hashlib.sha256(f"{fingerprint()} {self._layout}".encode()).hexdigest()
+            place.mkdir(mode=0o700, exist_ok=True)
         except Exception as error:
             self._complain("opening", "offload: nothing goes to disk", error)
         else:
@@ -119,18 +129,26 @@ class DiskCache:
                     self._names = _names_in(place)
 
     def forget(self) -> None:
-        """The model has changed: its blocks are none of these any more, nor are these its."""
+        """The model has changed: its blocks are none of these any more, nor are these its. It may go on changing."""
+        self._due = time.monotonic() + _SETTLED
         with self._lock:
             self._epoch += 1
             self._place = None
             self._names = set()
 
     def delete(self) -> None:
-        """`forget`, delete the blocks, and find out anew whose the engine's are."""
+        """`forget` and delete the blocks; it is found out anew at once whose the engine's are."""
+        if self._closed:
+            return
         self.forget()
+        self._due = time.monotonic()
         if self._last is not None:
             self._writer.submit(self._delete, self._last)
-        self.open()
+
+    def look(self) -> None:
+        """Between two steps."""
+        if self._due is not None and time.monotonic() >= self._due:
+            self.open()
 
     def _delete(self, place: Path) -> None:
         for name in _names_in(place):
@@ -138,7 +156,8 @@ class DiskCache:
         self._look()
 
     def close(self) -> None:
-        """Write what is still to be written, and end."""
+        """Write what is still to be written, and end. Closing twice is fine."""
+        self._closed = True
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
 
@@ -187,7 +206,7 @@ class DiskCache:
     def write(self, group: int, key: bytes, row: torch.Tensor, *, waits: bool = False) -> None:
         """Have a row written, of which a copy is made; not if too many wait for that, unless the caller `waits` until it is."""
         if waits:
-            self._opening.result()
+            self.wait()
         place, name = self._place, _name(group, key)
         if place is None:
             return

@@ -137,6 +137,10 @@ class PagedModel(Protocol):
         """
         ...
 
+    def begin_fingerprint(self) -> Callable[[], str]:
+        """`fingerprint` in two parts: this one between forwards, the function, which reads the weights, by any thread."""
+        ...
+
 
 def on_device(device: torch.device):
     """A context in which `device` is the current one, where kernels are launched."""

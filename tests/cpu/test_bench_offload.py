@@ -1,4 +1,4 @@
-"""The benchmark of host memory behind the cache: a short run of it."""
+"""The benchmarks of host memory and a disk behind the cache: a short run of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 from hf_paged.benchmarks import schema
-from hf_paged.benchmarks.engine import offload
+from hf_paged.benchmarks.engine import disk, offload
+from hf_paged.engine.offload import HostOffload
 
 
 def test_both_sides_are_measured_side_by_side(tmp_path, capsys):
@@ -34,3 +35,15 @@ def test_both_sides_are_measured_side_by_side(tmp_path, capsys):
     before = (tmp_path / "offload.csv").read_text().count("\n")
     offload.main(["--model", str(folder), "--threads", "1", "--out", str(tmp_path), "--workloads", "prefixes", *sizes])
     assert (tmp_path / "offload.csv").read_text().count("\n") == before  # in the place of the older rows
+
+
+def test_the_first_token_from_disk_beside_a_computed_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(HostOffload, "speed", 1.0)  # however fast this model is, reading is to be measured
+    folder = tmp_path / "model"
+    tiny_model("llama", vocab_size=320, max_position_embeddings=512).save_pretrained(folder)
+    tiny_tokenizer(320).save_pretrained(folder)
+    disk.main(["--model", str(folder), "--threads", "1", "--out", str(tmp_path), "--prompt", "320", "--rounds", "1"])
+    with (tmp_path / "offload.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["system"], row["metric"]) for row in rows} == {("disk", "first token"), ("none", "first token"), ("disk", "speed-up")}
+    assert "320 tokens: " in capsys.readouterr().out

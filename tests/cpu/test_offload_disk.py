@@ -25,6 +25,7 @@ from tiny_models import tiny_model
 
 from hf_paged import Engine, EngineConfig, InvalidArgument, Offload, SamplingParams, UnsupportedOption
 from hf_paged.engine.offload import HostOffload
+from hf_paged.runtime import disk_cache
 
 SLOW = pytest.mark.slow
 BLOCK, NEW, LENGTH = 16, 8, 100
@@ -65,7 +66,7 @@ def opened(model, folder, *, blocks: int = 10, host_blocks: int = 10, disk_memor
     offload = Offload(host_blocks * size, disk=folder, disk_memory=disk_memory)
     limits = dict(block_size=BLOCK, max_batch_tokens=64, max_num_seqs=2, kv_cache_memory=blocks * size)
     engine = Engine(model, config=EngineConfig(offload=offload, **limits, **options))
-    engine._offload._disk._opening.result()
+    engine._offload._disk.wait()
     return engine
 
 
@@ -114,7 +115,7 @@ def test_what_host_memory_evicts_comes_back_in_the_same_engine(model, tmp_path):
     expected = [stock(model, prompt) for prompt in prompts()]
     with opened(model, tmp_path) as engine:
         assert [tokens for tokens, _ in run(engine, prompts())] == expected
-        engine._offload._disk._writer.submit(int).result()  # everything is written
+        engine._offload._disk.wait()  # everything is written
         results = run(engine, prompts())
         assert [tokens for tokens, _ in results] == expected
         assert sum(cached for _, cached in results) >= 4 * WHOLE
@@ -338,11 +339,24 @@ def test_a_hook_sees_every_token_and_what_it_changes_is_not_written(model, tmp_p
     assert files(tmp_path) == before
 
 
+def test_a_model_that_is_as_it_was_finds_its_blocks_again(model, tmp_path, monkeypatch):
+    changed = copy.deepcopy(model)
+    expected = stored(changed, tmp_path, host_blocks=100)
+    with opened(changed, tmp_path, host_blocks=100) as engine:
+        monkeypatch.setattr(disk_cache, "_SETTLED", 0.0)
+        handle = changed.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.1)
+        assert run(engine, prompts()[:1])[0][1] == 0
+        handle.remove()
+        engine.is_hooked()  # a look between steps
+        engine._offload._disk.wait()
+        assert run(engine, prompts()[:2]) == [(expected[0], WHOLE), (expected[1], WHOLE)]
+
+
 def test_reset_prefix_cache_deletes_and_begins_anew(model, tmp_path):
     expected = stored(model, tmp_path, host_blocks=100)
     with opened(model, tmp_path, host_blocks=100) as engine:
         engine.reset_prefix_cache()
-        engine._offload._disk._opening.result()
+        engine._offload._disk.wait()
         assert files(tmp_path) == [] and engine.stats()["disk_files"] == 0
         assert run(engine, prompts())[0] == (expected[0], 0)
     assert files(tmp_path)
@@ -370,7 +384,7 @@ def test_two_engines_share_a_folder(model, tmp_path):
         for engine in (first, second):
             engine._offload._disk._looked = 0.0  # time passes
             engine._offload._disk.holds(0, b"")
-            engine._offload._disk._writer.submit(int).result()
+            engine._offload._disk.wait()
         assert first.stats()["disk_files"] == second.stats()["disk_files"] > 0
 
 
