@@ -3,9 +3,11 @@
     python benchmarks/run.py rl.exact
 
 Random prompts of various lengths, several completions each, as rollouts have them; then the forward over the finished
-sequences, without gradient and with a backward pass. In turns, in one process, on one model. Generation is also measured by
-stock's `generate` (padded batches) with --stock. Before the clock starts it is checked that the log-probabilities of
-generated tokens are bit for bit those of the forward, in exact mode, and how far they are off without.
+sequences, without gradient and with a backward pass: over one prompt's completions, which begin alike ("train"), and over
+one completion of each prompt ("train apart"). In turns, in one process, on one model. Without exact mode forwards are
+stock's own. Generation is also measured by stock's `generate` (padded batches) with --stock. Before the clock starts it is
+checked that the log-probabilities of generated tokens are bit for bit those of the forward, in exact mode, and how far they
+are off without.
 """
 
 from __future__ import annotations
@@ -83,7 +85,14 @@ class Work:
 
     def train(self) -> None:
         """A forward and backward pass of one prompt's completions."""
-        self.logprobs(slice(0, self.plan.n)).sum().backward()
+        self._train(slice(0, self.plan.n))
+
+    def train_apart(self) -> None:
+        """The same of one completion of each prompt."""
+        self._train(slice(0, None, self.plan.n))
+
+    def _train(self, some: slice) -> None:
+        self.logprobs(some).sum().backward()
         self.model.zero_grad()
 
 
@@ -102,9 +111,10 @@ def measure(work: Work, stock: bool) -> tuple[dict[tuple[str, str], list[float]]
             hf_paged.patch(work.model, exact=system == EXACT)
             work.take(work.generate())  # everything warm; the same tokens again below
             off[system] = float((work.forward() - work.sampled).abs().max())
-            for part in ("generate", "forward", "train"):
+            work.train()
+            for part in ("generate", "forward", "train", "train apart"):
                 hf_paged.engine_of(work.model).reset_prefix_cache()
-                timed(system, part, getattr(work, part))
+                timed(system, part, getattr(work, part.replace(" ", "_")))
             hf_paged.unpatch(work.model)
         if stock:
             timed(STOCK, "generate", work.on_stock)
@@ -140,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         if system != PLAIN:
             ratios = [mine / other for mine, other in zip(taken, base)]
             rows.append(schema.Measure(**common, metric="time", unit="ratio", samples=ratios, baseline=PLAIN))
-        print(f"{options.dtype} {part:<9} {system:<10} {min(taken):7.2f} s   {min(taken) / min(base):5.2f} times {PLAIN}")
+        print(f"{options.dtype} {part:<11} {system:<10} {min(taken):7.2f} s   {min(taken) / min(base):5.2f} times {PLAIN}")
     print("sampled log-probabilities are off those of the forward by at most", off)
     schema.append_rows(options.out / "rl.csv", rows, machine)
 
