@@ -24,9 +24,10 @@ params_strategy = st.fixed_dictionaries(
         seed=st.integers(1, 3),
     )
 )
+counts = st.integers(1, 2)
 action_strategy = st.one_of(
     st.tuples(
-        st.just("add"), st.integers(0, 2), st.lists(st.integers(3, 198), max_size=20), params_strategy, st.integers(1, 2)
+        st.just("add"), st.integers(0, 2), st.lists(st.integers(3, 198), max_size=20), params_strategy, counts
     ),
     st.tuples(st.just("step"), st.integers(1, 9)),
     st.tuples(st.just("roll back"), st.integers(0, 9), st.floats(0, 1), st.one_of(st.none(), params_strategy)),
