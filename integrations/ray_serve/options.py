@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...base.config import EngineConfig
 from ...base.errors import InvalidArgument
+from ...base.images import ImageLimits
+from ...base.offload import Offload
 from ..openai.settings import Limits, Settings
 
 MAX_NUM_SEQS, MAX_QUEUE = 64, 1024  # as of `hf-paged serve`
@@ -26,7 +28,7 @@ class Options(BaseModel):
         chat_template: one instead of the model's, as text.
         adapters: folders of PEFT adapters by the names that clients call them; every replica loads all of them. The
             deployment's `user_config` can change them while the replicas run.
-        engine: fields of EngineConfig.
+        engine: fields of EngineConfig; of `images` and `offload`, those of ImageLimits and Offload.
         server: fields of the server's Settings; `api_keys` may also come from HF_PAGED_API_KEYS where the application is built.
         num_replicas: engines, each with a copy of the model.
         autoscaling: fields of Ray Serve's AutoscalingConfig instead, such as `min_replicas` and `max_replicas`;
@@ -67,7 +69,11 @@ class Options(BaseModel):
     health_check_period: Annotated[float, Field(gt=0)] = 5.0
 
     def engine_config(self) -> EngineConfig:
-        return EngineConfig(**{"max_num_seqs": MAX_NUM_SEQS, "max_queue": MAX_QUEUE} | self.engine)
+        fields = {"max_num_seqs": MAX_NUM_SEQS, "max_queue": MAX_QUEUE} | self.engine
+        for name, kind in (("images", ImageLimits), ("offload", Offload)):
+            if isinstance(fields.get(name), dict):  # from a config file
+                fields[name] = kind(**fields[name])
+        return EngineConfig(**fields)
 
     def settings(self, **more) -> Settings:
         """Raises InvalidArgument for what would not hold for all replicas."""
@@ -77,7 +83,7 @@ class Options(BaseModel):
                 "server.enable_adapters: a request would reach one replica only; name `adapters`, which all replicas load, "
                 "and change them by the deployment's user_config"
             )
-        fields |= {name: tuple(fields[name]) for name in ("api_keys", "cors_origins") if name in fields}
+        fields |= {name: tuple(fields[name]) for name in ("api_keys", "cors_origins", "allowed_media_hosts") if name in fields}
         if isinstance(fields.get("limits"), dict):
             fields["limits"] = Limits(**fields["limits"])
         return Settings(**fields)

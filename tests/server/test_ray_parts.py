@@ -154,3 +154,11 @@ def test_an_app_that_fails_fails_for_its_reader():
 
     with pytest.raises(KeyError):
         asyncio.run(main())
+
+
+def test_a_config_file_sets_limits_on_images_and_a_disk(tmp_path):
+    engine = {"images": {"max_count": 2, "max_pixels": 9}, "offload": {"memory": "1MiB", "disk": str(tmp_path)}}
+    config = Options(engine=engine, server={"allowed_media_hosts": ["example.org"]}).engine_config()
+    assert (config.images.max_count, config.images.max_total_pixels) == (2, 36)
+    assert config.offload.memory == 2**20 and config.offload.disk == str(tmp_path)
+    assert Options(server={"allowed_media_hosts": ["example.org"]}).settings().allowed_media_hosts == ("example.org",)

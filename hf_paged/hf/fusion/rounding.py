@@ -21,7 +21,7 @@ def rounds_inputs(module: nn.Module) -> bool:
 def unrounded(module: nn.Module):
     """While inside, no quantized layer in `module`, merged or not, rounds its inputs."""
     holders = [(layer, "quantized") for layer in _layers(module)]
-    holders += [(merged, "_weight") for merged in _merged(module)]
+    holders += [(merged, "weight") for merged in _merged(module)]
     weights = [getattr(*holder) for holder in holders]
     for holder, weight in zip(holders, weights):
         setattr(*holder, replace(weight, activations=None, input_scale=None))
