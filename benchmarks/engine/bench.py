@@ -9,10 +9,13 @@ those of rank 0, which prints and writes; bytes are those of one rank.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -22,7 +25,7 @@ from hf_paged.benchmarks import schema
 from hf_paged.hf.build import default_model_folder, load_model
 from hf_paged.hf.patch import led
 
-from . import loads, memory, report, systems, throughput
+from . import loads, memory, report, systems, throughput, workload
 from .continuous import ContinuousFailed
 from .options import SYSTEMS, Options
 from .systems import PAGED, STOCK_CONTINUOUS
@@ -32,8 +35,8 @@ from .systems import PAGED, STOCK_CONTINUOUS
 class Bench:
     """One run: the loaded models, and the rows there are so far.
 
-    `stock` and `paged` are two models of the same weights; None if no system asked for needs one. `failed` says why a system
-    no longer takes part.
+    `stock` and `paged` are two models of the same weights; None if no system asked for needs one. `served` is what other
+    servers call the model, `failed` says why a system no longer takes part.
     """
 
     options: Options
@@ -41,6 +44,7 @@ class Bench:
     name: str
     stock: object = None
     paged: object = None
+    served: dict[str, str] = field(default_factory=dict)
     rows: list[schema.Measure] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     bar: tqdm | None = None
@@ -80,12 +84,14 @@ def run_bench(options: Options) -> list[dict]:
     with ExitStack() as stack:
         bench = _load(options)
         bench.bar = stack.enter_context(tqdm(unit="tok", smoothing=0.1, file=sys.stderr, disable=bool(options.rank)))
+        bench.say("warming up")
         if PAGED in bench.systems:
             stack.enter_context(_patched(bench))
+        if options.systems:
             works = [options.work(name, bench.tokenizer) for name in options.workloads]
-            _warm_up(bench.paged, works[0])
-            if options.profile is not None:
-                _write_trace(hf_paged.engine_of(bench.paged), works, options)
+            _warm_up(bench, works[0].requests)
+        if options.profile is not None:
+            _write_trace(hf_paged.engine_of(bench.paged), works, options)
         machine, path = _machine(bench), options.out / "engine.csv"
         for part in options.parts:
             done = len(bench.rows)
@@ -123,13 +129,12 @@ def _load(options: Options) -> Bench:
 
     Raises ConnectionError for a peer that does not answer.
     """
-    for peer in options.peers:
-        peer.model(options.peer_headers)
+    served = {peer.name: peer.model(options.peer_headers) for peer in options.peers}
     if not options.systems:
         from transformers import AutoTokenizer
 
         name = options.model or str(default_model_folder())
-        return Bench(options, AutoTokenizer.from_pretrained(name), name)
+        return Bench(options, AutoTokenizer.from_pretrained(name), name, served=served)
     loading = {"dtype": getattr(torch, options.dtype), "device": options.device}
     loading |= {
         "num_ranks": options.num_ranks,
@@ -138,7 +143,7 @@ def _load(options: Options) -> Bench:
     }
     stock, tokenizer = load_model(options.model, **loading)
     paged = load_model(options.model, **loading)[0] if "paged" in options.systems else None
-    return Bench(options, tokenizer, str(getattr(stock.config, "_name_or_path", "")), stock, paged)
+    return Bench(options, tokenizer, str(getattr(stock.config, "_name_or_path", "")), stock, paged, served)
 
 
 @contextmanager
@@ -152,9 +157,13 @@ def _patched(bench: Bench):
         hf_paged.unpatch(bench.paged)
 
 
-def _warm_up(model, work) -> None:
-    """Compile kernels and touch memory outside the measured time."""
-    led(model, lambda engine: systems.run_paged(engine, work.requests[:8], ignore_eos=True, cache_salt="warm-up"))
+def _warm_up(bench: Bench, requests: Sequence[workload.Request]) -> None:
+    """Compile kernels and touch weights and memory outside the measured time: a few tokens of every model."""
+    few = [dataclasses.replace(request, max_new_tokens=2) for request in requests[:4]]
+    if bench.stock is not None:
+        systems.run_stock(bench.stock, few[:1], ignore_eos=True)
+    if PAGED in bench.systems:
+        led(bench.paged, partial(systems.run_paged, requests=few, ignore_eos=True, cache_salt="warm-up"))
 
 
 def _write_trace(engine, works, options: Options) -> None:

@@ -30,7 +30,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     drawn = []
     for name, (part, draw) in charts.items():
         found = [row for row in of(rows, part) if row["metric"] != "failed"]
-        if found:
+        if found and (part != "rates" or any(math.isfinite(float(rate)) for rate in rates_of(found))):
             draw(found, folder / name)
             drawn.append(folder / name)
     return drawn

@@ -15,7 +15,7 @@ from ..latency import Feed
 from .systems import Progress, Run, eos_ids, kv_bytes_per_token
 from .workload import Request
 
-PAGE = 32  # tokens; on CPU the smaller pages waste less and cost nothing
+PAGE = 32  # tokens; smaller ones than by default, of which less is left empty
 TOKENS_A_STEP = 512
 PATIENCE = 120.0  # seconds without any token before a run counts as failed
 

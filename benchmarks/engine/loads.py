@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Sequence
 
 from hf_paged.hf.patch import led
@@ -33,7 +34,9 @@ def measure_rates(bench) -> None:
         rate = rates[turn]
         count = options.scale.load_requests * (1 if turn else MORE_AT_ONCE)
         work = options.work(options.load_workload, bench.tokenizer, turn=turn, count=count)
-        for system in [name for name in players if math.isinf(rate) or rate <= HOPELESS * served.get(name, 0)]:
+        for system in players:
+            if turn and not options.rates and rate > HOPELESS * served.get(system, 0):
+                continue
             bench.say(f"rates, {rate_name(rate)}: {system}")
             # Stock one at a time serves as many a second however many wait, and is slow.
             requests = work.requests[: options.scale.load_requests] if system == STOCK_ONE else work.requests
@@ -42,7 +45,7 @@ def measure_rates(bench) -> None:
                 served[system] = max(served.get(system, 0), result.values["served"])
                 workload = f"{work.name}, {rate_name(rate)}"
                 _add_rows(bench, "rates", result, workload, {"rate": str(rate), "requests": len(requests)}, METRICS)
-        if turn == 0 and len(rates) == 1 and served:
+        if turn == 0 and not options.rates and served:
             slowest = served.get(STOCK_ONE, min(served.values()))
             rates += [float(f"{multiple * slowest:.2g}") for multiple in options.scale.multiples]
         turn += 1
@@ -52,16 +55,18 @@ def measure_concurrency(bench) -> None:
     """So many requests under way at any time; stock's padded batches are of as many. One at a time has one rate for all."""
     options, players = bench.options, _players(bench)
     for turn, level in enumerate(options.levels):
-        count = max(level, options.scale.load_requests // 4)
+        count = level * max(1, options.scale.load_requests // 4 // level)
         work = options.work(options.load_workload, bench.tokenizer, turn=100 + turn, count=count)
-        requests = work.requests[: level * max(1, len(work.requests) // level)]
+        if len(work.requests) < level:
+            bench.bar.write(f"{work.name} has too few requests for {level} under way", file=sys.stderr)
+            continue
         for system in players:
             if system == STOCK_ONE and turn:
                 continue
             bench.say(f"concurrency, {level} under way: {system}")
-            result = _outcome(bench, "concurrency", system, math.inf, requests, [0.0] * len(requests), level)
+            result = _outcome(bench, "concurrency", system, math.inf, work.requests, [0.0] * len(work.requests), level)
             if result is not None:
-                detail = {"concurrency": level, "requests": len(requests)}
+                detail = {"concurrency": level, "requests": len(work.requests)}
                 wanted = {"output_tokens": METRICS["output_tokens"]}
                 _add_rows(bench, "concurrency", result, f"{work.name}, {level} under way", detail, wanted)
 
@@ -85,10 +90,10 @@ def _outcome(
         bench.failed[system] = str(error)
         more = dict(workload="all", system=system, metric="failed", unit="1", samples=[1])
         bench.add(part, **more, detail={"reason": str(error)[:300]})
-        bench.bar.write(f"{error}; it is left out from here on")
+        bench.bar.write(f"{error}; it is left out from here on", file=sys.stderr)
         return None
     for problem in dict.fromkeys(result.problems):
-        bench.bar.write(f"{system}: {problem}")
+        bench.bar.write(f"{system}: {problem}", file=sys.stderr)
     return result
 
 
@@ -107,9 +112,7 @@ def _answers(
         batch = 1 if system == STOCK_ONE else most or BATCH
         return systems.run_stock(bench.stock, requests, batch=batch, **more).answers
     peer = next(peer for peer in options.peers if peer.name == system)
-    return asyncio.run(
-        load(peer, peer.model(options.peer_headers), requests, due, most=most, headers=options.peer_headers)
-    )
+    return asyncio.run(load(peer, bench.served[system], requests, due, most=most, headers=options.peer_headers))
 
 
 def _add_rows(bench, part: str, result: Outcome, workload: str, detail: dict, metrics: dict[str, str]) -> None:

@@ -153,7 +153,9 @@ def greedy(max_tokens: int, ignore_eos: bool = False):
 
 def cache_bytes(cache) -> int:
     """Bytes of the keys and values in a transformers cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+    return sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if getattr(layer, "keys", None) is not None
+    )
 
 
 def kv_bytes_per_token(model) -> int:

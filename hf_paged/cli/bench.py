@@ -22,7 +22,7 @@ def bench(
     model: Model = None,
     parts: Annotated[
         str | None,
-        _option(WHAT, "Some of throughput,rates,concurrency,memory,quantized. Default all; on ranks throughput."),
+        _option(WHAT, "Some of throughput, rates, concurrency, memory, quantized, with commas between. Default all; on ranks throughput."),
     ] = None,
     system: Annotated[
         list[str] | None,
