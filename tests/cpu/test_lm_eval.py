@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import lm_eval
+import peft
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from peft_adapters import LAYERS, WARNINGS, shake
+from quantized_checkpoints import gptq_layer, save_quantized, source
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -250,6 +253,41 @@ def test_texts(caplog):
         with pytest.raises(ValueError, match="nonsense"):  # transformers' own words
             model.generate_until(requests("generate_until", [asked[0], ("a", {"nonsense": 1, "max_gen_toks": 5})]))
         assert not model._engine.has_unfinished()
+
+
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # lm-eval does, of the checkpoint's own
+@pytest.mark.parametrize("kind", ["peft", "gptq"])
+def test_adapters_and_quantized_weights(kind, tmp_path):
+    given = {"tokenizer": tiny_tokenizer(320), "max_length": 64, "device": "cpu"}
+    if kind == "peft":
+        given["pretrained"], given["peft"] = str(tmp_path / "model"), str(tmp_path / "adapter")
+        tuned = peft.get_peft_model(tiny_model("llama", vocab_size=320), peft.LoraConfig(r=4, **LAYERS))
+        shake(tuned)
+        tuned.save_pretrained(tmp_path / "adapter")
+        tiny_model("llama", vocab_size=320).save_pretrained(tmp_path / "model")
+        stock = HFLM(batch_size=1, **given)
+    else:
+        config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
+        model = source(vocab_size=320)
+        save_quantized(model, tmp_path / "model", config, lambda name, N, K: gptq_layer(N, K))
+        stock = HFLM(batch_size=1, **given | {"pretrained": model})
+        given["pretrained"] = str(tmp_path / "model")
+    scored = [("the sea is", " wide"), ("rain", " falls on it"), ("x" * 90, "end")]
+    texts = [("a tide " * 30,), ("snow",)]  # the first is longer than the model's windows
+    written = [("tell me", {"until": ["e", "\n\n", "st"], "max_gen_toks": 12})]
+    with HFPaged(**given) as model:
+        for (found, greedy), (expected, is_greedy) in zip(
+            model.loglikelihood(requests("loglikelihood", scored)),
+            stock.loglikelihood(requests("loglikelihood", scored)),
+            strict=True,
+        ):
+            assert found == pytest.approx(expected, abs=2e-3) and greedy is is_greedy
+        rolled = [one.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) for one in (model, stock)]
+        assert rolled[0] == pytest.approx(rolled[1], abs=2e-3)
+        assert model.generate_until(requests("generate_until", written)) == stock.generate_until(
+            requests("generate_until", written)
+        )
 
 
 @pytest.mark.parametrize("marker", ["e", 104])
