@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a request was asked beside its prompt, as far as it decides keys and values; and how it was sampled."""
+    """What a request was asked beside its prompt, as far as it decides keys and values; and how it was sampled.
+
+    `media` is None when the request has ended and had some: who keeps its output shall not keep its images.
+    """
 
     params: SamplingParams
     adapter: str | None
     cache_salt: str | bytes | None
-    media: Media
+    media: Media | None
     has_forward_hooks: bool
 
 
@@ -62,7 +65,7 @@ class Branching:
             InvalidArgument: there is no such request or completion, or no such position; or it lies within an image whose
                 tokens are computed together.
             UnsupportedOption: the request is one to embed, score or classify, or has forward hooks, whose changes nobody
-                shares.
+                shares; or it had images and has ended, as these are kept no longer.
         """
         with self._lock:
             output = request if isinstance(request, RequestOutput) else self._unfinished(request).output
@@ -143,6 +146,10 @@ def branch_of(output: RequestOutput, position: int | None, index: int, *, within
     if origin.has_forward_hooks and not within_output:
         raise UnsupportedOption(
             f"request {output.request_id!r} has forward_hooks: what they changed is nobody else's, so it cannot be forked"
+        )
+    if origin.media is None:
+        raise UnsupportedOption(
+            f"request {output.request_id!r} had images, which are not kept when a request has ended; fork it while it runs"
         )
     prompt = output.prompt_token_ids
     completion = next((one for one in output.outputs if one.index == index), None)

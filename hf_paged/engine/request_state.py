@@ -6,7 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..base.branch import Branch
 from ..base.errors import InvalidArgument
@@ -301,6 +301,8 @@ class RequestState:
             self.output.finished = True
         if self.output.finished and metrics.finished is None:
             metrics.finished = time.monotonic()
+            if self.media.spans and self.output.origin is not None:
+                self.output.origin = replace(self.output.origin, media=None)
 
     def notify(self) -> None:
         """Tell the caller's callback. A callback that raises ends with a warning: nobody else may suffer from it."""

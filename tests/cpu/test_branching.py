@@ -248,15 +248,21 @@ def test_images(family):
         wanted = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
         (whole,) = engine.generate(f"a b {placeholder} what is this", wanted, images=[photo])
         prompt = whole.prompt_token_ids
-        (again,) = engine.generate(engine.fork(whole, len(prompt) + 3))
-        assert again.outputs[0].token_ids == whole.outputs[0].token_ids
+        with pytest.raises(UnsupportedOption, match="while it runs"):
+            engine.fork(whole)
+        outputs = []
+        request_id = engine.add(f"a b {placeholder} what is this", wanted, images=[photo], on_output=outputs.append)
+        run_to(engine, outputs, 4)
         image = [place for place, token in enumerate(prompt) if token == engine.model.media.token_id]
         with pytest.raises(InvalidArgument, match="within an image"):
-            engine.fork(whole, image[0] + 2)
-        (shorter,) = engine.generate(engine.fork(whole, len(prompt) - 1))
+            engine.fork(request_id, image[0] + 2)
+        assert engine.fork(request_id, image[0]).media.spans == ()
+        branch, shorter = engine.fork(request_id, len(prompt) + 3), engine.fork(request_id, len(prompt) - 1)
+        (again,) = engine.generate(branch)
+        assert again.outputs[0].token_ids == whole.outputs[0].token_ids
+        (expected,) = engine.generate(shorter)
         engine.reset_prefix_cache()
-        assert engine.generate(engine.fork(whole, len(prompt) - 1))[0].outputs == shorter.outputs
-        assert engine.fork(whole, image[0]).media.spans == ()
+        assert engine.generate(shorter)[0].outputs == expected.outputs
         outputs = []
         request_id = engine.add(f"a b {placeholder} what is this", wanted, images=[photo], on_output=outputs.append)
         run_to(engine, outputs, 4)

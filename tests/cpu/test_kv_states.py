@@ -197,8 +197,11 @@ def test_images(family, path):
         state = engine.save_kv(text, images=photos[:1])
         assert state.media
         state.save(path)
-        (output,) = engine.generate(text, WANTED, images=photos[:1])
-        assert engine.save_kv(output).token_ids[: len(state)] == state.token_ids
+        outputs = []
+        request_id = engine.add(text, WANTED, images=photos[:1], on_output=outputs.append)
+        while not outputs:
+            engine.step()
+        assert engine.save_kv(engine.fork(request_id)).token_ids[: len(state)] == state.token_ids
     with Engine(tiny_pair(family)[0], processor, config) as engine:
         engine.load_kv(path)
         assert run(engine, text + "x", images=photos[:1]) == (expected, len(state))
