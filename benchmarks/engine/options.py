@@ -29,7 +29,7 @@ class Scale:
     multiples: tuple[float, ...]
 
 
-QUICK = Scale(rounds=1, requests=16, stock_sample=3, load_requests=8, multiples=(0.7, 2, 6))
+QUICK = Scale(rounds=1, requests=12, stock_sample=2, load_requests=6, multiples=(0.7, 2, 6))
 FULL = Scale(rounds=3, requests=None, stock_sample=24, load_requests=32, multiples=(0.5, 1, 2, 4, 8))
 
 
