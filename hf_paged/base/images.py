@@ -24,6 +24,8 @@ class ImageLimits:
             own.
         cache_memory: most bytes of embeddings that are kept on the model's device, for further prompts with the same
             image; as an int or a string.
+        queue_memory: most bytes that the images of all requests which have not ended take on the host, as the processor made
+            them; more requests raise `QueueFull`, as with `max_queue`. As an int or a string; None: unbounded.
 
     Raises InvalidArgument for a value that is none of these.
     """
@@ -35,14 +37,18 @@ class ImageLimits:
     max_bytes: int | str = 20 << 20
     tokens_per_step: int = 4096
     cache_memory: int | str = 256 << 20
+    queue_memory: int | str | None = None
 
     def __post_init__(self):
-        for name in ("max_bytes", "cache_memory"):
-            object.__setattr__(self, name, parse_bytes(f"images: {name}", getattr(self, name)))
+        for name in ("max_bytes", "cache_memory", "queue_memory"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_bytes(f"images: {name}", getattr(self, name)))
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name == "max_total_pixels":
                 value = 4 * self.max_pixels
                 object.__setattr__(self, field.name, value)
+            if value is None and field.name == "queue_memory":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidArgument(f"images: {field.name} must be a positive integer, got {value!r}")

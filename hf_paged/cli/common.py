@@ -50,6 +50,7 @@ OFFLOAD_DISK_MEMORY = 'Most bytes of the files in --offload-disk, such as "20GiB
 MEDIA_HOSTS = "A host, *.domain, address or network, maybe with :PORT, to fetch images from that requests name; repeatable."
 MEDIA_TIMEOUT = "Seconds in which an image that a request names must come."
 MAX_IMAGES = "Most images of a request."
+IMAGE_QUEUE_MEMORY = "Most memory of images of requests that have not ended, such as 4GiB; more are answered 429."
 MAX_IMAGE_PIXELS = "Most pixels of an image; all of a request may have four times as many."
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,6 +12,7 @@ import typer
 
 from ..base.images import ImageLimits
 from .common import (
+    IMAGE_QUEUE_MEMORY,
     MAX_IMAGE_PIXELS,
     MAX_IMAGES,
     MEDIA_HOSTS,
@@ -128,6 +129,7 @@ def serve(
     body_timeout: Annotated[float, _option(_BOUNDS, "Seconds in which a request's body must come.")] = 60,
     max_images: Annotated[int, _option(_BOUNDS, MAX_IMAGES, min=1)] = 16,
     max_image_pixels: Annotated[int, _option(_BOUNDS, MAX_IMAGE_PIXELS, min=1)] = 1 << 25,
+    image_queue_memory: Annotated[str, _option(_BOUNDS, IMAGE_QUEUE_MEMORY)] = "4GiB",
     media_timeout: Annotated[float, _option(_BOUNDS, MEDIA_TIMEOUT)] = 10,
     max_connections: Annotated[
         int | None, _option(_BOUNDS, "Most open connections; more are closed. Default: as many as the system allows.", min=1)
@@ -167,7 +169,9 @@ def serve(
     engine = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "max_model_len": max_model_len, "policy": policy}
     engine |= {"max_batch_tokens": max_batch_tokens, "kv_cache_memory": kv_cache_memory, "kv_dtype": kv_dtype}
     engine["offload"] = offload_of(offload, offload_disk, offload_disk_memory)
-    engine["images"] = ImageLimits(max_count=max_images, max_pixels=max_image_pixels)
+    engine["images"] = ImageLimits(
+        max_count=max_images, max_pixels=max_image_pixels, queue_memory=image_queue_memory
+    )
     loading = {"model": model, "dtype": dtype, "device": device, "threads": threads, "progress": sys.stderr.isatty()}
     loading |= {"speculation": speculation, "draft_model": draft_model, "quantization": quantization, "engine": engine}
     loading |= {"expert_parallel": expert_parallel}

@@ -153,7 +153,7 @@ class BatchEngine(Jobs, Branching, KVStates, Upkeep):
             InvalidArgument, RequestTooLarge: the request is wrong or could never run; the message names the argument. So it
                 is with an image that cannot be decoded, or exceeds a limit.
             UnsupportedOption: the model has no head for it, or takes no images.
-            QueueFull: `max_queue` requests wait already.
+            QueueFull: `max_queue` requests wait already, or images of requests take `ImageLimits.queue_memory`.
             EngineClosed: the engine is closed.
         """
         state = self.submit(
@@ -205,6 +205,7 @@ class BatchEngine(Jobs, Branching, KVStates, Upkeep):
         with self._lock:
             self._check_open()
             self._scheduler.check_room(len(states))
+            self._requests.check_room(states, self.config.images.queue_memory)
             taken = []
             try:
                 for state in states:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
-from ..base.errors import DeadlineExceeded, RequestFailed
+from ..base.errors import DeadlineExceeded, QueueFull, RequestFailed
 from ..base.types import RequestOutput
 from ..core.request import Sequence
 from ..core.scheduler import Scheduler
+from ..runtime.media import MediaItem
 from .request_state import RequestState
 
 
@@ -24,14 +26,25 @@ class OpenRequests:
         self._forget = forget
         self._states: dict[str, RequestState] = {}
         self._touched: dict[str, RequestState] = {}
+        self._images: Counter[MediaItem] = Counter()  # how many requests hold each
 
     @property
     def has_news(self) -> bool:
         """Whether outputs have changed and nobody was told."""
         return bool(self._touched)
 
+    def check_room(self, states: Iterable[RequestState], image_bytes: int | None) -> None:
+        """Raise QueueFull if images would take more than so many bytes with those of `states`, unless there are no others."""
+        new = {item for state in states for item in state.media.items.values()} - self._images.keys()
+        if image_bytes is None or not new or not self._images:
+            return
+        held = sum(item.num_bytes for item in self._images)
+        if held + sum(item.num_bytes for item in new) > image_bytes:
+            raise QueueFull(f"images of other requests take {held} bytes already (queue_memory is {image_bytes})")
+
     def add(self, state: RequestState) -> None:
         self._states[state.request.request_id] = state
+        self._images.update(state.media.items.values())
 
     def get(self, request_id: str) -> RequestState | None:
         return self._states.get(request_id)
@@ -79,6 +92,7 @@ class OpenRequests:
             state.settle()
             if state.finished:
                 self._states.pop(request_id, None)
+                self._images -= Counter(state.media.items.values())
                 self._forget(state)
         for state in touched.values():
             if state.callback is not None:

@@ -31,6 +31,11 @@ class MediaItem:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     embeddings: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the inputs."""
+        return sum(value.nbytes for value in self.inputs.values())
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Media:

@@ -21,6 +21,7 @@ from hf_paged import (
     EngineConfig,
     ImageLimits,
     InvalidArgument,
+    QueueFull,
     SamplingParams,
     ScoreParams,
     UnsupportedOption,
@@ -318,6 +319,32 @@ def test_limits(llava):
     with pytest.raises(InvalidArgument, match="ImageLimits"):
         EngineConfig(images=3)
     assert made
+
+
+def test_images_of_many_requests_take_no_more_than_their_share(llava):
+    model, processor, shown = llava
+    inputs = processor(text=[f"a{shown}"], images=[picture(1)], return_tensors="pt")
+    limits = ImageLimits(queue_memory=2 * inputs["pixel_values"].nbytes)
+    texts, images = [f"a{shown}{seed}" for seed in range(5)], [[picture(seed)] for seed in range(5)]
+    expected = [stock(model, processor, text, own) for text, own in zip(texts, images)]
+    with Engine(model, processor, EngineConfig(images=limits, block_size=16)) as engine:
+        first = [engine.submit(text, GREEDY, images=own) for text, own in zip(texts[:2], images)]
+        again = engine.submit(engine.fork(first[0].request.request_id), GREEDY)  # its images are there already
+        with pytest.raises(QueueFull, match="images of other requests"):
+            engine.add(texts[2], GREEDY, images=images[2])
+        engine.add("no image", GREEDY)
+        engine.abort(first[1].request.request_id)
+        engine.step()
+        first[1] = engine.submit(texts[1], GREEDY, images=images[1])  # the room of one that has ended
+        while engine.has_unfinished():
+            engine.step()
+        assert [state.output.outputs[0].token_ids for state in first] == expected[:2] and not again.output.error
+        outputs = engine.generate(texts, GREEDY, images=images)  # what has no room waits outside
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        too_many = shown * 3
+        assert engine.generate([f"a{too_many}"], GREEDY, images=[[picture(1), picture(2), picture(3)]])  # alone
+    with pytest.raises(InvalidArgument, match="queue_memory"):
+        ImageLimits(queue_memory="much")
 
 
 def test_prompts_that_do_not_go_with_their_images(engine, llava):
