@@ -63,7 +63,7 @@ def rows_of(
 
 
 def finish(rows: Iterable[schema.Measure], options: argparse.Namespace, workload: str, device: str = "cpu") -> None:
-    """Append the rows to hetero.csv, and say what they were measured on."""
+    """Put the rows into hetero.csv, and say what they were measured on."""
     machine = schema.describe_machine(device, options.threads)
-    schema.append_rows(options.out / "hetero.csv", rows, machine)
+    schema.replace_rows(options.out / "hetero.csv", rows, machine)
     print(f"{workload}; {machine.cpu}, {options.threads} threads; hf_paged {hf_paged.__version__}, commit {machine.commit}\n")

@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(schema.Measure(**common, metric="time", unit="ratio", samples=ratios, baseline=PLAIN))
         print(f"{options.dtype} {part:<11} {system:<10} {min(taken):7.2f} s   {min(taken) / min(base):5.2f} times {PLAIN}")
     print("sampled log-probabilities are off those of the forward by at most", off)
-    schema.append_rows(options.out / "rl.csv", rows, machine)
+    schema.replace_rows(options.out / "rl.csv", rows, machine)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
             ratios = [mine / other for mine, other in zip(taken, seconds[STOCK])]
             rows.append(schema.Measure(**common, metric="time", unit="ratio", samples=ratios, baseline=STOCK))
         print(f"{options.dtype} {system:<15} {min(taken):7.2f} s a step   {min(taken) / min(seconds[STOCK]):5.2f} times {STOCK}")
-    schema.append_rows(options.out / "rl.csv", rows, schema.describe_machine("cpu", options.threads))
+    schema.replace_rows(options.out / "rl.csv", rows, schema.describe_machine("cpu", options.threads))
 
 
 if __name__ == "__main__":
