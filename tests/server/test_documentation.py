@@ -31,13 +31,13 @@ def commands(page: str, program: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
+    folder, disk = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("disk")
     model, tokenizer = tiny_model("llama", vocab_size=320), make_tokenizer()
     model.generation_config.eos_token_id = EOS
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with Running(folder, "--tool-parser", "hermes") as running:
+    with Running(folder, "--tool-parser", "hermes", "--offload", "16MiB", "--offload-disk", str(disk)) as running:
         yield running.url()
 
 
