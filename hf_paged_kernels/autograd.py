@@ -83,12 +83,7 @@ def linear(kernel: Callable, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return _Linear.apply(kernel, x, weight, bias)
 
 
-class _HeadLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel: Callable, x: Tensor, weight: Tensor, bias: Tensor | None):
-        ctx.save_for_backward(x, weight)
-        return kernel(x, weight, bias)
-
+class _HeadLinear(_Linear):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):

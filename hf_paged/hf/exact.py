@@ -24,7 +24,6 @@ from ..runtime.runner import as_in_a_step
 from ..runtime.whole import PassingCache, whole_context
 from .spec import text_config
 from .swap import are_own
-from .weights import float_parameter
 
 _KNOWN = frozenset(
     {"input_ids", "attention_mask", "logits_to_keep", "labels", "num_items_in_batch", "use_cache", "return_dict"}

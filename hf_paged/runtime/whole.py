@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core.whole import WholeSequences
 from .batch import SequenceHooks, StepContext
 from .inputs import HostInputs

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import picture
 from tiny_processors import tiny_pair
 from transformers import pipeline
 
@@ -14,11 +13,6 @@ from hf_paged.hf.patch import is_patched
 from hf_paged.integrations.pipeline import PagedImageTextToTextPipeline
 
 GREEDY = dict(generate_kwargs=dict(do_sample=False, max_new_tokens=8))
-
-
-def picture(seed: int, height: int = 12, width: int = 20) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def chat(*parts) -> list[dict]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from pictures import encoded, picture
 from PIL import Image
 from tiny_models import tiny_model
 from tiny_processors import available, tiny_pair
@@ -29,17 +29,6 @@ from hf_paged import (
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LABELS = available()
-
-
-def picture(seed: int, height: int = 12, width: int = 20) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,17 @@ meanwhile another client gets its right answer about a picture of its own, and a
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import struct
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from abuse_parts import others_unharmed, post, refused, served, text_of
+from pictures import data_url, encoded, picture
 from PIL import Image, PngImagePlugin
 from tiny_processors import tiny_pair
 
@@ -23,21 +21,6 @@ from hf_paged import Engine, EngineConfig, ImageLimits
 from hf_paged.integrations.openai import Settings
 
 MODEL, CHAT = "vision", "/v1/chat/completions"
-
-
-def picture(seed: int, height: int = 12, width: int = 20) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64," + base64.b64encode(data).decode()
 
 
 def asked(*parts: str | bytes, **more) -> dict:

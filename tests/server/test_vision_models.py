@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 import threading
@@ -11,11 +10,12 @@ import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
-import numpy as np
 import openai
 import pytest
 import torch
 from peft_adapters import WARNINGS, shake
+from pictures import data_url, encoded
+from pictures import picture as drawn
 from PIL import Image
 from server_parts import make_tokenizer, serving
 from tiny_configs import MROPE
@@ -32,15 +32,8 @@ from hf_paged.integrations.openai.settings import Limits
 MODEL = "vision"
 
 
-def picture(seed: int, height: int = 12, width: int = 20) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def data_url(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+def picture(seed: int, *size: int) -> bytes:
+    return encoded(drawn(seed, *size))
 
 
 def said(*parts: str | bytes) -> list[dict]:
